@@ -1,0 +1,5 @@
+"""torch.ops.lowrank.*: schema, fake, dispatch and autograd of every op, and the public functions over them."""
+
+from .lora import lora_linear, lora_linears
+
+__all__ = ["lora_linear", "lora_linears"]

@@ -1,0 +1,277 @@
+"""torch.ops.lowrank.lora_linears, its gradient, and the public functions over it.
+
+    Y_i = x W_iᵀ + bias_i + Σ_j scaling_j (drop_j(x) A_jᵀ B_jᵀ + lora_bias_j)      over the adapters j of projection i
+
+One call serves any number of projections of one x (q/k/v, gate/up) and any number of adapters on each.  The thin term is
+written first and the big GEMM adds to it in place (``addmm_``, beta = 1): full GEMM speed, one pass over Y fewer than
+adding afterwards, and less rounding error, because what is rounded early is the small term.  Saved for backward: x itself,
+S = drop(x) Aᵀ, and one bit per element of each dropout mask.
+
+Schemas live here, so that a machine without a GPU traces every op.  Autograd is a plain Function outside the op.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import dropout, lora_impl
+from .validation import check_projection
+
+_lib = torch.library.Library("lowrank", "FRAGMENT")
+# Adapters are listed projection by projection; counts[i] says how many projection i has.  masks[j] is the index, in ps,
+# seeds and keeps, of the dropout mask of adapter j, or -1.  S holds all adapters' columns.  dtype is that of the big GEMM,
+# thin_dtype that of the thin products.
+_lib.define(
+    "lora_linears(Tensor x, Tensor?[] weights, Tensor?[] biases, Tensor?[] bases, Tensor[] As, Tensor[] Bs,"
+    " Tensor?[] lora_biases, Tensor?[] scaling_tensors, float[] scalings, int[] counts, int[] masks, float[] ps,"
+    " Tensor? seeds, ScalarType dtype, ScalarType thin_dtype) -> (Tensor[] ys, Tensor S, Tensor[] keeps)"
+)
+# needs: x, then a flag per weight, bias, A, B and lora_bias; the gradients asked for come back in that order, in dtype
+# (x, weights), in fp32 or wider (biases) or in the factor's own (A, B); autograd casts what remains.
+_lib.define(
+    "lora_linears_backward(Tensor[] dys, Tensor? x, Tensor?[] weights, Tensor[] As, Tensor[] Bs,"
+    " Tensor?[] scaling_tensors, Tensor? S, Tensor[] keeps, float[] scalings, int[] counts, int[] masks, float[] ps,"
+    " ScalarType dtype, ScalarType thin_dtype, bool[] needs) -> Tensor[]"
+)
+
+
+class Adapter(NamedTuple):
+    """One adapter on one projection: A [r,K], B [N,r], bias [N] or None, scaling a float or a 0-d tensor."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float | torch.Tensor = 1.0
+    bias: torch.Tensor | None = None
+    dropout_p: float = 0.0
+
+
+class Projection(NamedTuple):
+    """What is added to the thin terms: weight [N,K] with bias [N], or a finished base output [...,N] (quantised layers)."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    adapters: tuple[Adapter, ...]
+    base: torch.Tensor | None = None
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float | torch.Tensor = 1.0,
+    *,
+    bias: torch.Tensor | None = None,
+    lora_bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """``x @ weight.T + bias + scaling * (dropout(x) @ lora_A.T @ lora_B.T + lora_bias)`` (Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        x: [..., K], fp16, bf16, fp32 or fp64.
+        weight: [N, K] in x's dtype; frozen or trained.
+        lora_A, lora_B: [r, K] and [N, r], any float dtype and strides.  Wider than x (fp32 over bf16) they are computed
+            with in their own dtype; narrower, in x's.  Their gradients have their dtype.
+        scaling: a finite float, or a 0-d tensor (read on the device; gets no gradient).
+        bias, lora_bias: [N].
+        dropout_p: probability in [0, 1] of zeroing an element of the adapter's x; pass 0 in evaluation.
+
+    Returns: [..., N] in x's dtype; under autocast, in autocast's dtype.
+
+    Raises: ValueError or TypeError that names the argument, what came and what was expected.
+    """
+    adapter = Adapter(lora_A, lora_B, scaling, lora_bias, dropout_p)
+    return lora_projections(x, (Projection(weight, bias, (adapter,)),))[0]
+
+
+def lora_linears(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    lora_As: list[torch.Tensor],
+    lora_Bs: list[torch.Tensor],
+    scalings: list[float | torch.Tensor],
+    *,
+    biases: list[torch.Tensor | None] | None = None,
+    dropout_p: float = 0.0,
+    shared_mask: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """:func:`lora_linear` for projections that share x (q/k/v, gate/up): one tensor per entry of ``weights``.
+
+    Dropout draws one mask per projection, as separate layers would; ``shared_mask=True`` draws one for all, which keeps
+    one bit per element instead of one per element and projection.
+
+    Raises: ValueError or TypeError that names the argument, what came and what was expected.
+    """
+    n = len(weights)
+    biases = [None] * n if biases is None else biases
+    for name, given in (("lora_As", lora_As), ("lora_Bs", lora_Bs), ("scalings", scalings), ("biases", biases)):
+        if len(given) != n:
+            raise ValueError(f"lora_linears: {name} has {len(given)} entries; weights has {n}")
+    if n == 0:
+        return ()
+    projections = tuple(
+        Projection(weight, bias, (Adapter(A, B, scaling, None, dropout_p),))
+        for weight, bias, A, B, scaling in zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)
+    )
+    return lora_projections(x, projections, shared_mask=shared_mask)
+
+
+def lora_projections(
+    x: torch.Tensor, projections: tuple[Projection, ...], *, shared_mask: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """The general form: every projection of x with all its adapters, in one autograd node."""
+    autocast = _autocast_dtype(x)
+    dtype = thin_dtype = autocast or x.dtype
+    for projection in projections:
+        check_projection(x, projection, autocast is not None)
+    adapters = [adapter for projection in projections for adapter in projection.adapters]
+    if autocast is None:
+        for adapter in adapters:
+            thin_dtype = torch.promote_types(thin_dtype, torch.promote_types(adapter.A.dtype, adapter.B.dtype))
+    masks, ps = [], []
+    for adapter in adapters:
+        if dropout.threshold(adapter.dropout_p) == 0:
+            masks.append(-1)
+        elif shared_mask and adapter.dropout_p in ps:
+            masks.append(ps.index(adapter.dropout_p))
+        else:
+            masks.append(len(ps))
+            ps.append(adapter.dropout_p)
+    spec = _Spec(
+        tuple(len(projection.adapters) for projection in projections),
+        tuple(1.0 if isinstance(adapter.scaling, torch.Tensor) else adapter.scaling for adapter in adapters),
+        tuple(masks),
+        tuple(ps),
+        dtype,
+        thin_dtype,
+    )
+    seeds = dropout.draw_seeds(len(ps), x.device) if ps else None
+    tensors = (
+        *(projection.weight for projection in projections),
+        *(projection.bias for projection in projections),
+        *(projection.base for projection in projections),
+        *(adapter.A for adapter in adapters),
+        *(adapter.B for adapter in adapters),
+        *(adapter.bias for adapter in adapters),
+        *(adapter.scaling if isinstance(adapter.scaling, torch.Tensor) else None for adapter in adapters),
+    )
+    ys = _LoRALinears.apply(spec, x, seeds, *tensors)
+    # The Function's outputs are fresh 2-D tensors and the view is made here: callers may then add to it in place.
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+
+
+class _Spec(NamedTuple):
+    """Everything about a call that is not a tensor."""
+
+    counts: tuple[int, ...]
+    scalings: tuple[float, ...]
+    masks: tuple[int, ...]
+    ps: tuple[float, ...]
+    dtype: torch.dtype
+    thin_dtype: torch.dtype
+
+    def split(self, tensors):
+        """[weights, biases, bases, As, Bs, lora_biases, scaling tensors] of a flat sequence."""
+        n, a = len(self.counts), len(self.scalings)
+        ends = [n, 2 * n, 3 * n, 3 * n + a, 3 * n + 2 * a, 3 * n + 3 * a, 3 * n + 4 * a]
+        return [list(tensors[i:j]) for i, j in zip([0, *ends], ends, strict=False)]
+
+
+class _LoRALinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, x, seeds, *tensors):
+        weights, biases, bases, As, Bs, lora_biases, scaling_tensors = spec.split(tensors)
+        ys, S, keeps = torch.ops.lowrank.lora_linears.default(
+            x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
+            spec.scalings, spec.counts, spec.masks, spec.ps, seeds, spec.dtype, spec.thin_dtype,
+        )  # fmt: skip
+        need_x = ctx.needs_input_grad[1]
+        need_W, _, _, need_A, need_B, _, _ = spec.split(ctx.needs_input_grad[3:])
+        ctx.spec, ctx.x_shape = spec, x.shape
+        ctx.save_for_backward(
+            x if any(need_A) or any(need_W) else None,
+            S if any(need_B) else None,
+            *(weights if need_x else [None] * len(weights)),
+            *As, *Bs, *scaling_tensors, *(keeps if need_x or any(need_A) else []),
+        )  # fmt: skip
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        spec, x_shape = ctx.spec, ctx.x_shape
+        n, a = len(spec.counts), len(spec.scalings)
+        x, S, *saved = ctx.saved_tensors
+        weights, As, Bs, scaling_tensors = (
+            saved[:n],
+            saved[n : n + a],
+            saved[n + a : n + 2 * a],
+            saved[n + 2 * a : n + 3 * a],
+        )
+        need_W, need_b, need_base, need_A, need_B, need_lb, _ = spec.split(ctx.needs_input_grad[3:])
+        needs = [ctx.needs_input_grad[1], *need_W, *need_b, *need_A, *need_B, *need_lb]
+        grads = torch.ops.lowrank.lora_linears_backward.default(
+            list(dys), x, weights, As, Bs, scaling_tensors, S, saved[n + 3 * a :],
+            spec.scalings, spec.counts, spec.masks, spec.ps, spec.dtype, spec.thin_dtype, needs,
+        )  # fmt: skip
+        grads = iter(grads)
+        dx, *rest = [next(grads) if need else None for need in needs]
+        dx = None if dx is None else dx.view(x_shape)
+        dbases = [
+            dy.view(*x_shape[:-1], dy.shape[1]) if need else None for dy, need in zip(dys, need_base, strict=True)
+        ]
+        return None, dx, None, *rest[: 2 * n], *dbases, *rest[2 * n :], *[None] * a
+
+
+_lib.impl("lora_linears", lora_impl.forward, "CompositeExplicitAutograd")
+_lib.impl("lora_linears_backward", lora_impl.backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lowrank::lora_linears", lib=_lib)
+def _(
+    x,
+    weights,
+    biases,
+    bases,
+    As,
+    Bs,
+    lora_biases,
+    scaling_tensors,
+    scalings,
+    counts,
+    masks,
+    ps,
+    seeds,
+    dtype,
+    thin_dtype,
+):
+    M, K = math.prod(x.shape[:-1]), x.shape[-1]  # Size.numel() would make a dynamic batch static
+    ys = [
+        x.new_empty((M, weight.shape[0]), dtype=dtype) if base is None else base.new_empty((M, base.shape[-1]))
+        for weight, base in zip(weights, bases, strict=True)
+    ]
+    S = x.new_empty((M, sum(A.shape[0] for A in As)), dtype=thin_dtype)
+    return ys, S, [x.new_empty((M, (K + 31) // 32), dtype=torch.int32) for _ in ps]
+
+
+@torch.library.register_fake("lowrank::lora_linears_backward", lib=_lib)
+def _(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, masks, ps, dtype, thin_dtype, needs):
+    K = x.shape[-1] if x is not None else (*As, *weights)[0].shape[1]
+    wide = torch.promote_types(thin_dtype, torch.float32)
+    owners = [i for i, count in enumerate(counts) for _ in range(count)]
+    grads = [dys[0].new_empty((dys[0].shape[0], K), dtype=dtype)]
+    grads += [dy.new_empty((dy.shape[1], K)) for dy in dys]
+    grads += [dy.new_empty(dy.shape[1], dtype=wide) for dy in dys]
+    grads += [factor.new_empty(factor.shape) for factor in (*As, *Bs)]
+    grads += [dys[i].new_empty(dys[i].shape[1], dtype=wide) for i in owners]
+    return [grad for grad, need in zip(grads, needs, strict=True) if need]
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype autocast wants here, or None.  Like torch's own rule it leaves fp64 alone."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)

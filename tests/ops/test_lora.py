@@ -1,0 +1,460 @@
+import itertools
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import lowrank
+from lowrank.ops.lora import Adapter, Projection, lora_projections
+from lowrank.testing import assert_as_right
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [
+    (1, 8, 8, 1),
+    (2, 33, 65, 3),
+    (7, 64, 100, 8),
+    (16, 257, 129, 24),
+    (33, 130, 66, 64),
+    (133, 300, 77, 100),
+    (256, 96, 513, 16),
+]
+
+
+def tensors(M, K, N, r, dtype, adapter_dtype=None, grad=True):
+    adapter_dtype = adapter_dtype or dtype
+    x, W = torch.randn(M, K, dtype=dtype), (torch.randn(N, K) / K**0.5).to(dtype)
+    # a quarter of the base term, as adapters are; test_a_thin_term_larger_than_the_base is about the other case
+    A, B = (torch.randn(r, K) / K**0.5).to(adapter_dtype), (torch.randn(N, r) / (4 * r**0.5)).to(adapter_dtype)
+    b, lb = (torch.randn(N) / 4).to(dtype), (torch.randn(N) / 4).to(adapter_dtype)
+    return [t.requires_grad_(grad) for t in (x, W, A, B, b, lb)]
+
+
+def formula(x, W, A, B, b, lb, scaling=0.7, keep=None, inv_keep=1.0):
+    """The equation, as PEFT writes it in PyTorch: the base result, then the adapter added to it, then one cast."""
+    dropped = x if keep is None else torch.where(keep, x, 0) * inv_keep
+    y = torch.nn.functional.linear(x, W, b)
+    thin = torch.nn.functional.linear(dropped.to(A.dtype), A)
+    return (y + torch.nn.functional.linear(thin, B, lb) * scaling).to(y.dtype)
+
+
+def absolutes(ts):
+    return [None if t is None else t.detach().double().abs().requires_grad_() for t in ts]
+
+
+def wide(ts):
+    return [None if t is None else t.detach().double().requires_grad_() for t in ts]
+
+
+def grads(f, ts, dy):
+    y = f(*ts)
+    return [y, *torch.autograd.grad(y, [t for t in ts if t is not None and t.requires_grad], dy.to(y.dtype))]
+
+
+@pytest.mark.parametrize("adapter", ["same", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_every_gradient(shape, dtype, adapter):
+    M, _, N, r = shape
+    ts = tensors(*shape, dtype, torch.float32 if adapter == "fp32" else dtype)
+    dy = torch.randn(M, N, dtype=dtype)
+    ours = grads(lambda x, W, A, B, b, lb: lowrank.lora_linear(x, W, A, B, 0.7, bias=b, lora_bias=lb), ts, dy)
+    eager = grads(formula, ts, dy)
+    oracle = grads(formula, wide(ts), dy.double())
+    noise = grads(formula, absolutes(ts), dy.double().abs()) if M * r <= 16 else [None] * 7
+    for name, *values in zip(("y", "dx", "dW", "dA", "dB", "db", "dlb"), ours, eager, oracle, noise, strict=True):
+        assert_as_right(*values, name)
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)])
+def test_narrow_or_foreign_adapters_lose_nothing(dtype, adapter_dtype):
+    ts = tensors(64, 96, 80, 8, dtype, adapter_dtype)
+    dy = torch.randn(64, 80, dtype=dtype)
+    ours = grads(lambda x, W, A, B, b, lb: lowrank.lora_linear(x, W, A, B, 0.7, bias=b, lora_bias=lb), ts, dy)
+    eager = grads(formula, [t.detach().to(dtype).requires_grad_() for t in ts], dy)
+    oracle = grads(formula, wide(ts), dy.double())
+    for name, out, same, truth in zip(("y", "dx", "dW", "dA", "dB", "db", "dlb"), ours, eager, oracle, strict=True):
+        assert_as_right(out, same.to(out.dtype), truth, None, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("adapter", ["same", "fp32"])
+def test_dropout_with_the_mask_it_drew(dtype, adapter, monkeypatch):
+    M, K, N, r, p = 65, 130, 70, 8, 0.3
+    ts = tensors(M, K, N, r, dtype, torch.float32 if adapter == "fp32" else dtype)
+    dy = torch.randn(M, N, dtype=dtype)
+    seeds = torch.tensor([1234567])
+    monkeypatch.setattr("lowrank.ops.dropout.draw_seeds", lambda n, device: seeds)
+    keep = torch.cat([m for _, m in lowrank.ops.dropout.draw(seeds[0], M, K, p)])[:, :K]
+    inv_keep = lowrank.ops.dropout.keep_scale(p)
+
+    def ours(x, W, A, B, b, lb):
+        return lowrank.lora_linear(x, W, A, B, 0.7, bias=b, lora_bias=lb, dropout_p=p)
+
+    def dropped(*ts):
+        return formula(*ts, keep=keep, inv_keep=inv_keep)
+
+    values = grads(ours, ts, dy), grads(dropped, ts, dy), grads(dropped, wide(ts), dy.double())
+    for name, out, same, truth in zip(("y", "dx", "dW", "dA", "dB", "db", "dlb"), *values, strict=True):
+        assert_as_right(out, same, truth, None, name)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradcheck(p):
+    ts = tensors(6, 9, 7, 4, torch.float64)
+
+    def f(x, W, A, B, b, lb):
+        torch.manual_seed(1)
+        return lowrank.lora_linear(x.view(2, 3, 9), W, A, B, 0.7, bias=b, lora_bias=lb, dropout_p=p)
+
+    assert torch.autograd.gradcheck(f, ts)
+
+
+@pytest.mark.parametrize("shared_mask", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_siblings_gradcheck(p, shared_mask):
+    x = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    sets = [tensors(5, 9, N, r, torch.float64)[1:5] for N, r in ((7, 4), (3, 2), (11, 1))]
+
+    def f(x, *flat):
+        torch.manual_seed(1)
+        Ws, As, Bs, bs = (list(flat[i::4]) for i in range(4))
+        return lowrank.lora_linears(x, Ws, As, Bs, [0.5, 1.0, 2.0], biases=bs, dropout_p=p, shared_mask=shared_mask)
+
+    assert torch.autograd.gradcheck(f, (x, *itertools.chain(*sets)))
+
+
+def test_siblings_equal_separate_layers():
+    x, *_ = tensors(33, 40, 1, 1, torch.float32)
+    sets = [tensors(33, 40, N, r, torch.float32)[1:5] for N, r in ((24, 8), (8, 4))]
+    Ws, As, Bs, bs = zip(*sets, strict=True)
+    together = lowrank.lora_linears(x, Ws, As, Bs, [2.0, 0.5], biases=bs)
+    for y, W, A, B, b, s in zip(together, Ws, As, Bs, bs, [2.0, 0.5], strict=True):
+        torch.testing.assert_close(y, lowrank.lora_linear(x, W, A, B, s, bias=b))
+
+
+def test_several_adapters_on_one_projection_round_once():
+    x, W, A, B, b, lb = tensors(64, 96, 80, 8, torch.bfloat16, torch.float32)
+    *_, A2, B2, _, _ = tensors(64, 96, 80, 3, torch.bfloat16, torch.float32)
+    adapters = (Adapter(A, B, 0.5, lb), Adapter(A2, B2, torch.tensor(2.0)))
+    (y,) = lora_projections(x, (Projection(W, b, adapters),))
+
+    def eager(x, W, b, A, B, lb, A2, B2):
+        thin = torch.nn.functional.linear
+        y = thin(x, W, b)
+        xa = x.to(A.dtype)
+        return (y + thin(thin(xa, A), B, lb) * 0.5 + thin(thin(xa, A2), B2) * 2.0).to(y.dtype)
+
+    ts, dy = (x, W, b, A, B, lb, A2, B2), torch.randn_like(y)
+    ours = [y, *torch.autograd.grad(y, ts, dy)]
+    names = ("y", "dx", "dW", "db", "dA", "dB", "dlb", "dA2", "dB2")
+    for name, *values in zip(names, ours, grads(eager, ts, dy), grads(eager, wide(ts), dy), strict=True):
+        assert_as_right(*values, None, name)
+
+
+def test_a_thin_term_larger_than_the_base_costs_one_rounding_of_it():
+    """What is rounded early is the thin term, in PEFT's order the base term: each pays for its own."""
+    x, W, A, B, _, _ = tensors(64, 96, 80, 8, torch.bfloat16, torch.float32, grad=False)
+    oracle = formula(*wide((x, W, A, B)), None, None, scaling=40.0)
+    thin = 40 * x.double() @ A.double().mT @ B.double().mT
+    rounding = 2**-8 / 3**0.5  # rms of rounding to bf16, relative to the worst of a binade
+    budget = rounding * (thin.square().sum() + oracle.square().sum()).sqrt()
+    assert (lowrank.lora_linear(x, W, A, B, 40.0).double() - oracle).norm() <= budget
+
+
+def test_base_output_is_added_to_and_not_written():
+    x, W, A, B, _, lb = tensors(4, 12, 10, 3, torch.float64)
+    base = (x @ W.mT).detach().requires_grad_()
+    before = base.clone()
+    assert torch.autograd.gradcheck(
+        lambda x, base, A, B, lb: lora_projections(x, (Projection(None, None, (Adapter(A, B, 0.5, lb),), base),))[0],
+        (x, base, A, B, lb),
+    )
+    assert torch.equal(base, before)
+
+
+def test_a_projection_without_an_adapter_trains_fully():
+    x, W, _, _, b, _ = tensors(5, 9, 7, 1, torch.float64)
+    assert torch.autograd.gradcheck(lambda x, W, b: lora_projections(x, (Projection(W, b, ()),))[0], (x, W, b))
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_only_what_needs_a_gradient_gets_one(needed):
+    ts = tensors(6, 9, 7, 4, torch.float32)[:4]
+    for t, need in zip(ts, needed, strict=True):
+        t.requires_grad_(need)
+    y = lowrank.lora_linear(*ts, 0.7, dropout_p=0.2)
+    assert y.requires_grad == any(needed)
+    if any(needed):
+        y.sum().backward()
+    for t, need in zip(ts, needed, strict=True):
+        assert (t.grad is not None) == need
+
+
+def saved_bytes(f, ignore):
+    """Bytes of distinct storages that autograd holds between forward and backward, parameters not counted."""
+    seen = {}
+    ignore = {t.untyped_storage().data_ptr() for t in ignore}
+
+    def pack(t):
+        s = t.untyped_storage()
+        if s.data_ptr() not in ignore:
+            seen[s.data_ptr()] = s.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = f()
+    del out
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize(
+    ("p", "shared_mask", "limit"), [(0.0, False, 1.06), (0.05, False, 1.22), (0.05, True, 1.15)], ids=str
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_saved_for_backward_in_a_llama_block(p, shared_mask, limit, autocast):
+    """The seven projections of a decoder block, fp32 adapters over bf16: distinct inputs are what any method keeps."""
+    H, F, r, M = 256, 896, 4, 512  # Llama-8B's proportions; r/H as r=16 at 1024
+    xs = {
+        name: torch.randn(M, F if name == "down" else H, dtype=torch.bfloat16, requires_grad=True)
+        for name in ("attn", "o", "mlp", "down")
+    }
+    groups = {"attn": [H, H // 4, H // 4], "o": [H], "mlp": [F, F], "down": [H]}
+    parameters, calls = [], []
+    for name, Ns in groups.items():
+        sets = [tensors(1, xs[name].shape[1], N, r, torch.bfloat16, torch.float32)[1:4] for N in Ns]
+        for W, _, _ in sets:
+            W.requires_grad_(False)
+        parameters += itertools.chain(*sets)
+        calls.append((xs[name], *map(list, zip(*sets, strict=True))))
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return [
+                lowrank.lora_linears(x, Ws, As, Bs, [2.0] * len(Ws), dropout_p=p, shared_mask=shared_mask)
+                for x, Ws, As, Bs in calls
+            ]
+
+    ratio = saved_bytes(run, parameters) / sum(x.nbytes for x in xs.values())
+    assert 1.0 < ratio <= limit
+
+
+def test_never_saves_a_cast_copy_of_x():
+    x, W, A, B, _, _ = tensors(64, 128, 32, 4, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        extra = saved_bytes(lambda: lowrank.lora_linear(x, W, A, B), [x, W, A, B])
+    assert extra == 64 * 4 * 2  # S in bf16, nothing else
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_recomputes_the_same_mask(reentrant):
+    x, W, A, B, _, _ = tensors(16, 64, 32, 4, torch.float32)
+
+    def f(x):
+        return lowrank.lora_linear(
+            torch.tanh(lowrank.lora_linear(x, W, A, B, dropout_p=0.5)), W.mT, B.mT, A.mT, dropout_p=0.5
+        )
+
+    results = []
+    for run in (f, lambda x: checkpoint(f, x, use_reentrant=reentrant)):
+        torch.manual_seed(5)
+        y = run(x)
+        results.append(
+            [y, *torch.autograd.grad(y, (x, A, B), torch.ones_like(y))] if not reentrant else backward_into(y, x, A, B)
+        )
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def backward_into(y, *leaves):
+    for leaf in leaves:
+        leaf.grad = None
+    y.backward(torch.ones_like(y))
+    return [y, *[leaf.grad for leaf in leaves]]
+
+
+def test_the_mask_follows_torchs_seed():
+    x, W, A, B, _, _ = tensors(16, 64, 32, 4, torch.float32)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(lowrank.lora_linear(x, W, A, B, dropout_p=0.5))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_dropout_is_unbiased():
+    x, W, A, B, _, _ = tensors(4, 512, 8, 4, torch.float64, grad=False)
+    mean = sum(lowrank.lora_linear(x, W, A, B, dropout_p=0.3) for _ in range(3000)) / 3000
+    spread = (lowrank.lora_linear(x, W, A, B, dropout_p=0.3) - lowrank.lora_linear(x, W, A, B)).abs().mean()
+    assert (mean - lowrank.lora_linear(x, W, A, B)).abs().mean() < 4 * spread / 3000**0.5
+
+
+def test_strides_ties_and_expanded_gradients():
+    x, W, A, B, b, lb = tensors(12, 16, 16, 4, torch.float64)
+    want = grads(formula, [x, W, A, B, b, lb], torch.ones(12, 16, dtype=torch.float64))
+
+    def strided(t):
+        big = torch.zeros(t.shape[0], 2 * t.shape[1], dtype=t.dtype)
+        big[:, ::2] = t.detach()
+        return big[:, ::2].requires_grad_()
+
+    def transposed(t):
+        return t.detach().t().contiguous().t().requires_grad_()
+
+    for change in (strided, transposed):
+        x2, W2, A2, B2 = map(change, (x, W, A, B))
+        y = lowrank.lora_linear(x2, W2, A2, B2, 0.7, bias=b, lora_bias=lb)
+        y.sum().backward()  # a gradient with strides (0, 0)
+        torch.testing.assert_close([y, x2.grad, W2.grad, A2.grad, B2.grad], want[:5])
+
+    tied = A.detach().clone().requires_grad_()
+    y = lowrank.lora_linear(x, W, tied, tied.mT, 0.7)
+    (got,) = torch.autograd.grad(y.sum(), tied)
+    same = torch.nn.functional.linear(x, W) + 0.7 * x @ tied.mT @ tied
+    torch.testing.assert_close(got, torch.autograd.grad(same.sum(), tied)[0])
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0), (3,), (2, 3)], ids=str)
+def test_leading_shapes(leading):
+    _, W, A, B, b, lb = tensors(1, 12, 10, 3, torch.float32)
+    x = torch.randn(*leading, 12, requires_grad=True)
+    y = lowrank.lora_linear(x, W, A, B, 0.7, bias=b, lora_bias=lb, dropout_p=0.1)
+    assert y.shape == (*leading, 10)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert A.grad.shape == A.shape
+
+
+def test_scaling_as_a_tensor():
+    x, W, A, B, b, lb = tensors(12, 16, 16, 4, torch.float32)
+    runs = []
+    for scaling in (0.7, torch.tensor(0.7)):
+        y = lowrank.lora_linear(x, W, A, B, scaling, bias=b, lora_bias=lb)
+        runs.append([y, *torch.autograd.grad(y.sum(), (x, A, B, lb))])
+    torch.testing.assert_close(*runs)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(base_dtype):
+    x, W, A, B, b, _ = tensors(64, 96, 80, 8, base_dtype, torch.float32)
+    dy = torch.randn(64, 80, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = lowrank.lora_linear(x, W, A, B, 0.7, bias=b)
+        theirs = torch.nn.functional.linear(x, W, b)
+        theirs = theirs + torch.nn.functional.linear(torch.nn.functional.linear(x.to(A.dtype), A), B) * 0.7
+    assert ours.dtype is torch.bfloat16
+    ts = (x, W, A, B, b)
+    oracle = grads(lambda x, W, A, B, b: formula(x, W, A, B, b, None), wide(ts), dy.double())
+    ours = [ours, *torch.autograd.grad(ours, ts, dy)]
+    theirs = [theirs, *torch.autograd.grad(theirs, ts, dy)]
+    for name, out, same, truth in zip(("y", "dx", "dW", "dA", "dB", "db"), ours, theirs, oracle, strict=True):
+        assert_as_right(out, same, truth, None, name)
+
+
+def test_autocast_still_on_in_backward_changes_nothing():
+    x, W, A, B, _, _ = tensors(8, 16, 12, 4, torch.float32)
+    y = lowrank.lora_linear(x, W, A, B)
+    want = torch.autograd.grad(y.sum(), (x, A, B), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y.sum(), (x, A, B))
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_the_result_may_be_written_to():
+    x, W, A, B, _, _ = tensors(2, 12, 10, 3, torch.float32)
+    y = lowrank.lora_linear(x.view(1, 2, 12), W, A, B)
+    y += 1  # PEFT's AdaLoRA does this
+    y.sum().backward()
+
+
+def test_inputs_are_never_written_to():
+    ts = tensors(6, 9, 7, 4, torch.float32)
+    before = [t.detach().clone() for t in ts]
+    x, W, A, B, b, lb = ts
+    lowrank.lora_linear(x, W, A, B, 0.7, bias=b, lora_bias=lb, dropout_p=0.3).sum().backward()
+    assert all(torch.equal(t, c) for t, c in zip(ts, before, strict=True))
+
+
+def test_second_derivatives_are_refused():
+    x, W, A, B, _, _ = tensors(2, 12, 10, 3, torch.float32)
+    (dx,) = torch.autograd.grad(lowrank.lora_linear(x, W, A, B).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_opcheck(p):
+    x, W, A, B, b, lb = (t.detach() for t in tensors(6, 40, 7, 4, torch.bfloat16, torch.float32))
+    masks, ps, seeds = ([0], [p], torch.tensor([7])) if p else ([-1], [], None)
+    forward = (x, [W], [b], [None], [A], [B], [lb], [None], [0.7], [1], masks, ps, seeds, x.dtype, A.dtype)
+    torch.library.opcheck(torch.ops.lowrank.lora_linears.default, forward)
+    (y,), S, keeps = torch.ops.lowrank.lora_linears.default(*forward)
+    backward = ([y], x, [W], [A], [B], [None], S, keeps, [0.7], [1], masks, ps, x.dtype, A.dtype, [True] * 6)
+    torch.library.opcheck(torch.ops.lowrank.lora_linears_backward.default, backward)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_compile_fullgraph(backend, p):
+    sets = [tensors(6, 40, N, 4, torch.float32)[1:4] for N in (7, 9)]
+    Ws, As, Bs = map(list, zip(*sets, strict=True))
+
+    def f(x):
+        a, b = lowrank.lora_linears(x, Ws, As, Bs, [0.5, 2.0], dropout_p=p)
+        return a.sin().sum(-1) + b.cos().sum(-1)
+
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    compiled = torch.compile(f, fullgraph=True, backend=backend)
+    for M in (6, 11, 5, 9):
+        x = torch.randn(M, 40, requires_grad=True)
+        runs = []
+        for run in (f, compiled):
+            torch.manual_seed(3)
+            y = run(x)
+            runs.append([y, *torch.autograd.grad(y.sum(), (x, *As, *Bs))])
+        if backend == "inductor" and p:  # inductor draws its seeds from a stream of its own
+            assert all(torch.isfinite(t).all() for t in runs[1])
+        else:
+            torch.testing.assert_close(*runs)
+    assert counters["stats"]["unique_graphs"] == 2  # the first length, then any length
+
+
+BAD = {
+    "x": (dict(x=torch.ones(2, 5, dtype=torch.int64)), TypeError, "x: expected one of .* got torch.int64"),
+    "x scalar": (dict(x=torch.tensor(1.0)), ValueError, r"x: expected \[..., K\]"),
+    "weight shape": (dict(weight=torch.randn(7, 6)), ValueError, r"weight: expected \[N, 5\] for x \[2, 5\], got \[7, 6\]"),
+    "weight dtype": (dict(weight=torch.randn(7, 5).half()), TypeError, "weight: expected x's dtype .*32, got .*16"),
+    "weight type": (dict(weight=[1.0]), TypeError, "weight: expected a tensor, got list"),
+    "A": (dict(lora_A=torch.randn(3, 6)), ValueError, r"lora_A: expected \[r, 5\] for x \[2, 5\], got \[3, 6\]"),
+    "rank 0": (dict(lora_A=torch.randn(0, 5), lora_B=torch.randn(7, 0)), ValueError, "lora_A: the rank must be at least 1"),
+    "B": (dict(lora_B=torch.randn(7, 4)), ValueError, r"lora_B: expected \[7, 3\] beside lora_A \[3, 5\], got \[7, 4\]"),
+    "bias": (dict(bias=torch.randn(6)), ValueError, r"bias: expected \[7\], got \[6\]"),
+    "lora_bias": (dict(lora_bias=torch.randn(7, 1)), ValueError, r"lora_bias: expected \[7\], got \[7, 1\]"),
+    "nan scaling": (dict(scaling=float("nan")), ValueError, "scaling: expected a finite number, got nan"),
+    "scaling type": (dict(scaling="2"), TypeError, "scaling: expected a float or a 0-d tensor, got str"),
+    "scaling shape": (dict(scaling=torch.ones(2)), ValueError, r"scaling: .* got a tensor \[2\]"),
+    "dropout": (dict(dropout_p=1.5), ValueError, r"dropout_p: expected a probability in \[0, 1\], got 1.5"),
+    "device": (dict(weight=torch.randn(7, 5, device="meta")), ValueError, "weight: expected x's device cpu, got meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refuses(case):
+    change, kind, message = BAD[case]
+    arguments = dict(x=torch.randn(2, 5), weight=torch.randn(7, 5), lora_A=torch.randn(3, 5), lora_B=torch.randn(7, 3))
+    with pytest.raises(kind, match=message):
+        lowrank.lora_linear(**(arguments | change))
+
+
+def test_siblings_refuse_unequal_lists():
+    with pytest.raises(ValueError, match="lora_As has 1 entries; weights has 2"):
+        lowrank.lora_linears(
+            torch.randn(2, 5), [torch.randn(7, 5)] * 2, [torch.randn(3, 5)], [torch.randn(7, 3)] * 2, [1.0] * 2
+        )
+
+
+def test_meta_tensors_trace():
+    x, W, A, B, _, _ = (t.to("meta") for t in tensors(6, 9, 7, 4, torch.float32))
+    assert lowrank.lora_linear(x, W, A, B, dropout_p=0.1).shape == (6, 7)
