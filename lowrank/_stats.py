@@ -1,0 +1,95 @@
+"""Which calls ran on lowrank, which fell back to the host library's own code, and why."""
+
+import warnings
+import weakref
+from collections import Counter
+
+import torch
+from torch import nn
+
+_FUSED = ""
+_all = Counter()
+_by_layer: "weakref.WeakKeyDictionary[nn.Module, Counter]" = weakref.WeakKeyDictionary()
+_warned: set[str] = set()
+_strict = False
+
+
+class FallbackError(RuntimeError):
+    """A layer could not take lowrank's path while :func:`strict` was on."""
+
+
+class strict:
+    """Raise :class:`FallbackError` instead of falling back.  A switch, and a context manager that puts it back::
+
+    lowrank.strict()  # from here on
+    with lowrank.strict():  # in here
+    lowrank.strict(False)  # fall back again
+    """
+
+    def __init__(self, enabled: bool = True):
+        global _strict
+        self.before, _strict = _strict, enabled
+
+    def __enter__(self) -> "strict":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _strict
+        _strict = self.before
+
+
+def stats(model: nn.Module | None = None) -> dict[str, object]:
+    """``{"fused": calls, "fallback": {reason: calls}, "untouched": {class: layers}}`` since the process started.
+
+    With a ``model``, of its layers alone, and ``untouched`` counts its adapter layers that lowrank never sees: classes it
+    does not cover (embeddings, convolutions, MoE expert parameters, GPTQ, ...) and covered ones that were not patched.
+    Code under ``torch.compile`` is not counted: a counter would be a graph break or a recompilation.
+    """
+    if model is None:
+        counts, untouched = _all, {}
+    else:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        counts = sum((_by_layer.get(layer, Counter()) for layer in model.modules()), Counter())
+        untouched = _untouched(model)
+    fallback = {reason: n for reason, n in sorted(counts.items()) if reason != _FUSED}
+    return {"fused": counts[_FUSED], "fallback": fallback, "untouched": untouched}
+
+
+def ran_fused(layer: nn.Module) -> None:
+    """Count one call of ``layer`` that took lowrank's path."""
+    if not torch.compiler.is_compiling():
+        _count(layer, _FUSED)
+
+
+def fell_back(layer: nn.Module, reason: str) -> None:
+    """Count one call of ``layer`` that did not, warn once per reason, or raise under :class:`strict`."""
+    if _strict:
+        raise FallbackError(f"{type(layer).__name__} cannot run on lowrank: {reason}")
+    if torch.compiler.is_compiling():
+        return
+    _count(layer, reason)
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"lowrank falls back to PEFT's own code for some layers: {reason}", stacklevel=4)
+
+
+def _count(layer: nn.Module, reason: str) -> None:
+    _all[reason] += 1
+    counts = _by_layer.get(layer)
+    if counts is None:
+        counts = _by_layer[layer] = Counter()
+    counts[reason] += 1
+
+
+def _untouched(model: nn.Module) -> dict[str, int]:
+    import sys
+
+    if "peft" not in sys.modules:
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from .integrations.peft import is_patched
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not is_patched(m)]
+    return dict(Counter(".".join([type(m).__module__.split(".")[-2], type(m).__name__]) for m in layers))

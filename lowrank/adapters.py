@@ -1,0 +1,196 @@
+"""``adapt``, ``save_adapter`` and ``load_adapter``: LoRA adapters on a whole model, in PEFT's files both ways."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .nn import LoRALinear
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # of every key in a PEFT file
+
+
+def adapt(model: nn.Module, config, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True):
+    """``peft.get_peft_model(model, config)`` whose LoRA layers run on lowrank.
+
+    What comes back is a PeftModel like any other: Trainer saves, resumes and reloads it, and its files are PEFT's.
+
+    Args:
+        model: an nn.Module with linear layers; PEFT freezes it and injects the adapters in place.
+        config: a peft.LoraConfig, with everything it offers (rsLoRA, rank and alpha patterns, initialisations, lm_head).
+        autocast_adapter_dtype: PEFT's: adapters in fp32 over a 16-bit base.
+
+    Raises: TypeError for another config; ValueError from PEFT if its target modules match nothing.
+    """
+    peft = _peft()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
+    from .integrations.peft import patch
+
+    if not any(isinstance(module, nn.Linear) for module in model.modules()) and config.target_modules == "all-linear":
+        raise ValueError(f"model: {type(model).__name__} has no nn.Linear layer to adapt")
+    model = peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    return patch(model)
+
+
+def save_adapter(model: nn.Module, path, format: str | None = None) -> Path:
+    """Write the adapter of ``model`` to the directory ``path`` as PEFT's two files; nothing is left half-written.
+
+    Args:
+        model: a PeftModel, or any model with :class:`lowrank.nn.LoRALinear` layers.
+        path: created, or its adapter files replaced.
+        format: None or "lora": LoRA files are PEFT files.
+
+    Raises: ValueError for another format or a model without adapters.
+    """
+    if format not in (None, "lora"):
+        raise ValueError(f"format: expected None or 'lora', got {format!r}")
+    peft = _peft()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        if isinstance(model, peft.PeftModel):
+            model.save_pretrained(scratch)
+        else:
+            _write_lora_linears(model, Path(scratch), peft)
+        written = [file for file in Path(scratch).rglob("*") if file.is_file()]
+        # the configuration goes last: a directory without one is not an adapter
+        for file in sorted(written, key=lambda file: file.name == CONFIG):
+            target = path / file.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(file, target)
+    return path
+
+
+def load_adapter(model: nn.Module, path, adapter_name: str = "default", *, is_trainable: bool = False) -> nn.Module:
+    """Load an adapter that :func:`save_adapter` or PEFT wrote, and return the model with it.
+
+    A model with :class:`lowrank.nn.LoRALinear` layers has its factors overwritten; a PeftModel gets the adapter added
+    and made active; any other model becomes a PeftModel whose layers run on lowrank.  The files are checked against the
+    model before anything is changed.
+
+    Raises: FileNotFoundError for a missing file; ValueError for a damaged one, or an adapter of another model.
+    """
+    peft = _peft()
+    path = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path}: expected an adapter directory with {CONFIG} and {WEIGHTS}; no {name}")
+    tensors = _read(path / WEIGHTS)
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        return _load_lora_linears(model, path, tensors)
+    from .integrations.peft import patch
+
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    _check_fits(base, path, tensors)
+    if isinstance(model, peft.PeftModel):
+        model.load_adapter(path, adapter_name, is_trainable=is_trainable)
+        model.set_adapter(adapter_name)
+    else:
+        model = peft.PeftModel.from_pretrained(model, path, adapter_name, is_trainable=is_trainable)
+    return patch(model)
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("adapters need PEFT: pip install 'lowrank-kernels[peft]'") from error
+    return peft
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({file.stat().st_size} bytes): {error}") from error
+
+
+def _check_fits(base: nn.Module, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless every LoRA factor in the file has a layer of its size in ``base``."""
+    layers = {name.replace(".base_layer", ""): module for name, module in base.named_modules()}
+    for key, tensor in tensors.items():
+        name, _, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
+        if not name or factor not in ("A.weight", "B.weight"):
+            continue  # lora_bias, DoRA vectors, embeddings, modules_to_save: PEFT checks them itself
+        if name not in layers:
+            raise ValueError(f"{path}: an adapter of another model: it has {name}, which {type(base).__name__} lacks")
+        layer = layers[name]
+        side = "in_features" if factor == "A.weight" else "out_features"
+        size = getattr(layer, side, None)
+        given = tensor.shape[1] if factor == "A.weight" else tensor.shape[0]
+        if tensor.dim() == 2 and size is not None and size != given:
+            raise ValueError(
+                f"{path}: an adapter of another model: {key} is {list(tensor.shape)}, {name} has {side}={size}"
+            )
+
+
+def _lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def _write_lora_linears(model: nn.Module, path: Path, peft) -> None:
+    layers = _lora_linears(model)
+    if not layers:
+        raise ValueError(f"model: expected a PeftModel or a model with LoRALinear layers, got {type(model).__name__}")
+    from safetensors.torch import save_file
+
+    first = next(iter(layers.values()))
+    if len({(layer.use_rslora, layer.lora_B["default"].bias is not None) for layer in layers.values()}) > 1:
+        raise ValueError(
+            "model: PEFT's files hold one use_rslora and one lora_bias for all layers; these layers differ"
+        )
+    config = peft.LoraConfig(
+        r=first.r,
+        lora_alpha=first.lora_alpha,
+        lora_dropout=first.lora_dropout,
+        use_rslora=first.use_rslora,
+        lora_bias=first.lora_B["default"].bias is not None,
+        target_modules=list(layers),
+        rank_pattern={name: layer.r for name, layer in layers.items() if layer.r != first.r},
+        alpha_pattern={
+            name: layer.lora_alpha for name, layer in layers.items() if layer.lora_alpha != first.lora_alpha
+        },
+        inference_mode=True,
+    )
+    tensors = {}
+    for name, layer in layers.items():
+        for factor, module in (("lora_A", layer.lora_A["default"]), ("lora_B", layer.lora_B["default"])):
+            for kind, parameter in module.named_parameters():
+                tensors[f"{_PREFIX}{name}.{factor}.{kind}"] = parameter.detach().contiguous()
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(path)
+
+
+@torch.no_grad()
+def _load_lora_linears(model: nn.Module, path: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    layers = _lora_linears(model)
+    wanted = {
+        f"{_PREFIX}{name}.{factor}.{kind}": parameter
+        for name, layer in layers.items()
+        for factor in ("lora_A", "lora_B")
+        for kind, parameter in getattr(layer, factor)["default"].named_parameters()
+    }
+    if wanted.keys() != tensors.keys():
+        odd = sorted(wanted.keys() ^ tensors.keys())
+        raise ValueError(f"{path}: an adapter of another model: {len(odd)} tensors on one side only, such as {odd[0]}")
+    for key, parameter in wanted.items():
+        if parameter.shape != tensors[key].shape:
+            raise ValueError(f"{path}: {key} is {list(tensors[key].shape)}, the model's is {list(parameter.shape)}")
+    config = json.loads((path / CONFIG).read_text())
+    for name, layer in layers.items():
+        scale = config["alpha_pattern"].get(name, config["lora_alpha"])
+        layer.lora_alpha, layer.use_rslora = scale, config.get("use_rslora", False)
+        layer.unmerge()
+    for key, parameter in wanted.items():
+        parameter.copy_(tensors[key])
+    return model

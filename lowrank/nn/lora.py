@@ -1,0 +1,134 @@
+"""nn.Linear with a LoRA adapter beside it."""
+
+import math
+
+import torch
+from torch import nn
+
+from ..ops import lora_linear
+
+
+class LoRALinear(nn.Module):
+    """``base_layer(x) + scaling * lora_B(lora_A(dropout(x)))`` in one op (Hu et al. 2021, arXiv 2106.09685).
+
+    The parameters and their names are PEFT's: ``base_layer.weight`` [N, K], ``lora_A.default.weight`` [r, K],
+    ``lora_B.default.weight`` [N, r].  The base is frozen; lora_A starts Kaiming-uniform, lora_B at zero, so the layer
+    starts as the linear it was made from.  ``scaling`` is alpha / r, or alpha / sqrt(r) with ``use_rslora`` (Kalajdzievski
+    2023, arXiv 2312.03732).
+
+    Args:
+        in_features, out_features: K and N.
+        r: rank, at least 1.
+        lora_alpha: defaults to r.
+        lora_dropout: probability in [0, 1].
+        bias, device, dtype: of the base, as nn.Linear's.
+        lora_bias: whether lora_B has a bias.
+        adapter_dtype: of the adapter; fp32 by default, whatever the base is.
+
+    Raises: ValueError for a rank, alpha or dropout outside its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        *,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        bias: bool = True,
+        lora_bias: bool = False,
+        device=None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+        _base: nn.Linear | None = None,
+    ):
+        super().__init__()
+        lora_alpha = r if lora_alpha is None else lora_alpha
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"r: expected an integer of at least 1, got {r!r}")
+        if not math.isfinite(lora_alpha):
+            raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha}")
+        if not 0 <= lora_dropout <= 1:
+            raise ValueError(f"lora_dropout: expected a probability in [0, 1], got {lora_dropout}")
+        self.in_features, self.out_features = in_features, out_features
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.base_layer = _base or nn.Linear(in_features, out_features, bias, device, dtype)
+        self.base_layer.requires_grad_(False)
+        device = self.base_layer.weight.device
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(in_features, r, False, device, adapter_dtype)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(r, out_features, lora_bias, device, adapter_dtype)})
+        self.lora_dropout = lora_dropout
+        self.register_buffer("_merged_weight", None, persistent=False)
+        self.register_buffer("_merged_bias", None, persistent=False)
+        self.reset_lora_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, r: int, **options) -> "LoRALinear":
+        """Adopt ``linear``: its parameters are used, not copied, and frozen.  ``options``: the constructor's."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        return cls(linear.in_features, linear.out_features, r, _base=linear, **options)
+
+    def reset_lora_parameters(self) -> None:
+        """PEFT's default start: lora_A Kaiming-uniform with a = sqrt(5), lora_B zero."""
+        nn.init.kaiming_uniform_(self.lora_A["default"].weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B["default"].weight)
+        if self.lora_B["default"].bias is not None:
+            nn.init.zeros_(self.lora_B["default"].bias)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base's weight, as in PEFT: always the pristine one, merged or not."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base's bias."""
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether forward uses one merged weight."""
+        return self._merged_weight is not None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N] in x's dtype, or autocast's."""
+        if self.merged:
+            return nn.functional.linear(x, self._merged_weight, self._merged_bias)
+        A, B = self.lora_A["default"], self.lora_B["default"]
+        p = self.lora_dropout if self.training else 0.0
+        return lora_linear(
+            x, self.weight, A.weight, B.weight, self.scaling, bias=self.bias, lora_bias=B.bias, dropout_p=p
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Compute ``weight + scaling * lora_B @ lora_A`` once, in fp32 with one rounding, and use it in forward.
+
+        Out of place: the base's weight and the state dict stay what they were, bit for bit.  The adapter gets no gradient
+        while it is merged.
+        """
+        A, B = self.lora_A["default"], self.lora_B["default"]
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        delta = B.weight.to(wide) @ A.weight.to(wide) * self.scaling
+        self._merged_weight = (self.weight.to(wide) + delta).to(self.weight.dtype)
+        self._merged_bias = self.bias
+        if B.bias is not None:
+            shift = B.bias.to(wide) * self.scaling
+            self._merged_bias = (shift if self.bias is None else self.bias.to(wide) + shift).to(self.weight.dtype)
+
+    def unmerge(self) -> None:
+        """Forget the merged weight."""
+        self._merged_weight = self._merged_bias = None
+
+    def extra_repr(self) -> str:
+        """What nn.Linear prints, and the adapter."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{text}, r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout}, merged={self.merged}"
