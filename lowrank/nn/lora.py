@@ -119,7 +119,7 @@ class LoRALinear(nn.Module):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         delta = B.weight.to(wide) @ A.weight.to(wide) * self.scaling
         self._merged_weight = (self.weight.to(wide) + delta).to(self.weight.dtype)
-        self._merged_bias = self.bias
+        self._merged_bias = None if self.bias is None else self.bias.detach()
         if B.bias is not None:
             shift = B.bias.to(wide) * self.scaling
             self._merged_bias = (shift if self.bias is None else self.bias.to(wide) + shift).to(self.weight.dtype)

@@ -1,0 +1,167 @@
+"""What a method costs and what it did to the weights, measured."""
+
+import copy
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank._version import __version__
+
+from .methods import is_linear
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at one training step.  total: the sum of the four on a CPU; the allocator's peak on CUDA."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    total: int
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def storage_bytes(tensors) -> int:
+    """Bytes of the distinct storages behind the tensors."""
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+class SavedActivations:
+    """Context manager: .bytes of the distinct storages saved for backward, parameters and buffers not counted."""
+
+    def __init__(self, model: nn.Module):
+        self._own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self._seen: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._own:
+            self._seen[storage.data_ptr()] = storage.nbytes()  # saved, hence alive: the address is not reused
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._seen.values())
+
+    def __enter__(self):
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._hooks.__exit__(*error)
+
+
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int, device: torch.device) -> Memory:
+    """Call between backward and the dropping of the gradients, from the second step on: by then there is state."""
+    parameters = list(model.parameters())
+    state = (v for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
+    parts = (
+        storage_bytes((*parameters, *model.buffers())),
+        storage_bytes(p.grad for p in parameters if p.grad is not None),
+        storage_bytes(state),
+        activations,
+    )
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else sum(parts)
+    return Memory(*parts, peak)
+
+
+def linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in the model without adapters, weight with its adapters merged in fp32) of every linear layer."""
+    inside = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        plain = name.removeprefix("base_model.model.")
+        if hasattr(module, "get_delta_weight"):
+            inside = name + "."
+            delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
+            yield plain, module.get_base_layer().weight.float() + delta
+        elif is_linear(module):
+            yield plain, module.weight.float()
+
+
+def stable_rank(delta: Tensor) -> float:
+    """‖Δ‖_F² / ‖Δ‖_2² of a matrix: between 1 and its rank.  The top singular value by a randomized SVD."""
+    values = torch.svd_lowrank(delta, q=min(16, *delta.shape), niter=4)[1]
+    return float(delta.square().sum() / values[0].square())
+
+
+@torch.no_grad()
+def weight_changes(base: nn.Module, model: nn.Module) -> dict:
+    """Share of linear weights whose stored value (base's dtype) differs; stable ranks of the layers that changed."""
+    changed = total = 0
+    ranks = []
+    for name, weight in linear_weights(model):
+        before = base.get_submodule(name).weight.to(weight.device)
+        changed += int((weight.to(before.dtype) != before).sum())
+        total += before.numel()
+        delta = weight - before.float()
+        if delta.any():
+            ranks.append(stable_rank(delta))
+    ranks = ranks or [0.0]
+    return {
+        "share_changed": changed / total,
+        "stable_rank": {"median": statistics.median(ranks), "least": min(ranks), "most": max(ranks)},
+    }
+
+
+@torch.no_grad()
+def latency(model: nn.Module, batch: Tensor, repeats: int = 15) -> float:
+    """Seconds of one forward of batch [B, T]: the median of repeats, after two that do not count."""
+    model.eval()
+    seconds = []
+    for _ in range(repeats + 2):
+        synchronize(batch.device)
+        start = time.perf_counter()
+        model(input_ids=batch)
+        synchronize(batch.device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def latencies(model: nn.Module, batch: Tensor) -> dict[str, float | None]:
+    """Seconds unmerged and merged; merged is None for a model without adapters."""
+    merged = copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else None
+    return {"unmerged": latency(model, batch), "merged": latency(merged, batch) if merged is not None else None}
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of the files that save_pretrained writes, the model card aside."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file() and f.suffix != ".md")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as info:
+            name = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), name)
+    packages = {p: version(p) for p in ("torch", "transformers", "peft")}
+    return {
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "lowrank": __version__,
+        **packages,
+    }

@@ -1,0 +1,81 @@
+"""How each method prepares the model.  A new method is one entry of METHODS and its name in settings.METHODS."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run, share of its steps long.  rate multiplies the swept learning rate."""
+
+    share: float
+    prepare: Callable[[nn.Module, int], nn.Module]  # (model, rank) -> the model with what trains requiring grad
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Method:
+    summary: str
+    rate: float  # where its learning-rate grid is centred, in units of full fine-tuning's
+    phases: tuple[Phase, ...]
+
+
+def lora_config(rank: int, target_modules="all-linear"):
+    """PEFT's LoraConfig with alpha = rank and no dropout, so that two implementations draw no random numbers."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM")
+
+
+def is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers that sit inside attention."""
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    chosen = [name for name in linear if any(mark in name.lower() for mark in ("attn", "attention"))]
+    if not chosen:
+        raise ValueError(f"lora-attention: no linear layer of this model is named attn or attention, only {linear[:8]}")
+    return chosen
+
+
+def _full(model: nn.Module, rank: int) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _lora(model: nn.Module, rank: int) -> nn.Module:
+    import lowrank
+
+    return lowrank.adapt(model, lora_config(rank))
+
+
+def _lora_attention(model: nn.Module, rank: int) -> nn.Module:
+    import lowrank
+
+    return lowrank.adapt(model, lora_config(rank, attention_layers(model)))
+
+
+def _peft_lora(model: nn.Module, rank: int) -> nn.Module:
+    import peft
+
+    return peft.get_peft_model(model, lora_config(rank))
+
+
+METHODS = {
+    "full": Method("every weight trains", 1.0, (Phase(1.0, _full),)),
+    "lora": Method("lowrank LoRA on all linear layers", 10.0, (Phase(1.0, _lora),)),
+    "lora-attention": Method(
+        "lowrank LoRA on the attention's linear layers only", 10.0, (Phase(1.0, _lora_attention),)
+    ),
+    "peft-lora": Method("PEFT's LoRA on all linear layers", 10.0, (Phase(1.0, _peft_lora),)),
+    "full→lora": Method(
+        "every weight for half of the steps at a tenth of the rate, then lowrank LoRA for the rest",
+        10.0,
+        (Phase(0.5, _full, rate=0.1), Phase(0.5, _lora)),
+    ),
+}

@@ -1,0 +1,142 @@
+"""What one comparison does: the command line's options, checked before any long work starts.  Imports nothing heavy."""
+
+import importlib.util
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+METHODS = ("full", "lora", "lora-attention", "peft-lora", "full→lora")
+ALIASES = {"full-lora": "full→lora"}  # what a keyboard types
+DTYPES = ("float32", "bfloat16")  # float16 would need a loss scaler, which would then be compared as well
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The byte-level model pretrained on the spot; sized so that the default run ends in minutes on two cores."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    layers: int = 4
+    heads: int = 4
+    pretrain_steps: int = 800
+    pretrain_rate: float = 4e-3
+    batch: int = 8
+    length: int = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    methods: tuple[str, ...]
+    steps: int
+    rank: int
+    dtype: str
+    device: str
+    seed: int
+    seeds: int
+    out: Path
+    model: str | None = None
+    data: Path | None = None
+    general_data: Path | None = None
+    embedded: Embedded = Embedded()
+
+    @property
+    def sweep_steps(self) -> int:
+        """Steps of each run of the learning-rate sweep: a third of a full run."""
+        return max(self.steps // 3, 2)
+
+    @property
+    def command(self) -> str:
+        """The command line that repeats this run."""
+        parts = ["lowrank compare"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None or field.name == "embedded":
+                continue
+            value = ",".join(value) if field.name == "methods" else value
+            parts.append(f"--{field.name.replace('_', '-')} {value}")
+        return " ".join(parts)
+
+
+def from_arguments(args, embedded: Embedded) -> Settings:
+    """argparse.Namespace -> Settings.  What cannot work raises, naming option, what came and what was expected."""
+    for option, least in (("steps", 6), ("rank", 1), ("seeds", 1), ("seed", 0)):
+        if getattr(args, option) < least:
+            raise ValueError(f"--{option} {getattr(args, option)}: expected at least {least}")
+    for option in ("data", "general_data"):
+        path = getattr(args, option)
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"--{option.replace('_', '-')} {path}: no such file; expected a text file")
+    device = _device(args.device)
+    settings = Settings(
+        methods=_methods(args.methods),
+        steps=args.steps,
+        rank=args.rank,
+        dtype=_dtype(args.dtype, device),
+        device=device,
+        seed=args.seed,
+        seeds=args.seeds,
+        out=_out(args.out),
+        model=_model(args.model),
+        data=Path(args.data) if args.data else None,
+        general_data=Path(args.general_data) if args.general_data else None,
+        embedded=embedded,
+    )
+    for package in ("peft", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"compare needs {package}: pip install 'lowrank-kernels[compare]'")
+    return settings
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = [ALIASES.get(name, name) for name in (part.strip() for part in text.split(",")) if name]
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        typed = [next((a for a, full in ALIASES.items() if full == name), name) for name in METHODS]
+        came = f"unknown method {unknown[0]!r}" if unknown else "no method"
+        raise ValueError(f"--methods {text!r}: {came}; expected some of {','.join(typed)}")
+    return tuple(name for name in METHODS if name in names)
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (index and not index.isdigit())):
+        raise ValueError(f"--device {name!r}: expected cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ValueError(
+            f"--device {name!r}: expected a device that exists; torch {torch.__version__} sees {count} CUDA devices"
+        )
+    return name
+
+
+def _dtype(name: str | None, device: str) -> str:
+    if name is None:
+        return "float32" if device == "cpu" else "bfloat16"
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return name
+
+
+def _model(name: str | None) -> str | None:
+    """A directory that is there, or something that can be a hub id (`name` or `owner/name`)."""
+    if name is None or Path(name).is_dir():
+        return name
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"--model {name}: no such directory; expected a transformers model's directory or a hub id"
+        )
+    return name
+
+
+def _out(name: str) -> Path:
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"--out {name}: is a file; expected a directory to write the reports into")
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"--out {name}: {parent} is not writable")
+    return path

@@ -1,0 +1,229 @@
+"""``lowrank plan``: memory and FLOPs of fine-tuning a model, computed from its config alone.
+
+The model is built on the meta device and really run forward there, with a loss, as a trainer calls it: parameters are
+counted from the modules, and activations are the distinct storages that autograd keeps for backward.  Nothing about an
+architecture is written down but the built-in configs (_shapes).  What a meta run cannot know is stated in ASSUMPTIONS.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import warnings
+from dataclasses import dataclass
+
+from ._shapes import BUILT_IN, load_config
+
+SUMMARY = "memory, FLOPs and GPUs that each fine-tuning method needs for a model (computed, not measured)"
+
+# What PyTorch reports as total memory on such a card, GiB; a tenth is left to the context, workspaces, fragmentation.
+CARDS = {"24 GB": 23.6, "80 GB": 79.1, "141 GB": 139.7}
+USABLE = 0.9
+# NF4 in blocks of 64 with one absmax each, itself quantised to 8 bits in blocks of 256 (QLoRA's double quantisation).
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+ASSUMPTIONS = (
+    "Computed, not measured; `lowrank compare` measures.",
+    "Activations: what autograd keeps for backward on {device}, loss and its fp32 logits included; fused attention "
+    "(no [T,T] kept); one micro-batch.",
+    "AdamW: two fp32 moments{master}.  Adapters: {adapter_dtype}{autocast}.",
+    "qlora: NF4 with double quantisation, output head and embeddings in {dtype}; PEFT's layers.",
+    f"GPUs: everything sharded evenly, {USABLE:.0%} of each card usable: a lower bound (no workspace, no gathered "
+    "layer, no logit gradients).",
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.  layers: which Linear layers get an adapter (None: everything trains, without one)."""
+
+    name: str
+    layers: str | None  # None | "all" | "attention"
+    run_by: str = "lowrank"  # whose layers compute the adapters: "lowrank" | "peft"
+    nf4: bool = False
+
+
+METHODS = (
+    Method("full", None),
+    Method("lora", "all"),
+    Method("lora-attention", "attention"),
+    Method("peft-lora", "all", run_by="peft"),
+    Method("qlora", "all", run_by="peft", nf4=True),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A training step on one micro-batch of `batch` sequences of `seq` tokens.  dtypes by torch name."""
+
+    batch: int = 1
+    seq: int = 2048
+    rank: int = 16
+    dtype: str = "bfloat16"
+    adapter_dtype: str = "float32"
+    dropout: float = 0.0
+    gradient_checkpointing: bool = False
+    master: bool = False  # full fine-tuning also keeps an fp32 copy of the weights (counted with the optimizer)
+    device: str = "cuda"  # "cuda" | "cpu": decides what nn.Dropout saves
+
+    def __post_init__(self):
+        for name in ("batch", "seq", "rank"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, parameter counts, and FLOPs per token of one method.
+
+    flops_per_token: training, forward and backward, with N the weights of every linear layer (the output head included,
+    tied or not), n those of the adapters, D the attention width (heads x head size), T the tokens, L the layers:
+
+        full   6 N + 6 T D L            weights: forward 2, their inputs' gradients 2, their own gradients 2
+        lora   4 N + 6 n + 6 T D L      causal attention: forward 2 T D L (half of the square), backward twice that
+
+    Gradient checkpointing adds one forward of everything between the embedding and the head.
+    """
+
+    method: str
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    checkpoint: int
+    flops_per_token: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of weights + gradients + optimizer + activations."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def gpus(self) -> dict[str, int]:
+        """How many cards of each kind hold an even share of `total`."""
+        return {card: math.ceil(self.total / (USABLE * gib * 2**30)) for card, gib in CARDS.items()}
+
+
+def estimate(config, method: Method, setting: Setting) -> Estimate:
+    """What one training step of `method` on the model of `config` keeps in memory and computes."""
+    import torch
+
+    from . import _meta_run
+    from .compare.methods import attention_layers, is_linear
+
+    dtype, adapter_dtype = (getattr(torch, name) for name in (setting.dtype, setting.adapter_dtype))
+    model = _meta_run.build(config, dtype)
+    head = model.get_output_embeddings()
+    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    every = [name for name, m in linears.items() if m is not head]
+    if not every:
+        raise ValueError(f"{type(model).__name__} has no linear layers to adapt: not supported")
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = parameters * dtype.itemsize
+    matmul = sum(m.weight.numel() for m in linears.values())
+    if method.nf4:
+        quantised = sum(linears[name].weight.numel() for name in every)
+        weights -= quantised * dtype.itemsize - round(quantised * NF4_BYTES)
+    if method.layers is None:
+        trained = parameters
+        itemsize = dtype.itemsize
+    else:
+        adapted = attention_layers(model) if method.layers == "attention" else every
+        model = _meta_run.add_lora(model, adapted, setting, run_by=method.run_by, dtype=adapter_dtype)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        itemsize = adapter_dtype.itemsize
+        weights += trained * itemsize
+    run = _meta_run.forward(model, setting, compute_dtype=dtype)
+    attention = run.attention_flops // (setting.batch * setting.seq)
+    flops = 3 * attention + (6 * matmul if method.layers is None else 4 * matmul + 6 * trained)
+    if setting.gradient_checkpointing:
+        recomputed = matmul - (head.weight.numel() if head is not None else 0)
+        flops += attention + 2 * (recomputed + (trained if method.layers else 0))
+    master = 4 * trained if setting.master and method.layers is None and itemsize < 4 else 0
+    return Estimate(
+        method=method.name,
+        parameters=parameters,
+        trainable=trained,
+        weights=weights,
+        gradients=trained * itemsize,
+        optimizer=8 * trained + master,
+        activations=run.checkpointed_bytes if setting.gradient_checkpointing else run.saved_bytes,
+        checkpoint=trained * itemsize,
+        flops_per_token=flops,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    dtypes = ("float32", "bfloat16", "float16")
+    default = Setting()
+    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(BUILT_IN)}, a local path, or a hub id")
+    parser.add_argument("--batch", type=int, default=default.batch, help="sequences per micro-batch (%(default)s)")
+    parser.add_argument("--seq", type=int, default=default.seq, help="tokens per sequence (%(default)s)")
+    parser.add_argument("--rank", type=int, default=default.rank, help="of the adapters (%(default)s)")
+    parser.add_argument("--dtype", choices=dtypes, default=default.dtype, help="of the base weights (%(default)s)")
+    parser.add_argument("--adapter-dtype", choices=dtypes, default=default.adapter_dtype, help="(%(default)s)")
+    parser.add_argument("--dropout", type=float, default=default.dropout, help="before the adapters (%(default)s)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="keep block inputs, recompute the rest")
+    parser.add_argument("--master", action="store_true", help="full fine-tuning keeps fp32 master weights too")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default.device, help="(%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def main(args: argparse.Namespace) -> int:
+    setting = Setting(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setting)})
+    config = load_config(args.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other packages' deprecations, once per adapted model
+        estimates = [estimate(config, method, setting) for method in METHODS]
+    notes = _notes(setting)
+    if args.json:
+        rows = {e.method: {**dataclasses.asdict(e), "total": e.total, "gpus": e.gpus()} for e in estimates}
+        setting = dataclasses.asdict(setting)
+        print(json.dumps({"model": args.model, "setting": setting, "methods": rows, "notes": notes}, indent=2))
+    else:
+        _print_table(args.model, setting, estimates, notes)
+    return 0
+
+
+def _notes(setting: Setting) -> list[str]:
+    autocast = "" if setting.adapter_dtype == setting.dtype else f", layers under {setting.dtype} autocast"
+    master = " and an fp32 copy of the weights (full)" if setting.master else ", no fp32 copy of the weights"
+    names = {**dataclasses.asdict(setting), "autocast": autocast, "master": master}
+    return [line.format(**names) for line in ASSUMPTIONS]
+
+
+def _print_table(model: str, setting: Setting, estimates: list[Estimate], notes: list[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.width = max(console.width, 112)  # a pipe counts as 80 columns: whole numbers matter more
+    console.print(
+        f"{model}: {estimates[0].parameters:,} parameters in {setting.dtype}; {setting.batch} x {setting.seq} tokens, "
+        f"rank {setting.rank}, dropout {setting.dropout:g}{', gradient checkpointing' * setting.gradient_checkpointing}"
+    )
+    unit, size = ("GiB", 2**30) if max(e.total for e in estimates) >= 2**30 else ("MiB", 2**20)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(f"in {unit}", no_wrap=True)
+    heads = ("trained", "weights", "grads", "AdamW", "activ.", "total", "file", "GFLOP/token")
+    for head in (*heads, *CARDS):
+        table.add_column(head, justify="right", no_wrap=True)
+    for e in estimates:
+        memory = (e.weights, e.gradients, e.optimizer, e.activations, e.total, e.checkpoint)
+        cells = [f"{value / size:,.2f}" for value in memory]
+        cards = [str(count) for count in e.gpus().values()]
+        table.add_row(e.method, _count(e.trainable), *cells, f"{e.flops_per_token / 1e9:.3g}", *cards)
+    console.print(table)
+    for note in notes:
+        console.print(note)
+
+
+def _count(n: int) -> str:
+    """1.24 B, 11.3 M, 5.1 K parameters."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= size:
+            return f"{n / size:.3g}{letter}"
+    return str(n)

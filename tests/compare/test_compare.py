@@ -1,0 +1,139 @@
+"""One toy comparison from the command's main to the files, and every bad input before it starts."""
+
+import json
+import sys
+
+import pytest
+
+from lowrank import compare
+from lowrank.compare.settings import Embedded
+
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+TINY = Embedded(hidden_size=32, intermediate_size=64, layers=2, heads=2, pretrain_steps=4, batch=4, length=32)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A new domain and an old one, just long enough."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "new.txt").write_text("def f(x):\n    return x + 1\n" * 200)
+    (folder / "old.txt").write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reported(parse, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reports") / "deep" / "er"
+    options = ("--data", texts / "new.txt", "--general-data", texts / "old.txt", "--out", out, "--device", "cpu")
+    assert compare.main(parse(*options, "--steps", 8, "--rank", 2, "--seeds", 2), TINY) == 0
+    return out
+
+
+def test_writes_three_files_and_nothing_else(reported):
+    assert sorted(p.name for p in reported.iterdir()) == ["compare.json", "compare.md", "compare.png"]
+    assert (reported / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_holds_every_measurement(reported):
+    result = json.loads((reported / "compare.json").read_text())
+    assert list(result["methods"]) == ["full", "lora", "lora-attention", "peft-lora", "full→lora"]
+    assert result["model"]["config"]["hidden_size"] == 32
+    assert result["settings"] | {"batch": 4, "length": 32, "dtype": "float32", "seeds": 2} == result["settings"]
+    for name, method in result["methods"].items():
+        memory = method["memory"]
+        parts = [memory[part] for part in ("weights", "gradients", "optimizer", "activations")]
+        assert all(parts), name
+        assert memory["total"] == sum(parts)
+        assert len(method["sweep"]) >= 3
+        assert len(method["training_losses"]) == 8
+        assert method["checkpoint_bytes"] > 0
+        assert [p["seconds"] for p in method["points"]] == sorted(p["seconds"] for p in method["points"])
+        assert method["points"][0]["step"] == 0
+        assert method["points"][-1]["step"] == 8
+
+
+def test_methods_train_what_they_say(reported):
+    methods = json.loads((reported / "compare.json").read_text())["methods"]
+    full, lora, attention = (methods[name] for name in ("full", "lora", "lora-attention"))
+    assert full["trainable_parameters"] == 259 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    assert lora["trainable_parameters"] == methods["peft-lora"]["trainable_parameters"] == 2 * 2 * (4 * 64 + 3 * 96)
+    assert attention["trainable_parameters"] == 2 * 2 * 4 * 64
+    assert attention["share_changed"] < lora["share_changed"] < full["share_changed"]
+    assert lora["stable_rank"]["most"] <= 2.001
+    assert lora["checkpoint_bytes"] < full["checkpoint_bytes"] < methods["full→lora"]["checkpoint_bytes"]
+
+
+def test_lora_and_peft_agree(reported):
+    agreement = json.loads((reported / "compare.json").read_text())["agreement"]
+    assert agreement["within_rounding"], agreement
+    print(agreement)
+    assert agreement["largest_difference_of_the_whole_run"] is not None
+
+
+def test_markdown_repeats_the_command_and_the_scale(reported):
+    text = (reported / "compare.md").read_text()
+    assert "lowrank compare --methods full,lora" in text
+    assert "- This is a model of 0.03 million parameters" in text
+    assert "2 seeds ran" in text
+
+
+def test_nothing_is_left_when_a_report_fails(parse, texts, tmp_path, monkeypatch):
+    import lowrank.compare.figure
+
+    def broken(result, path):
+        path.write_bytes(b"half a figure")
+        raise RuntimeError("no figure today")
+
+    monkeypatch.setattr(lowrank.compare.figure, "draw", broken)
+    options = ("--data", texts / "new.txt", "--general-data", texts / "old.txt", "--device", "cpu", "--steps", 6)
+    with pytest.raises(RuntimeError, match="no figure today"):
+        compare.main(parse(*options, "--methods", "full", "--out", tmp_path / "out"), TINY)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--methods", "lora,dora"], ValueError, "unknown method 'dora'; expected some of full,lora,lora-attention,"),
+        (["--methods", ","], ValueError, "no method"),
+        (["--rank", "0"], ValueError, "--rank 0: expected at least 1"),
+        (["--steps", "2"], ValueError, "--steps 2: expected at least 6"),
+        (["--seeds", "0"], ValueError, "--seeds 0: expected at least 1"),
+        (["--dtype", "float8"], ValueError, "--dtype 'float8': expected one of float32, bfloat16"),
+        (["--device", "gpu"], ValueError, "--device 'gpu': expected cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], ValueError, "--device 'cuda:99': expected a device that exists"),
+        (["--data", "/no/such.txt"], FileNotFoundError, "--data /no/such.txt: no such file"),
+        (["--general-data", "/no/such.txt"], FileNotFoundError, "--general-data /no/such.txt: no such file"),
+        (["--model", "./no/model"], FileNotFoundError, "--model ./no/model: no such directory"),
+    ],
+)
+def test_bad_option(parse, options, error, message):
+    with pytest.raises(error) as caught:
+        compare.main(parse(*options), TINY)
+    assert message in str(caught.value)
+
+
+def test_out_is_a_file(parse, tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(NotADirectoryError, match="is a file; expected a directory"):
+        compare.main(parse("--out", tmp_path / "taken"), TINY)
+
+
+def test_text_too_short(parse, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ValueError, match="9 tokens are too few to train and test on; expected at least 2560"):
+        compare.main(parse("--data", tmp_path / "short.txt", "--device", "cpu"), TINY)
+
+
+def test_directory_without_a_model(parse, tmp_path):
+    with pytest.raises(OSError, match="transformers cannot load a causal model and tokenizer"):
+        compare.main(parse("--model", tmp_path, "--device", "cpu"), TINY)
+
+
+def test_import_is_cheap():
+    import subprocess
+
+    code = "import sys, lowrank.compare; print([m for m in ('transformers', 'peft', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

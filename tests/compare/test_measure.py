@@ -1,0 +1,89 @@
+"""What is measured, against values computed by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank.compare.data import batches, split
+from lowrank.compare.measure import SavedActivations, memory, stable_rank, storage_bytes, weight_changes
+
+peft = pytest.importorskip("peft")
+
+
+def test_stable_rank():
+    assert stable_rank(torch.diag(torch.tensor([3.0, 2.0, 1.0]))) == pytest.approx(14 / 9, rel=1e-5)
+    assert stable_rank(torch.outer(torch.randn(40), torch.randn(30))) == pytest.approx(1, rel=1e-5)
+    wide = torch.randn(100, 60)
+    exact = wide.square().sum() / torch.linalg.matrix_norm(wide, 2) ** 2
+    assert stable_rank(wide) == pytest.approx(float(exact), rel=0.02)
+
+
+def test_storages_count_once():
+    x = torch.zeros(4, 8)
+    assert storage_bytes([x, x.T, x[1:], torch.zeros(2)]) == 4 * 8 * 4 + 2 * 4
+
+
+def test_memory_of_one_linear_layer():
+    """relu(x Wᵀ): saved are x for dW and the output for relu's mask; W itself is no activation."""
+    layer = nn.Linear(8, 4, bias=False)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        x = torch.randn(16, 8, requires_grad=True)
+        with SavedActivations(layer) as saved:
+            y = layer(x).relu()
+        y.sum().backward()
+        found = memory(layer, optimizer, saved.bytes, torch.device("cpu"))
+        optimizer.step()
+    assert found.weights == found.gradients == 8 * 4 * 4
+    assert found.optimizer == 2 * 8 * 4 * 4 + 4  # two moments and a step count
+    assert found.activations == 16 * 8 * 4 + 16 * 4 * 4
+    assert found.total == found.weights + found.gradients + found.optimizer + found.activations
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 24, bias=False)
+
+
+def test_share_of_weights_changed():
+    base, model = Two(), Two()
+    model.load_state_dict(base.state_dict())
+    assert weight_changes(base, model)["share_changed"] == 0
+    with torch.no_grad():
+        model.a.weight[0, :4] += 1
+    found = weight_changes(base, model)
+    assert found["share_changed"] == 4 / (8 * 8 + 8 * 24)
+    assert found["stable_rank"]["median"] == pytest.approx(1, rel=1e-5)
+
+
+def test_share_changed_of_an_adapter_counts_what_the_stored_dtype_keeps():
+    """W = 1 in bfloat16 swallows an update of 1e-4 and keeps one of 0.5."""
+    base = Two().to(torch.bfloat16)
+    for parameter in base.parameters():
+        parameter.data.fill_(1)
+    for update, share in ((1e-4, 0.0), (0.5, 64 / (64 + 192))):
+        model = Two().to(torch.bfloat16)
+        model.load_state_dict(base.state_dict())
+        model = peft.get_peft_model(model, peft.LoraConfig(r=1, lora_alpha=1, target_modules=["a"]))
+        layer = model.base_model.model.a
+        with torch.no_grad():
+            layer.lora_A["default"].weight.fill_(1)
+            layer.lora_B["default"].weight.fill_(update)
+        assert weight_changes(base, model)["share_changed"] == share
+
+
+def test_splits_are_disjoint_and_whole():
+    corpus = split(torch.arange(100 * 16), 16, "numbers")
+    parts = [set(part.flatten().tolist()) for part in (corpus.train, corpus.validation, corpus.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 1600
+    assert len(corpus.test) == len(corpus.validation) == 10
+
+
+def test_batches_repeat_for_a_seed_and_visit_every_block_once():
+    blocks = torch.arange(12).view(12, 1)
+    first, again, other = (torch.stack(list(batches(blocks, 4, 6, seed))) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert sorted(first[:3].flatten().tolist()) == sorted(first[3:].flatten().tolist()) == list(range(12))

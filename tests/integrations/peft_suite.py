@@ -1,0 +1,114 @@
+"""PEFT's own test suite with and without the patch: the same tests must pass, and the fused path must be taken.
+
+    python tests/integrations/peft_suite.py                    the LoRA tests of a few files, what `make test` runs
+    python tests/integrations/peft_suite.py --all              every file (most need models from the hub, and skip or fail
+                                                               alike on both sides without it)
+
+The suite comes from PEFT's source distribution on the package index, in the version that is installed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from importlib.metadata import version
+from pathlib import Path
+
+# the files whose models are made on the spot; the others need the hub
+FILES = tuple(
+    f"tests/test_{name}.py"
+    for name in ("custom_models", "mixed", "low_level_api", "lora_variants", "target_parameters", "lora_conversion", "xlora",
+                 "initialization", "tuners_utils", "bdlora", "lora_intruders", "other")
+)  # fmt: skip
+PLUGIN = """
+import json, os
+import pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    from lowrank.integrations.peft import patch
+    patch()
+
+def pytest_sessionfinish(session):
+    import lowrank
+    out = os.path.join(os.environ["LOWRANK_STATS"], f"{os.getpid()}.json")
+    json.dump(lowrank.stats(), open(out, "w"))
+"""
+
+
+def fetch(folder: Path) -> Path:
+    """Unpack PEFT's source distribution into ``folder``; raises RuntimeError where the index cannot be reached."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+    done = subprocess.run([*command, "-d", str(folder), f"peft=={version('peft')}"], capture_output=True, text=True)
+    archives = list(folder.glob("peft-*.tar.gz"))
+    if not archives:
+        raise RuntimeError(f"could not download PEFT's source distribution: {done.stderr.strip()[-300:]}")
+    with tarfile.open(archives[0]) as archive:
+        archive.extractall(folder, filter="data")
+    suite = next(path for path in folder.iterdir() if path.is_dir() and path.name.startswith("peft-"))
+    (suite / "tests" / "__init__.py").touch()  # the distribution leaves it out, and the tests import each other
+    return suite
+
+
+def run(suite: Path, files: tuple[str, ...], patched: bool, workers: int, select: str | None) -> tuple[dict, dict]:
+    """({test: passed | failed | skipped}, stats summed over the workers) of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "lowrank_plugin.py").write_text(PLUGIN)
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "LOWRANK_STATS": folder, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+        # a path of its own: run from here, the repository's root must not be importable
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+        command += ["-n", str(workers), "--junitxml", f"{folder}/result.xml", "-c", "/dev/null", f"--rootdir={suite}"]
+        command += ["-p", "lowrank_plugin"] if patched else []
+        command += ["-k", select] if select else []
+        done = subprocess.run([*command, *files], cwd=suite, env=env, capture_output=True, text=True)
+        if not Path(folder, "result.xml").exists():
+            raise RuntimeError(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        results = {}
+        for case in ElementTree.parse(f"{folder}/result.xml").iter("testcase"):
+            outcome = "passed"
+            for child in case:
+                if child.tag in ("failure", "error", "skipped"):
+                    outcome = "skipped" if child.tag == "skipped" else "failed"
+            results[f"{case.get('classname')}::{case.get('name')}"] = outcome
+        stats = {"fused": 0, "fallback": {}}
+        for file in Path(folder).glob("*.json"):
+            part = json.loads(file.read_text())
+            stats["fused"] += part["fused"]
+            for reason, n in part["fallback"].items():
+                stats["fallback"][reason] = stats["fallback"].get(reason, 0) + n
+    return results, stats
+
+
+def compare(files: tuple[str, ...] = FILES, workers: int = 2, select: str | None = None) -> tuple[dict, dict, dict]:
+    """(results without the patch, results with it, stats with it)."""
+    with tempfile.TemporaryDirectory() as folder:
+        suite = fetch(Path(folder))
+        plain, _ = run(suite, files, False, workers, select)
+        patched, stats = run(suite, files, True, workers, select)
+    return plain, patched, stats
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("-k", dest="select", help="pytest's -k")
+    args = parser.parse_args()
+    plain, patched, stats = compare(("tests",) if args.all else FILES, args.workers, args.select)
+    for name, results in (("without", plain), ("with", patched)):
+        counts = {outcome: list(results.values()).count(outcome) for outcome in ("passed", "failed", "skipped")}
+        print(f"{name:>8} the patch: {counts}")
+    different = {name: (plain.get(name), patched.get(name)) for name in plain.keys() | patched.keys()}
+    different = {name: pair for name, pair in different.items() if pair[0] != pair[1]}
+    for name, (before, after) in sorted(different.items()):
+        print(f"  {name}: {before} -> {after}")
+    print(json.dumps(stats, indent=1))
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from torch import nn
+
+import lowrank
+from lowrank.nn import LoRALinear
+from lowrank.testing import assert_as_right
+
+
+def layer(dtype=torch.float32, **options):
+    linear = nn.Linear(24, 16, dtype=dtype)
+    made = LoRALinear.from_linear(linear, 4, lora_alpha=6, **options)
+    nn.init.normal_(made.lora_B["default"].weight, std=0.1)
+    return linear, made
+
+
+def test_starts_as_the_linear_it_was_made_from():
+    linear = nn.Linear(24, 16)
+    made, x = LoRALinear.from_linear(linear, 4), torch.randn(3, 5, 24)
+    assert torch.equal(made(x), linear(x))
+    assert made.weight is linear.weight
+    assert made.bias is linear.bias
+    assert [name for name, p in made.named_parameters() if p.requires_grad] == [
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+    ]
+
+
+def test_computes_the_formula_and_trains_the_adapter_only():
+    linear, made = layer(lora_bias=True)
+    x = torch.randn(5, 24, requires_grad=True)
+    A, B = made.lora_A["default"].weight, made.lora_B["default"]
+    want = linear(x) + 6 / 4 * (x @ A.mT @ B.weight.mT + B.bias)
+    torch.testing.assert_close(made(x), want)
+    made(x).sum().backward()
+    assert A.grad is not None
+    assert B.bias.grad is not None
+    assert made.weight.grad is None
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    assert layer()[1].scaling == 6 / 4
+    assert layer(use_rslora=True)[1].scaling == 6 / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_merge_and_unmerge_restore_every_bit(dtype):
+    linear, made = layer(dtype, lora_bias=True)
+    bits, keys = linear.weight.detach().clone(), list(made.state_dict())
+    x = torch.randn(7, 24, dtype=dtype)
+    unmerged = made(x)
+    made.merge()
+    assert made.merged
+    assert list(made.state_dict()) == keys
+    assert torch.equal(made.state_dict()["base_layer.weight"], bits)
+    weight = bits.double() + 1.5 * made.lora_B["default"].weight.double() @ made.lora_A["default"].weight.double()
+    half_a_unit = torch.finfo(dtype).eps / 2  # one rounding of the sum, and fp32's own in it
+    torch.testing.assert_close(made._merged_weight.double(), weight, rtol=1.01 * half_a_unit, atol=2e-7)
+    oracle = nn.functional.linear(x.double(), weight, linear.bias.double() + 1.5 * made.lora_B["default"].bias.double())
+    if dtype is torch.float32:
+        torch.testing.assert_close(made(x), oracle.float())
+    else:
+        assert (made(x) - oracle).norm() <= 3 * (unmerged - oracle).norm()
+    made.unmerge()
+    assert torch.equal(linear.weight, bits)
+    assert torch.equal(made(x), unmerged)
+
+
+def test_state_dict_is_pefts():
+    peft = pytest.importorskip("peft")
+    linear, made = layer(lora_bias=True)
+    theirs = peft.get_peft_model(
+        nn.Sequential(linear), peft.LoraConfig(r=4, lora_alpha=6, lora_bias=True, target_modules=["0"])
+    )
+    inner = theirs.base_model.model[0]
+    assert inner.state_dict().keys() == made.state_dict().keys()
+    inner.load_state_dict(made.state_dict())
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(inner(x), made(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_adapter_over_a_16_bit_base(dtype):
+    linear, made = layer(dtype)
+    assert made.lora_A["default"].weight.dtype is torch.float32
+    x = torch.randn(64, 24, dtype=dtype)
+    A, B = made.lora_A["default"].weight, made.lora_B["default"].weight
+    eager = (linear(x) + x.float() @ A.mT @ B.mT * 1.5).to(dtype)
+    oracle = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+    oracle = oracle + 1.5 * x.double() @ A.double().mT @ B.double().mT
+    assert_as_right(made(x), eager, oracle, None, "y")
+
+
+def test_dropout_only_in_training():
+    _, made = layer(lora_dropout=0.5)
+    x = torch.randn(5, 24)
+    assert not torch.equal(made(x), made(x))
+    made.eval()
+    assert torch.equal(made(x), made(x))
+
+
+def test_repr_says_what_matters():
+    assert "in_features=24, out_features=16, bias=True, r=4, scaling=1.5, lora_dropout=0.0, merged=False" in repr(layer()[1])
+
+
+def test_built_from_sizes():
+    made = LoRALinear(24, 16, 4, bias=False, dtype=torch.bfloat16)
+    assert made(torch.randn(2, 24, dtype=torch.bfloat16)).shape == (2, 16)
+    assert made.bias is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(r=0), "r: expected an integer of at least 1, got 0"),
+        (dict(r=-1), "r: expected"),
+        (dict(r=4, lora_alpha=float("nan")), "lora_alpha: expected a finite number, got nan"),
+        (dict(r=4, lora_dropout=1.5), r"lora_dropout: expected a probability in \[0, 1\], got 1.5"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        LoRALinear.from_linear(nn.Linear(4, 4), **change)
+
+
+def test_refuses_what_is_no_linear():
+    with pytest.raises(TypeError, match=r"linear: expected an nn.Linear, got Conv1d"):
+        LoRALinear.from_linear(nn.Conv1d(4, 4, 1), 2)
+    assert issubclass(lowrank.nn.LoRALinear, nn.Module)

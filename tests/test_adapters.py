@@ -1,0 +1,196 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lowrank
+from lowrank.nn import LoRALinear
+
+IDS = torch.arange(32).view(2, 16) * 7 % 100
+
+
+def llama(dtype=torch.float32, hidden=64):
+    torch.manual_seed(0)
+    sizes = dict(intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    return LlamaForCausalLM(LlamaConfig(hidden_size=hidden, num_key_value_heads=2, **sizes)).to(dtype)
+
+
+def adapted(dtype=torch.float32, **config):
+    config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | config
+    return lowrank.adapt(llama(dtype), LoraConfig(**config))
+
+
+def by_hand():
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    model[0] = LoRALinear.from_linear(model[0], 3, lora_alpha=6)
+    model[2] = LoRALinear.from_linear(model[2], 2)
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B["default"].weight)
+    return model
+
+
+def test_adapt_is_a_peft_model_on_lowrank():
+    model = adapted()
+    assert isinstance(model, PeftModel)
+    model(IDS)
+    assert lowrank.stats(model) == {"fused": 14, "fallback": {}, "untouched": {}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_are_pefts_both_ways(tmp_path, dtype):
+    model = adapted(dtype)
+    want = model(IDS).logits
+    lowrank.save_adapter(model, tmp_path / "ours", format="lora")
+    theirs = PeftModel.from_pretrained(llama(dtype), tmp_path / "ours")
+    assert theirs.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), model.state_dict().values(), strict=True))
+    if dtype is torch.float32:
+        torch.testing.assert_close(theirs(IDS).logits, want)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = lowrank.load_adapter(llama(dtype), tmp_path / "theirs")
+    assert torch.equal(again(IDS).logits, want)
+    assert lowrank.stats(again)["fused"] == 14
+
+
+def test_bf16_base_keeps_its_bits_through_training_saving_and_merging(tmp_path):
+    before = llama(torch.bfloat16).state_dict()
+    model = adapted(torch.bfloat16)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    lowrank.save_adapter(model, tmp_path / "a")
+    model = lowrank.load_adapter(llama(torch.bfloat16), tmp_path / "a")
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): t
+        for name, t in model.state_dict().items()
+        if "lora_" not in name
+    }
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_second_adapter_is_added_and_active(tmp_path):
+    lowrank.save_adapter(adapted(lora_alpha=9), tmp_path / "a")
+    model = adapted()
+    first = model(IDS).logits
+    model = lowrank.load_adapter(model, tmp_path / "a", "second", is_trainable=True)
+    assert model.active_adapter == "second"
+    assert any(p.requires_grad for name, p in model.named_parameters() if "second" in name)
+    model.set_adapter("default")
+    assert torch.equal(model(IDS).logits, first)
+
+
+def test_hand_made_models_save_and_load_pefts_files(tmp_path):
+    torch.manual_seed(0)
+    model, x = by_hand(), torch.randn(5, 8)
+    want = model(x)
+    lowrank.save_adapter(model, tmp_path / "a")
+    plain = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    plain[0].load_state_dict(model[0].base_layer.state_dict())
+    plain[2].load_state_dict(model[2].base_layer.state_dict())
+    torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path / "a")(x), want)
+    other = by_hand()
+    for mine, its in ((other[0], model[0]), (other[2], model[2])):
+        mine.base_layer.load_state_dict(its.base_layer.state_dict())
+    other[0].lora_alpha = 99
+    lowrank.load_adapter(other, tmp_path / "a")
+    assert torch.equal(other(x), want)
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    lowrank.save_adapter(by_hand(), path)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    monkeypatch.setattr(LoraConfig, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        lowrank.save_adapter(by_hand(), path)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_trainer_saves_resumes_and_reloads_the_best(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
+
+    def arguments(**more):
+        return TrainingArguments(
+            tmp_path / "run", per_device_train_batch_size=2, max_steps=4, save_steps=2, learning_rate=1e-2,
+            report_to=[], use_cpu=True, disable_tqdm=True, seed=3, **more,
+        )  # fmt: skip
+
+    def train(model, resume=None):
+        Trainer(model, arguments(), train_dataset=data).train(resume_from_checkpoint=resume)
+        return model
+
+    torch.manual_seed(5)
+    whole = train(adapted())
+    torch.manual_seed(5)
+    resumed = train(adapted(), resume=str(tmp_path / "run" / "checkpoint-2"))
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+    best = Trainer(
+        adapted(), arguments(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True), train_dataset=data, eval_dataset=data
+    )  # fmt: skip
+    best.train()
+    assert best.state.best_model_checkpoint.endswith("checkpoint-4")
+    from_file = lowrank.load_adapter(llama(), best.state.best_model_checkpoint)
+    assert torch.equal(from_file(IDS).logits, best.model(IDS).logits)
+    assert lowrank.stats(best.model)["fallback"] == {}
+
+
+def test_adapt_refuses():
+    with pytest.raises(TypeError, match=r"config: expected a peft.LoraConfig, got dict"):
+        lowrank.adapt(llama(), {})
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got str"):
+        lowrank.adapt("llama", LoraConfig())
+    with pytest.raises(ValueError, match="nothing_like_this"):
+        lowrank.adapt(llama(), LoraConfig(target_modules=["nothing_like_this"]))
+    with pytest.raises(ValueError, match=r"model: Sequential has no nn.Linear layer to adapt"):
+        lowrank.adapt(nn.Sequential(nn.Conv1d(2, 2, 1)), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="positive integer"):
+        lowrank.adapt(llama(), LoraConfig(r=0, target_modules="all-linear"))
+
+
+def test_save_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"format: expected None or 'lora', got 'svf'"):
+        lowrank.save_adapter(adapted(), tmp_path / "a", format="svf")
+    with pytest.raises(ValueError, match="expected a PeftModel or a model with LoRALinear layers, got Linear"):
+        lowrank.save_adapter(nn.Linear(2, 2), tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_load_refuses_before_it_changes_anything(tmp_path):
+    path = lowrank.save_adapter(adapted(), tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=r"expected an adapter directory .* no adapter_config.json"):
+        lowrank.load_adapter(llama(), tmp_path / "none")
+
+    def untouched(model, kind, message):
+        before = str(model)
+        with pytest.raises(kind, match=message):
+            lowrank.load_adapter(model, path)
+        assert str(model) == before
+
+    untouched(llama(hidden=32), ValueError, r"an adapter of another model: .* is \[.*\], .* has (in|out)_features=32")
+    untouched(nn.Sequential(nn.Linear(2, 2)), ValueError, "an adapter of another model: it has model.layers.0")
+    untouched(by_hand(), ValueError, "an adapter of another model: .* tensors on one side only")
+
+    weights = path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    untouched(llama(), ValueError, "not a whole safetensors file")
+
+
+def test_hand_made_layers_that_one_file_cannot_hold(tmp_path):
+    model = by_hand()
+    model[0].use_rslora = True
+    with pytest.raises(ValueError, match="one use_rslora and one lora_bias for all layers"):
+        lowrank.save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    lowrank.save_adapter(by_hand(), tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["rank_pattern"] == {"2": 2}

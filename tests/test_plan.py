@@ -1,0 +1,255 @@
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowrank import cli, plan
+
+METHODS = {method.name: method for method in plan.METHODS}
+MEASURED = [name for name, method in METHODS.items() if not method.nf4]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def tiny(**changes):
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    return LlamaConfig(**{**shape, **heads, **changes})
+
+
+def setting(**changes):
+    return plan.Setting(**{"batch": 2, "seq": 64, "rank": 8, "dtype": "float32", "device": "cpu", **changes})
+
+
+def build(config, method, s):
+    """The method on a real model, built without any of plan's code."""
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaForCausalLM
+
+    import lowrank
+
+    model = LlamaForCausalLM(config).train()
+    if method != "full":
+        targets = ATTENTION if method == "lora-attention" else "all-linear"
+        lora = peft.LoraConfig(r=s.rank, lora_dropout=s.dropout, target_modules=targets, task_type="CAUSAL_LM")
+        model = (peft.get_peft_model if method == "peft-lora" else lowrank.adapt)(model, lora)
+    return model
+
+
+def loss_and_saved_bytes(model, s):
+    """A forward pass and the bytes of the distinct storages that autograd keeps for its backward."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(0, 256, (s.batch, s.seq))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    return loss, sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("method", MEASURED)
+def test_memory_is_what_a_real_training_step_keeps(method, dropout):
+    s = setting(dropout=dropout)
+    model = build(tiny(), method, s)
+    loss, activations = loss_and_saved_bytes(model, s)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    loss.backward()
+    optimizer.step()
+    measured = {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "optimizer": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
+        "activations": activations,
+    }
+    measured["total"] = sum(measured.values())
+    predicted = plan.estimate(tiny(), METHODS[method], s)
+    assert {name: getattr(predicted, name) for name in measured} == pytest.approx(measured, rel=0.01)  # promised: 0.1
+
+
+@pytest.mark.parametrize("method", MEASURED)
+def test_memory_of_the_embedded_model_is_what_compare_measures(method):
+    from transformers import LlamaForCausalLM
+
+    from lowrank.compare import data, measure, methods
+
+    config, s = data.embedded_config(), setting(batch=8, seq=128)
+    model = methods.METHODS[method].phases[0].prepare(LlamaForCausalLM(config).train(), s.rank)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    tokens = torch.randint(0, 256, (s.batch, s.seq))
+    with measure.SavedActivations(model) as saved:
+        loss = model(input_ids=tokens, labels=tokens).loss
+    activations = saved.bytes
+    loss.backward()
+    optimizer.step()
+    measured = measure.memory(model, optimizer, activations, torch.device("cpu")).as_dict()
+    predicted = plan.estimate(config, METHODS[method], s)
+    assert {name: getattr(predicted, name) for name in measured} == pytest.approx(measured, rel=0.1)
+
+
+def test_built_in_shapes_have_the_published_sizes():
+    published = {
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.1-8b": 8_030_261_248,
+        "llama-3.1-70b": 70_553_706_496,
+        "qwen2.5-7b": 7_615_616_512,
+        "mistral-7b": 7_248_023_552,
+    }
+    from lowrank import _meta_run
+
+    models = {name: _meta_run.build(plan.load_config(name), torch.bfloat16) for name in plan.BUILT_IN}
+    assert {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()} == published
+
+
+def test_dropout_costs_one_bit_per_element_here_and_whole_copies_in_peft():
+    def cost(method, device):
+        with_dropout, without = (
+            plan.estimate(tiny(), METHODS[method], setting(dropout=p, device=device)).activations for p in (0.1, 0.0)
+        )
+        return with_dropout - without
+
+    inputs = 2 * 64 * (6 * 128 + 352) * 3  # elements that enter the seven adapters of each of three layers
+    assert cost("lora", "cpu") == cost("lora", "cuda") == inputs // 8
+    assert cost("peft-lora", "cpu") > cost("peft-lora", "cuda") > 8 * cost("lora", "cuda")
+
+
+def test_adapters_in_fp32_under_autocast():
+    """PEFT casts its input once per adapter: q, k and v keep three copies where one is enough, gate and up two."""
+    s = {"dtype": "bfloat16", "device": "cuda"}
+    peft, ours = (plan.estimate(tiny(), METHODS[name], setting(**s)) for name in ("peft-lora", "lora"))
+    copies = 2 * 64 * 3 * 128 * 3 * torch.bfloat16.itemsize
+    assert copies < peft.activations - ours.activations < 2 * copies  # fp32 copies would be more
+    assert (peft.gradients, peft.optimizer) == (4 * peft.trainable, 8 * peft.trainable)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradient_checkpointing_keeps_block_inputs():
+    wide = tiny(vocab_size=4096)  # the loss is the peak, so what a real forward keeps is all there is
+    s = setting(gradient_checkpointing=True)
+    model = build(wide, "full", s)
+    model.gradient_checkpointing_enable()
+    assert plan.estimate(wide, METHODS["full"], s).activations == loss_and_saved_bytes(model, s)[1]
+
+    def activations(layers):  # with a small vocabulary one recomputed block is the peak
+        return plan.estimate(tiny(num_hidden_layers=layers, vocab_size=64), METHODS["full"], s).activations
+
+    assert activations(5) - activations(4) == 2 * 64 * 128 * 4
+    assert activations(4) > 5 * 2 * 64 * 128 * 4
+
+
+@pytest.mark.parametrize("method", ["full", "peft-lora"])
+def test_flops_are_those_that_pytorch_counts(method):
+    s = setting()
+    model = build(tiny(), method, s)
+    with FlopCounterMode(display=False) as counter:
+        loss_and_saved_bytes(model, s)[0].backward()
+    attention = 6 * 64 * 128 * 3  # not counted by PyTorch for its CPU kernel
+    # with frozen embeddings nobody asks for the input gradients of the first q, k, v and of their adapters
+    skipped = 0 if method == "full" else 2 * 128 * (128 + 64 + 64) + 3 * 2 * 8 * 128
+    predicted = plan.estimate(tiny(), METHODS[method], s).flops_per_token
+    assert predicted - attention - skipped == counter.get_total_flops() / (2 * 64)
+
+
+def test_checkpointing_recomputes_the_blocks_but_not_the_head():
+    once, twice = (
+        plan.estimate(tiny(), METHODS["full"], setting(gradient_checkpointing=on)).flops_per_token
+        for on in (False, True)
+    )
+    linear = 3 * (128 * (2 * 128 + 2 * 64) + 3 * 128 * 352)
+    assert twice - once == 2 * linear + 2 * 64 * 128 * 3
+
+
+def test_nf4_weights():
+    linear = 3 * (128 * (2 * 128 + 2 * 64) + 3 * 128 * 352)
+    qlora, lora = (plan.estimate(tiny(), METHODS[name], setting(dtype="bfloat16")) for name in ("qlora", "peft-lora"))
+    assert lora.weights - qlora.weights == pytest.approx(linear * (2 - 0.5159), rel=1e-3)
+    assert qlora.activations == lora.activations
+
+
+def test_cards_and_master_weights():
+    estimate = plan.estimate(tiny(), METHODS["full"], setting(dtype="bfloat16", master=True))
+    assert estimate.optimizer == 12 * estimate.parameters
+    huge = dataclasses.replace(estimate, weights=100 * 2**30, gradients=0, optimizer=0, activations=0)
+    assert huge.gpus() == {"24 GB": math.ceil(100 / 21.24), "80 GB": 2, "141 GB": 1}
+
+
+@pytest.mark.parametrize("option", ["batch", "seq", "rank"])
+def test_sizes_must_be_positive(option):
+    with pytest.raises(ValueError, match=f"{option} must be a positive integer, got 0"):
+        setting(**{option: 0})
+
+
+def test_dropout_must_be_a_probability():
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
+        setting(dropout=1.0)
+
+
+def test_experts_are_refused():
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(ValueError, match="MixtralForCausalLM has weights of more than two dimensions"):
+        plan.estimate(config, METHODS["full"], setting())
+
+
+def test_models_that_are_no_causal_language_model_are_refused():
+    from transformers import T5Config
+
+    with pytest.raises(ValueError, match="no causal language model"):
+        plan.estimate(T5Config(), METHODS["full"], setting())
+
+
+def test_unknown_model_names_what_was_tried(monkeypatch):
+    from transformers import AutoConfig
+
+    def unreachable(*_, **__):
+        raise OSError("no network\nmany more lines")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(ValueError, match=r"'lama-8b': not built in \(llama-3.2-1b, .*no such path.*hub.*: no network$"):
+        plan.load_config("lama-8b")
+
+
+def test_without_peft_the_error_is_one_line(monkeypatch, tmp_path, capsys):
+    tiny().save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert cli.main(["plan", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'lowrank-kernels[peft]'" in error
+    assert error.count("\n") == 1
+
+
+def test_table_and_json(tmp_path, capsys):
+    tiny().save_pretrained(tmp_path)
+    command = ["plan", str(tmp_path), "--batch", "2", "--seq", "64", "--rank", "8", "--gradient-checkpointing"]
+    assert cli.main(command) == 0
+    table = capsys.readouterr().out
+    assert all(method in table for method in METHODS)
+    assert "Computed, not measured" in table
+    assert "…" not in table
+    assert max(len(line) for line in table.splitlines()[1:]) <= 120  # the first line holds the path
+
+    assert cli.main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["setting"]["seq"] == 64
+    lora = result["methods"]["lora"]
+    assert lora["total"] == sum(lora[part] for part in ("weights", "gradients", "optimizer", "activations"))
+    assert lora["checkpoint"] == 4 * lora["trainable"]
+
+
+def test_importing_the_commands_is_cheap():
+    heavy = ("transformers", "peft", "rich", "triton")
+    code = f"import sys, lowrank.plan, lowrank.doctor; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
