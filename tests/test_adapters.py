@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank
@@ -48,7 +48,9 @@ def test_files_are_pefts_both_ways(tmp_path, dtype):
     lowrank.save_adapter(model, tmp_path / "ours", format="lora")
     theirs = PeftModel.from_pretrained(llama(dtype), tmp_path / "ours")
     assert theirs.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), model.state_dict().values(), strict=True)
+    )
     if dtype is torch.float32:
         torch.testing.assert_close(theirs(IDS).logits, want)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -135,9 +137,8 @@ def test_trainer_saves_resumes_and_reloads_the_best(tmp_path):
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
 
-    best = Trainer(
-        adapted(), arguments(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True), train_dataset=data, eval_dataset=data
-    )  # fmt: skip
+    keep_best = arguments(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    best = Trainer(adapted(), keep_best, train_dataset=data, eval_dataset=data)
     best.train()
     assert best.state.best_model_checkpoint.endswith("checkpoint-4")
     from_file = lowrank.load_adapter(llama(), best.state.best_model_checkpoint)

@@ -35,7 +35,9 @@ def test_top_level_is_exactly_lowrank(wheel):
 
 
 def test_holds_every_module(wheel):
-    tracked = subprocess.run(["git", "ls-files", "lowrank", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "lowrank", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     modules = {name for name in tracked.stdout.splitlines() if name.endswith(".py")}
     modules = {"lowrank/" + name if name.startswith("kernels/") else name for name in modules}
     with zipfile.ZipFile(wheel) as archive:

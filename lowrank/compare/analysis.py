@@ -79,7 +79,8 @@ def agreement(lora: Sequence[float], peft: Sequence[float], control: Sequence[fl
         (i for i, (d, p) in enumerate(zip(drift, peft, strict=False)) if not d <= max(CHAOS, eps) * p), len(drift)
     )
     steps = max(calm, 1)
-    difference = max(abs(a - p) for a, p in zip(lora[:steps], peft, strict=False))
+    apart = [abs(a - p) for a, p in zip(lora, peft, strict=False)]
+    difference = max(apart[:steps])
     allowed = max(ROUNDING_FACTOR * max(drift[:steps]), 4 * FLOAT32_EPS * max(peft[:steps]))
     return {
         "steps": steps,
@@ -87,4 +88,7 @@ def agreement(lora: Sequence[float], peft: Sequence[float], control: Sequence[fl
         "rounding_alone": max(drift[:steps]),
         "allowed": allowed,
         "within_rounding": difference <= allowed,
+        "all_steps": len(apart),
+        "largest_difference_of_all": max(apart),
+        "rounding_alone_of_all": max(drift),
     }

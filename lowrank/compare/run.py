@@ -170,22 +170,17 @@ def _finish(row: Row, model: nn.Module, subject: Subject, device: torch.device) 
 def _control(
     rows, settings: Settings, subject: Subject, device: torch.device, progress: Progress
 ) -> list[float] | None:
-    """peft-lora's run with every weight off by one rounding: how far rounding alone drives curves apart."""
+    """peft-lora's run with every weight off by one rounding: how far rounding alone drives curves apart.
+
+    A full run at the rate that both picked; where their picks differ, a run of the sweep at lora's.
+    """
     if not {"lora", "peft-lora"} <= rows.keys():
         return None
     rate = rows["lora"].sweep.picked
-    tick, _ = _task(progress, "rounding control", settings.sweep_steps)
-    return train.train(
-        subject,
-        METHODS["peft-lora"],
-        rate,
-        settings.sweep_steps,
-        settings.seed,
-        rank=settings.rank,
-        device=device,
-        tick=tick,
-        after_prepare=perturb,
-    ).losses
+    steps = settings.steps if rate == rows["peft-lora"].sweep.picked else settings.sweep_steps
+    tick, _ = _task(progress, "rounding control", steps)
+    common = {"rank": settings.rank, "device": device, "tick": tick, "after_prepare": perturb}
+    return train.train(subject, METHODS["peft-lora"], rate, steps, settings.seed, **common).losses
 
 
 @torch.no_grad()

@@ -97,17 +97,13 @@ def _method(row: Row, target: float) -> dict:
 
 
 def _agreement(comparison: Comparison, eps: float) -> dict | None:
-    """lora against peft-lora over the sweep's run at lora's rate, and over the whole run where both picked one rate."""
+    """lora against peft-lora at lora's rate: over the whole run where both picked it, else over the sweep's."""
     if comparison.control is None:
         return None
     lora, peft = comparison.rows["lora"], comparison.rows["peft-lora"]
     rate = lora.sweep.picked
-    found = {
-        "learning_rate": rate,
-        **agreement(lora.sweep.curves[rate], peft.sweep.curves[rate], comparison.control, eps),
-        "largest_difference_of_the_whole_run": None,
-    }
     if rate == peft.sweep.picked:
-        pairs = zip(lora.runs[0].losses, peft.runs[0].losses, strict=True)
-        found["largest_difference_of_the_whole_run"] = max(abs(a - b) for a, b in pairs)
-    return found
+        ours, theirs = lora.runs[0].losses, peft.runs[0].losses
+    else:
+        ours, theirs = lora.sweep.curves[rate], peft.sweep.curves[rate]
+    return {"learning_rate": rate, **agreement(ours, theirs, comparison.control, eps)}

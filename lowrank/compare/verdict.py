@@ -113,10 +113,14 @@ def _memory(result: dict) -> str:
 
 def _agreement(found: dict) -> str:
     same = "gave the same loss curve within rounding" if found["within_rounding"] else "differ by more than rounding"
-    whole = found["largest_difference_of_the_whole_run"]
-    later = "" if whole is None else f" ({whole:.1e} over the whole run)"
-    return (
+    text = (
         f"lowrank's and PEFT's LoRA {same}: at most {found['largest_difference']:.1e} apart over the first "
-        f"{found['steps']} steps at rate {found['learning_rate']:g}{later}. PEFT with every weight one rounding off "
-        f"differs from itself by {found['rounding_alone']:.1e} there; up to {found['allowed']:.1e} counts as rounding."
+        f"{found['steps']} steps at rate {found['learning_rate']:g}, where up to {found['allowed']:.1e} counts as rounding: "
+        f"PEFT with every weight one rounding off differs from itself by {found['rounding_alone']:.1e}."
     )
+    if found["steps"] < found["all_steps"]:
+        text += (
+            f" Training amplifies rounding: over all {found['all_steps']} steps the two are "
+            f"{found['largest_difference_of_all']:.1e} apart, and PEFT is {found['rounding_alone_of_all']:.1e} from itself."
+        )
+    return text

@@ -176,9 +176,9 @@ def _adapters(layer, x, args, kwargs) -> tuple[tuple[Adapter, ...] | None, str |
                 return None, f"{what}'s weight is a {type(weight).__name__} of {weight.dtype} on {weight.device.type}"
         if not isinstance(scaling, (float, int)) and not (isinstance(scaling, torch.Tensor) and scaling.dim() == 0):
             return None, f"scaling is a {type(scaling).__name__}"
-        if not getattr(layer, "cast_input_dtype_enabled", True) and x.dtype is not A.weight.dtype:
-            if not torch.is_autocast_enabled(x.device.type):
-                return None, "cast_input_dtype_enabled=False with adapters of another dtype"
+        casting = getattr(layer, "cast_input_dtype_enabled", True) or torch.is_autocast_enabled(x.device.type)
+        if not casting and x.dtype is not A.weight.dtype:
+            return None, "cast_input_dtype_enabled=False with adapters of another dtype"
         p = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
         adapters.append(Adapter(A.weight, B.weight, scaling, B.bias, p))
     return tuple(adapters), None

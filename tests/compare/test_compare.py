@@ -68,8 +68,8 @@ def test_methods_train_what_they_say(reported):
 def test_lora_and_peft_agree(reported):
     agreement = json.loads((reported / "compare.json").read_text())["agreement"]
     assert agreement["within_rounding"], agreement
-    print(agreement)
-    assert agreement["largest_difference_of_the_whole_run"] is not None
+    assert agreement["all_steps"] in (8, 2)  # of a full run, or of the sweep's where the picks differ
+    assert agreement["largest_difference_of_all"] < 10 * agreement["rounding_alone_of_all"]
 
 
 def test_markdown_repeats_the_command_and_the_scale(reported):

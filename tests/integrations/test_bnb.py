@@ -43,9 +43,7 @@ def exact(layer, x, dy):
     weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).double()
     bias = None if base.bias is None else base.bias.double()
     x = x.detach().double().requires_grad_()
-    A, B = (
-        f["default"].weight.detach().double().requires_grad_() for f in (layer.lora_A, layer.lora_B)
-    )
+    A, B = (f["default"].weight.detach().double().requires_grad_() for f in (layer.lora_A, layer.lora_B))
     y = nn.functional.linear(x, weight, bias) + 1.5 * x @ A.mT @ B.mT
     return dict(zip(("y", "dx", "dA", "dB"), (y, *torch.autograd.grad(y, (x, A, B), dy.double())), strict=True))
 

@@ -2,7 +2,11 @@ import copy
 import io
 import json
 import pickle
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,9 +36,7 @@ def llama(dtype=torch.float32, **kwargs):
 def peft_llama(dtype=torch.float32, autocast_adapter_dtype=True, model=None, **config):
     torch.manual_seed(1)
     config = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False} | config
-    model = get_peft_model(
-        model or llama(dtype), LoraConfig(**config), autocast_adapter_dtype=autocast_adapter_dtype
-    )
+    model = get_peft_model(model or llama(dtype), LoraConfig(**config), autocast_adapter_dtype=autocast_adapter_dtype)
     with torch.no_grad():  # PEFT's random start of lora_B makes the adapter outweigh the base
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -55,7 +57,9 @@ def agree(ours, theirs, oracle=None):
     assert ours.keys() == theirs.keys()
     for name in ours:
         if oracle is None:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )
         else:
             assert_as_right(ours[name], theirs[name], oracle[name], None, name)
 
@@ -193,7 +197,10 @@ def test_compile_fullgraph(gc):
     theirs = step(model)
     patch(model)
     torch._dynamo.reset()
-    agree(step(torch.compile(model, fullgraph=True, backend="aot_eager")), {f"_orig_mod.{k}" if "." in k else k: v for k, v in theirs.items()})
+    agree(
+        step(torch.compile(model, fullgraph=True, backend="aot_eager")),
+        {f"_orig_mod.{k}" if "." in k else k: v for k, v in theirs.items()},
+    )
 
 
 def test_a_compiled_hotswap_scaling():
@@ -327,7 +334,9 @@ def test_conv1d_base():
 
 def test_tied_adapters():
     model = llama(tie_word_embeddings=True)
-    config = LoraConfig(r=8, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, init_lora_weights=False)
+    config = LoraConfig(
+        r=8, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, init_lora_weights=False
+    )
     model = get_peft_model(model, config)
     theirs = step(model)
     patch(model)
@@ -403,9 +412,12 @@ def test_refuses():
 
 @pytest.mark.slow
 def test_pefts_own_suite_agrees():
-    from tests_peft_suite import compare
-
-    plain, patched, stats = compare(select="lora")
-    assert patched == plain
-    assert list(plain.values()).count("passed") > 100
-    assert stats["fused"] > 1000, json.dumps(stats)
+    """Every LoRA test of PEFT's suite on models made on the spot: the same outcome, on the fused path."""
+    path = Path(__file__).parent / "peft_suite.py"
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    if "could not download" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    stats = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert stats["fused"] > 500
+    assert int(re.search(r"with the patch: {'passed': (\d+)", done.stdout)[1]) > 1000

@@ -100,7 +100,9 @@ def test_dropout_only_in_training():
 
 
 def test_repr_says_what_matters():
-    assert "in_features=24, out_features=16, bias=True, r=4, scaling=1.5, lora_dropout=0.0, merged=False" in repr(layer()[1])
+    assert "in_features=24, out_features=16, bias=True, r=4, scaling=1.5, lora_dropout=0.0, merged=False" in repr(
+        layer()[1]
+    )
 
 
 def test_built_from_sizes():
