@@ -1,16 +1,14 @@
 """The four thin products of a LoRA linear in plain PyTorch: what a CPU runs, and what the kernels must agree with.
 
-    shrink    S  = drop(x) Aᵀ                       one read of x
-    expand    Y  = T Bᵀ + start                     one write of Y
-    dy_pass   dS = dY B,  dB = dYᵀ T                one read of dY
-    x_pass    dA = dSᵀ drop(x),  dX += dropᵀ(dS A)  one read of x, one write of dX
+    shrink    S  = drop(x) Aᵀ                                   one read of x
+    expand    Y  = alpha S Bᵀ + start                           one write of Y
+    dy_pass   dS = dY B,  dB = alpha dYᵀ S                      one read of dY
+    x_pass    dA = alpha dSᵀ drop(x),  dX += alpha drop(dS A)   one read of x, one write of dX
 
-x [M,K], A [R,K], S, T, dS [M,R], B [N,R], Y, dY [M,N].  drop() only zeroes: the factor 1/(1-p) is part of the scale that
-makes T of S.  Where the thin side is wider than the activations (fp32 factors over bf16), x and dY are upcast in transient
-blocks of rows, never as a whole, and sums over rows are kept in the wide type.
+x [M,K], A [R,K], S, dS [M,R], B [N,R], Y, dY [M,N].  drop() only zeroes: its factor 1/(1-p) is part of alpha, which GEMMs
+apply to their accumulator.  Where the thin side is wider than the activations (fp32 factors over bf16), x and dY are upcast
+in transient blocks of rows, never as a whole, and sums over rows are kept in the wide type.
 """
-
-from collections.abc import Iterator
 
 import torch
 
@@ -22,10 +20,12 @@ def shrink(
     x: torch.Tensor, A: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """S [M,R] in A's dtype and, if a 0-d int64 ``seed`` is given, the keep bits int32 [M, ceil(K/32)]."""
+    if seed is None and x.dtype == A.dtype:
+        return _times(x, A.mT), None
     M, K = x.shape
     S = A.new_empty((M, A.shape[0]))
     if seed is None:
-        for rows in _blocks(x, A.dtype):
+        for rows in dropout.row_blocks(M, K, x.device):
             S[rows] = _times(x[rows].to(A.dtype), A.mT)
         return S, None
     keep = torch.empty((M, (K + 31) // 32), dtype=torch.int32, device=x.device)
@@ -36,31 +36,35 @@ def shrink(
     return S, keep
 
 
-def expand(T: torch.Tensor, B: torch.Tensor, start: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def expand(
+    S: torch.Tensor, B: torch.Tensor, start: torch.Tensor | None, dtype: torch.dtype, alpha: float = 1.0
+) -> torch.Tensor:
     """Y [M,N] in ``dtype``, rounded once.  ``start``: nothing, a bias [N] or a tensor [M,N] to add to."""
-    if T.dtype == dtype:
-        return T @ B.mT if start is None else torch.addmm(start.to(dtype), T, B.mT)
-    Y = T.new_empty((T.shape[0], B.shape[0]), dtype=dtype)
-    for rows in _blocks(Y, T.dtype):
+    if S.dtype == dtype:
+        return _mm(S, B.mT, alpha) if start is None else torch.addmm(start.to(dtype), S, B.mT, alpha=alpha)
+    Y = S.new_empty((S.shape[0], B.shape[0]), dtype=dtype)
+    for rows in dropout.row_blocks(*Y.shape, Y.device):
         if start is None:
-            Y[rows] = T[rows] @ B.mT
+            Y[rows] = _mm(S[rows], B.mT, alpha)
         else:
-            Y[rows] = torch.addmm((start[rows] if start.dim() == 2 else start).to(T.dtype), T[rows], B.mT)
+            Y[rows] = torch.addmm((start[rows] if start.dim() == 2 else start).to(S.dtype), S[rows], B.mT, alpha=alpha)
     return Y
 
 
 def dy_pass(
-    dY: torch.Tensor, B: torch.Tensor, T: torch.Tensor | None, need_dS: bool
+    dY: torch.Tensor, B: torch.Tensor, S: torch.Tensor | None, need_dS: bool, alpha: float = 1.0
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dS unscaled or None, dB if T is given) in B's dtype."""
+    """(dS without its alpha or None, dB if S is given) in B's dtype."""
+    if dY.dtype == B.dtype:
+        return _times(dY, B) if need_dS else None, None if S is None else _mm(S.mT, dY, alpha).mT
     dS = B.new_empty((dY.shape[0], B.shape[1])) if need_dS else None
-    dB = B.new_zeros(B.shape) if T is not None else None
-    for rows in _blocks(dY, B.dtype):
+    dB = None if S is None else B.new_zeros(B.shape)
+    for rows in dropout.row_blocks(*dY.shape, dY.device):
         block = dY[rows].to(B.dtype)
         if dS is not None:
             dS[rows] = _times(block, B)
         if dB is not None:
-            dB += (T[rows].mT @ block).mT
+            dB.addmm_(block.mT, S[rows], alpha=alpha)
     return dS, dB
 
 
@@ -70,37 +74,46 @@ def x_pass(
     A: torch.Tensor,
     keep: torch.Tensor | None,
     dX: torch.Tensor | None,
-    add: bool,
+    add: bool = False,
+    alpha: float = 1.0,
 ) -> torch.Tensor | None:
     """dA if x is given; dX [M,K], if given, is overwritten, or added to if ``add``."""
     dA = None
     if x is not None and x.dtype == A.dtype:
-        # dX is about to be overwritten: until then it holds drop(x), and one GEMM sums over all rows
-        scratch = torch.empty_like(x) if dX is None or add else dX
-        dA = dS.mT @ (x if keep is None else _dropped(x, keep, out=scratch))
+        if keep is not None:
+            # dX is about to be overwritten: until then it holds drop(x), and one GEMM sums over all rows
+            x = _dropped(x, keep, out=torch.empty_like(x) if dX is None or add else dX)
+        dA = _mm(dS.mT, x, alpha)
     elif x is not None:
         dA = A.new_zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32))
         for rows in dropout.row_blocks(*x.shape, x.device):
             block = x[rows].to(A.dtype)
             block = block if keep is None else _dropped(block, keep[rows], out=block)
-            dA += dS[rows].mT.to(dA.dtype) @ block.to(dA.dtype)
+            dA.addmm_(dS[rows].mT.to(dA.dtype), block.to(dA.dtype), alpha=alpha)
     if dX is not None and dX.dtype == A.dtype and not add:
-        torch.mm(dS, A, out=dX)
+        dX.addmm_(dS, A, beta=0, alpha=alpha)
         if keep is not None:
             _dropped(dX, keep, out=dX)
     elif dX is not None:
         for rows in dropout.row_blocks(*dX.shape, dX.device):
-            part = dS[rows] @ A
+            part = _mm(dS[rows], A, alpha)
             part = part if keep is None else _dropped(part, keep[rows], out=part)
             dX[rows] = dX[rows] + part if add else part
     return dA
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
+    """alpha a @ b, rounded once."""
+    if alpha == 1.0:
+        return a @ b
+    return a.new_empty((a.shape[0], b.shape[1])).addmm_(a, b, beta=0, alpha=alpha)
 
 
 def _times(wide: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
     """wide [M,K] @ thin [K,R].  In 16 bits a CPU GEMM is 1.6 times faster the other way round (2048 x 2048, R = 16, the
     copy of [M,R] included); in fp32 it is no faster, and less exact for small K.
     """
-    return (thin.mT @ wide.mT).mT if wide.element_size() == 2 else wide @ thin
+    return (thin.mT @ wide.mT).mT.contiguous() if wide.element_size() == 2 else wide @ thin
 
 
 def _dropped(t: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -110,10 +123,3 @@ def _dropped(t: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> torch.Te
         mask = bits.unpack(keep[rows].reshape(-1), (len(t[rows]), 32 * words))
         dropout.apply(t[rows], mask, out=out[rows])
     return out
-
-
-def _blocks(activations: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """All rows at once where nothing transient is made of them, else row blocks of a few MB."""
-    if activations.dtype == dtype:
-        return iter((slice(0, activations.shape[0]),))
-    return dropout.row_blocks(*activations.shape, activations.device)

@@ -20,14 +20,14 @@ def forward(
         keeps: list[Tensor] = [None] * len(ps)
         parts: list[Tensor] = [x.new_empty((x.shape[0], 0), dtype=thin_dtype)] * max(len(As), 1)
         for mask, group in _groups(masks):
-            A = _cat([As[j].to(thin_dtype) for j in group], 0)
+            A = _as([As[j] for j in group], thin_dtype, 0)
             if mask < 0:
                 part, _ = eager.shrink(x, A)
             else:
                 part, keeps[mask] = eager.shrink(x, A, seeds[mask], ps[mask])
             _spread(part, parts, group, As, 1)
-        S = _cat(parts, 1)
-        T = _scaled(S, As, _scales(scalings, masks, ps), scaling_tensors)
+        S = _as(parts, thin_dtype, 1)
+        scales = _scales(scalings, masks, ps)
 
         ys = []
         for i, (mine, columns) in enumerate(_spans(counts, As)):
@@ -42,7 +42,8 @@ def forward(
             start = sum(constants[1:], constants[0]) if constants else None
             out_dtype = dtype if bases[i] is None else bases[i].dtype
             if mine:
-                y = eager.expand(T[:, columns], _cat([Bs[j].to(thin_dtype) for j in mine], 1), start, out_dtype)
+                T, alpha = _scaled(S[:, columns], mine, As, scales, scaling_tensors)
+                y = eager.expand(T, _as([Bs[j] for j in mine], thin_dtype, 1), start, out_dtype, alpha)
                 ys.append(y if weights[i] is None else y.addmm_(x, weights[i].to(dtype).mT))
             else:
                 start = None if start is None else start.to(dtype)
@@ -53,12 +54,11 @@ def forward(
 def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, masks, ps, dtype, thin_dtype, needs):
     with _no_autocast(dys[0].device):
         n, a = len(counts), len(As)
-        need_x, need_W, need_b, need_A, need_B, need_lb = _split(needs, (1, n, n, a, a, a))
+        need_x, need_W, need_b, need_A, need_B, need_lb = runs(needs, (1, n, n, a, a, a))
         need_x, need_dS = need_x[0], need_x[0] or any(need_A)
         dys = [_dense(dy) for dy in dys]
         x = None if x is None else _rows(x, dtype)
         scales = _scales(scalings, masks, ps)
-        T = _scaled(S, As, scales, scaling_tensors) if any(need_B) else None
 
         dW, db, dlb = [None] * n, [None] * n, [None] * a
         dS: list[Tensor] = [None] * a
@@ -71,8 +71,9 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
                 for j in mine:
                     dlb[j] = _times(db[i], scalings[j], scaling_tensors[j])
             if mine and (need_dS or any(need_B[j] for j in mine)):
-                thin = T[:, columns] if any(need_B[j] for j in mine) else None
-                d, grad = eager.dy_pass(dys[i], _cat([Bs[j].to(thin_dtype) for j in mine], 1), thin, need_dS)
+                T = S[:, columns] if any(need_B[j] for j in mine) else None
+                T, alpha = _scaled(T, mine, As, scales, scaling_tensors)
+                d, grad = eager.dy_pass(dys[i], _as([Bs[j] for j in mine], thin_dtype, 1), T, need_dS, alpha)
                 _spread(d, dS, mine, As, 1)
                 _spread(grad, dB, mine, As, 1)
 
@@ -80,14 +81,15 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
         if need_x:
             dX = dys[0].new_empty((dys[0].shape[0], (*As, *weights)[0].shape[1]), dtype=dtype)
         for g, (mask, group) in enumerate(_groups(masks) if need_dS else []):
-            scaled = [_times(dS[j], scales[j], scaling_tensors[j]).to(thin_dtype) for j in group]
+            thin, alpha = _scaled(_as([dS[j] for j in group], thin_dtype, 1), group, As, scales, scaling_tensors)
             grad = eager.x_pass(
                 x if any(need_A[j] for j in group) else None,
-                _cat(scaled, 1),
-                _cat([As[j].to(thin_dtype) for j in group], 0),
+                thin,
+                _as([As[j] for j in group], thin_dtype, 0),
                 keeps[mask] if mask >= 0 else None,
                 dX,
-                add=g > 0,
+                g > 0,
+                alpha,
             )
             _spread(grad, dA, group, As, 0)
         if need_x:
@@ -95,8 +97,9 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
                 if weight is not None:
                     dX.addmm_(dy, weight.to(dtype), beta=1 if a or i else 0)
 
-        dA = [None if d is None else d.to(A.dtype) for d, A in zip(dA, As, strict=True)]
-        dB = [None if d is None else d.to(B.dtype) for d, B in zip(dB, Bs, strict=True)]
+        # several are views of one joined tensor, which an op may not return
+        dA = [None if d is None else d.to(A.dtype, copy=a > 1) for d, A in zip(dA, As, strict=True)]
+        dB = [None if d is None else d.to(B.dtype, copy=a > 1).contiguous() for d, B in zip(dB, Bs, strict=True)]
         return [grad for grad, need in zip([dX, *dW, *db, *dA, *dB, *dlb], needs, strict=True) if need]
 
 
@@ -108,7 +111,8 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype)
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _dense(dy: Tensor) -> Tensor:
@@ -138,33 +142,43 @@ def _spans(counts, As) -> list[tuple[range, slice]]:
     return spans
 
 
-def _split(items, sizes):
+def runs(items, sizes) -> list[list]:
     """Consecutive runs of the given sizes."""
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [list(items[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+    found, start = [], 0
+    for size in sizes:
+        found.append(list(items[start : start + size]))
+        start += size
+    return found
 
 
 def _spread(joined: Tensor | None, slots: list, group, As: list[Tensor], dim: int) -> None:
     """Put the parts of ``joined``, one per adapter of ``group``, into their slots."""
-    if joined is not None:
+    if joined is not None and len(group) == 1:
+        slots[group[0]] = joined
+    elif joined is not None:
         for j, part in zip(group, joined.split([As[j].shape[0] for j in group], dim), strict=True):
             slots[j] = part
 
 
-def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+def _as(tensors: list[Tensor], dtype: torch.dtype, dim: int) -> Tensor:
+    """All of them in ``dtype``, joined along ``dim``."""
+    tensors = [t if t.dtype is dtype else t.to(dtype) for t in tensors]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _times(t: Tensor, scaling: float, scaling_tensor: Tensor | None) -> Tensor:
     if scaling_tensor is not None:
-        scaling = scaling_tensor * scaling
-    return t * scaling
+        return t * (scaling_tensor * scaling)
+    return t if scaling == 1.0 else t * scaling
 
 
-def _scaled(S: Tensor, As, scales, scaling_tensors) -> Tensor:
-    """T: S with each adapter's columns times its scale, in S's dtype."""
-    if all(scale == 1.0 for scale in scales) and all(t is None for t in scaling_tensors):
-        return S
-    parts = S.split([A.shape[0] for A in As], 1)
-    scaled = [_times(part, *scale).to(S.dtype) for part, *scale in zip(parts, scales, scaling_tensors, strict=True)]
-    return _cat(scaled, 1)
+def _scaled(S: Tensor | None, group, As, scales, scaling_tensors) -> tuple[Tensor | None, float]:
+    """(T, alpha): alpha T is S [M,R] with each adapter's columns times its scale; one scale for all is left to the GEMMs."""
+    first = scales[group[0]]
+    if all(scales[j] == first and scaling_tensors[j] is None for j in group):
+        return S, first
+    if S is None:
+        return None, 1.0
+    parts = S.split([As[j].shape[0] for j in group], 1)
+    scaled = [_times(part, scales[j], scaling_tensors[j]) for part, j in zip(parts, group, strict=True)]
+    return _as(scaled, S.dtype, 1), 1.0
