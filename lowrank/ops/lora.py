@@ -150,7 +150,14 @@ def lora_projections(
                 ps.append(p)
     seeds = dropout.draw_seeds(len(ps), x.device) if ps else None
     spec = _Spec(tuple(counts), tuple(scalings), tuple(masks), tuple(ps), dtype, thin_dtype)
-    ys = _LoRALinears.apply(spec, x, seeds, *weights, *biases, *bases, *As, *Bs, *lora_biases, *scaling_tensors)
+    tensors = (*weights, *biases, *bases, *As, *Bs, *lora_biases, *scaling_tensors)
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
+        ys = _LoRALinears.apply(spec, x, seeds, *tensors)
+    else:
+        ys, _, _ = _forward(
+            x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
+            spec.scalings, spec.counts, spec.masks, spec.ps, seeds, dtype, thin_dtype,
+        )  # fmt: skip
     # The Function's outputs are fresh 2-D tensors and the view is made here: callers may then add to it in place.
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
