@@ -59,7 +59,7 @@ def apply(t: torch.Tensor, mask: torch.Tensor, out: torch.Tensor) -> torch.Tenso
 
 def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows that make blocks of about a million elements (cache-sized) on a CPU, 64 million on a GPU."""
-    step = max(1, (1 << 20 if device.type == "cpu" else 1 << 26) // columns)
+    step = max(1, (1 << 20 if device.type == "cpu" else 1 << 26) // max(columns, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

@@ -29,10 +29,12 @@ def shrink(
             S[rows] = _times(x[rows].to(A.dtype), A.mT)
         return S, None
     keep = torch.empty((M, (K + 31) // 32), dtype=torch.int32, device=x.device)
+    kept = None  # one buffer for every block: fresh memory costs more than what is done to it
     for rows, mask in dropout.draw(seed, M, K, p):
         keep[rows] = bits.pack(mask).view(-1, keep.shape[1])
         block = x[rows].to(A.dtype)
-        S[rows] = _times(dropout.apply(block, mask, out=torch.empty_like(block)), A.mT)
+        kept = torch.empty_like(block, memory_format=torch.contiguous_format) if kept is None else kept[: len(block)]
+        S[rows] = _times(dropout.apply(block, mask, out=kept), A.mT)
     return S, keep
 
 
@@ -78,27 +80,26 @@ def x_pass(
     alpha: float = 1.0,
 ) -> torch.Tensor | None:
     """dA if x is given; dX [M,K], if given, is overwritten, or added to if ``add``."""
-    dA = None
-    if x is not None and x.dtype == A.dtype:
+    M, K = dS.shape[0], A.shape[1]
+    if keep is None and all(t is None or t.dtype == A.dtype for t in (x, dX)):
+        if dX is not None:
+            dX.addmm_(dS, A, beta=int(add), alpha=alpha)
+        return None if x is None else _mm(dS.mT, x, alpha)
+    dA = None if x is None else A.new_empty(A.shape)
+    for words in dropout.row_blocks(-(-K // 32), 32 * M, A.device):  # blocks of columns: each is one sum over all rows
+        columns = slice(32 * words.start, min(32 * words.stop, K))
+        mask = None
         if keep is not None:
-            # dX is about to be overwritten: until then it holds drop(x), and one GEMM sums over all rows
-            x = _dropped(x, keep, out=torch.empty_like(x) if dX is None or add else dX)
-        dA = _mm(dS.mT, x, alpha)
-    elif x is not None:
-        dA = A.new_zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32))
-        for rows in dropout.row_blocks(*x.shape, x.device):
-            block = x[rows].to(A.dtype)
-            block = block if keep is None else _dropped(block, keep[rows], out=block)
-            dA.addmm_(dS[rows].mT.to(dA.dtype), block.to(dA.dtype), alpha=alpha)
-    if dX is not None and dX.dtype == A.dtype and not add:
-        dX.addmm_(dS, A, beta=0, alpha=alpha)
-        if keep is not None:
-            _dropped(dX, keep, out=dX)
-    elif dX is not None:
-        for rows in dropout.row_blocks(*dX.shape, dX.device):
-            part = _mm(dS[rows], A, alpha)
-            part = part if keep is None else _dropped(part, keep[rows], out=part)
-            dX[rows] = dX[rows] + part if add else part
+            mask = bits.unpack(keep[:, words].reshape(-1), (M, 32 * (words.stop - words.start)))
+        if dA is not None:
+            block = x[:, columns].to(A.dtype)
+            if mask is not None:
+                block = dropout.apply(block, mask, out=torch.empty_like(block, memory_format=torch.contiguous_format))
+            dA[:, columns] = _mm(dS.mT, block, alpha)
+        if dX is not None:
+            part = _mm(dS, A[:, columns], alpha)
+            part = part if mask is None else dropout.apply(part, mask, out=part)
+            dX[:, columns] = dX[:, columns] + part if add else part
     return dA
 
 
@@ -114,12 +115,3 @@ def _times(wide: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
     copy of [M,R] included); in fp32 it is no faster, and less exact for small K.
     """
     return (thin.mT @ wide.mT).mT.contiguous() if wide.element_size() == 2 else wide @ thin
-
-
-def _dropped(t: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``out`` = t [rows, columns] with 0 where the keep bits are; ``out`` may be t."""
-    words = keep.shape[1]
-    for rows in dropout.row_blocks(*t.shape, t.device):
-        mask = bits.unpack(keep[rows].reshape(-1), (len(t[rows]), 32 * words))
-        dropout.apply(t[rows], mask, out=out[rows])
-    return out
