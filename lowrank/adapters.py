@@ -1,6 +1,7 @@
 """``adapt``, ``save_adapter`` and ``load_adapter``: LoRA adapters on a whole model, in PEFT's files both ways."""
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -31,12 +32,13 @@ def adapt(model: nn.Module, config, adapter_name: str = "default", *, autocast_a
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if not isinstance(config, peft.LoraConfig):
         raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
-    from .integrations.peft import patch
+    from .integrations.peft import swap_layers
 
     if not any(isinstance(module, nn.Linear) for module in model.modules()) and config.target_modules == "all-linear":
         raise ValueError(f"model: {type(model).__name__} has no nn.Linear layer to adapt")
     model = peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-    return patch(model)
+    swap_layers(model)
+    return model
 
 
 def save_adapter(model: nn.Module, path, format: str | None = None) -> Path:
@@ -60,7 +62,10 @@ def save_adapter(model: nn.Module, path, format: str | None = None) -> Path:
         else:
             _write_lora_linears(model, Path(scratch), peft)
         written = [file for file in Path(scratch).rglob("*") if file.is_file()]
-        # the configuration goes last: a directory without one is not an adapter
+        # a directory without a configuration is not an adapter: the old one goes first, the new one comes last
+        for file in written:
+            if file.name == CONFIG:
+                (path / file.relative_to(scratch)).unlink(missing_ok=True)
         for file in sorted(written, key=lambda file: file.name == CONFIG):
             target = path / file.relative_to(scratch)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,29 +77,33 @@ def load_adapter(model: nn.Module, path, adapter_name: str = "default", *, is_tr
     """Load an adapter that :func:`save_adapter` or PEFT wrote, and return the model with it.
 
     A model with :class:`lowrank.nn.LoRALinear` layers has its factors overwritten; a PeftModel gets the adapter added
-    and made active; any other model becomes a PeftModel whose layers run on lowrank.  The files are checked against the
-    model before anything is changed.
+    and made active; any other model becomes a PeftModel whose layers run on lowrank.  The factors' layers, sizes and ranks
+    are checked against the model before anything is changed.  ``path`` may also be what a PeftModel with named adapters was
+    saved to: then the folder ``adapter_name`` in it is meant.
 
     Raises: FileNotFoundError for a missing file; ValueError for a damaged one, or an adapter of another model.
     """
     peft = _peft()
     path = Path(path)
+    if not (path / CONFIG).is_file() and (path / adapter_name / CONFIG).is_file():
+        path = path / adapter_name
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path}: expected an adapter directory with {CONFIG} and {WEIGHTS}; no {name}")
     tensors = _read(path / WEIGHTS)
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         return _load_lora_linears(model, path, tensors)
-    from .integrations.peft import patch
+    from .integrations.peft import swap_layers
 
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     _check_fits(base, path, tensors)
     if isinstance(model, peft.PeftModel):
         model.load_adapter(path, adapter_name, is_trainable=is_trainable)
-        model.set_adapter(adapter_name)
+        model.set_adapter(adapter_name, inference_mode=not is_trainable)
     else:
         model = peft.PeftModel.from_pretrained(model, path, adapter_name, is_trainable=is_trainable)
-    return patch(model)
+    swap_layers(model)
+    return model
 
 
 def _peft():
@@ -115,23 +124,36 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{file}: not a whole safetensors file ({file.stat().st_size} bytes): {error}") from error
 
 
+def _pattern(config: dict, pattern: str, name: str, default):
+    """The value for the layer ``name`` of a configuration's rank_pattern or alpha_pattern, by PEFT's own matching."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get(pattern) or {}
+    return patterns.get(get_pattern_key(patterns.keys(), name), default)
+
+
 def _check_fits(base: nn.Module, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError unless every LoRA factor in the file has a layer of its size in ``base``."""
+    """Raise ValueError unless every LoRA factor in the file has its layer in ``base``, of its size, and the config's rank."""
+    config = json.loads((path / CONFIG).read_text())
     layers = {name.replace(".base_layer", ""): module for name, module in base.named_modules()}
     for key, tensor in tensors.items():
-        name, _, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
+        name, _, factor = key.removeprefix(_PREFIX).replace(".base_layer", "").rpartition(".lora_")
         if not name or factor not in ("A.weight", "B.weight"):
             continue  # lora_bias, DoRA vectors, embeddings, modules_to_save: PEFT checks them itself
         if name not in layers:
             raise ValueError(f"{path}: an adapter of another model: it has {name}, which {type(base).__name__} lacks")
-        layer = layers[name]
+        if tensor.dim() != 2:
+            raise ValueError(f"{path}: {key} is {list(tensor.shape)}; a LoRA factor has two dimensions")
         side = "in_features" if factor == "A.weight" else "out_features"
-        size = getattr(layer, side, None)
-        given = tensor.shape[1] if factor == "A.weight" else tensor.shape[0]
-        if tensor.dim() == 2 and size is not None and size != given:
-            raise ValueError(
-                f"{path}: an adapter of another model: {key} is {list(tensor.shape)}, {name} has {side}={size}"
-            )
+        size = getattr(layers[name], side, None)
+        rank, given = tensor.shape if factor == "A.weight" else tensor.shape[::-1]
+        if size is None:
+            continue  # no nn.Linear: what its sizes are called is PEFT's knowledge
+        if size != given:
+            shape = list(tensor.shape)
+            raise ValueError(f"{path}: an adapter of another model: {key} is {shape}, {name} has {side}={size}")
+        if rank != (wanted := _pattern(config, "rank_pattern", name, config["r"])):
+            raise ValueError(f"{path}: {key} has rank {rank}, {CONFIG} says {wanted}")
 
 
 def _lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
@@ -155,10 +177,13 @@ def _write_lora_linears(model: nn.Module, path: Path, peft) -> None:
         lora_dropout=first.lora_dropout,
         use_rslora=first.use_rslora,
         lora_bias=first.lora_B["default"].bias is not None,
-        target_modules=list(layers),
-        rank_pattern={name: layer.r for name, layer in layers.items() if layer.r != first.r},
+        # exact names: PEFT finds a plain name at the end of any longer one too
+        target_modules="|".join(map(re.escape, layers)),
+        rank_pattern={f"^{re.escape(name)}": layer.r for name, layer in layers.items() if layer.r != first.r},
         alpha_pattern={
-            name: layer.lora_alpha for name, layer in layers.items() if layer.lora_alpha != first.lora_alpha
+            f"^{re.escape(name)}": layer.lora_alpha
+            for name, layer in layers.items()
+            if layer.lora_alpha != first.lora_alpha
         },
         inference_mode=True,
     )
@@ -188,8 +213,8 @@ def _load_lora_linears(model: nn.Module, path: Path, tensors: dict[str, torch.Te
             raise ValueError(f"{path}: {key} is {list(tensors[key].shape)}, the model's is {list(parameter.shape)}")
     config = json.loads((path / CONFIG).read_text())
     for name, layer in layers.items():
-        scale = config["alpha_pattern"].get(name, config["lora_alpha"])
-        layer.lora_alpha, layer.use_rslora = scale, config.get("use_rslora", False)
+        layer.lora_alpha = _pattern(config, "alpha_pattern", name, config["lora_alpha"])
+        layer.use_rslora = config.get("use_rslora", False)
         layer.unmerge()
     for key, parameter in wanted.items():
         parameter.copy_(tensors[key])

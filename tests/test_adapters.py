@@ -194,4 +194,55 @@ def test_hand_made_layers_that_one_file_cannot_hold(tmp_path):
         lowrank.save_adapter(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     lowrank.save_adapter(by_hand(), tmp_path / "a")
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["rank_pattern"] == {"2": 2}
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["rank_pattern"] == {"^2": 2}
+
+
+class Nested(nn.Module):
+    """Two layers of one name, one inside the other's."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.block = nn.Linear(6, 6), nn.ModuleDict({"fc": nn.Linear(6, 6)})
+
+    def forward(self, x):
+        return self.fc(self.block["fc"](x))
+
+
+def test_names_that_end_alike_keep_their_own_rank_and_alpha(tmp_path):
+    torch.manual_seed(0)
+    model, plain, x = Nested(), Nested(), torch.randn(4, 6)
+    plain.load_state_dict(model.state_dict())
+    model.block["fc"] = LoRALinear.from_linear(model.block["fc"], 2, lora_alpha=4)
+    model.fc = LoRALinear.from_linear(model.fc, 3, lora_alpha=40)
+    for layer in (model.fc, model.block["fc"]):
+        nn.init.normal_(layer.lora_B["default"].weight)
+    want = model(x)
+    lowrank.save_adapter(model, tmp_path / "a")
+    torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path / "a")(x), want)
+    model.fc.lora_alpha = model.block["fc"].lora_alpha = 1
+    assert torch.equal(lowrank.load_adapter(model, tmp_path / "a")(x), want)
+
+
+def test_named_adapters_and_frozen_ones(tmp_path):
+    model = lowrank.adapt(llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), "foo")
+    want = model(IDS).logits
+    lowrank.save_adapter(model, tmp_path / "a")
+    assert torch.equal(lowrank.load_adapter(llama(), tmp_path / "a", "foo")(IDS).logits, want)
+    other = lowrank.load_adapter(adapted(target_modules=["q_proj"]), tmp_path / "a" / "foo", "two")
+    assert not any(p.requires_grad for name, p in other.named_parameters() if ".two." in name)
+
+
+def test_a_rank_that_the_configuration_denies(tmp_path):
+    path = lowrank.save_adapter(adapted(), tmp_path / "a")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    model = llama()
+    before = str(model)
+    with pytest.raises(ValueError, match=r"has rank 4, adapter_config\.json says 3"):
+        lowrank.load_adapter(model, path)
+    assert str(model) == before
+
+
+def test_adapt_without_a_layer_for_lowrank():
+    model = lowrank.adapt(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    assert lowrank.stats(model)["untouched"] == {"lora.Embedding": 1}

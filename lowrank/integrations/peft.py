@@ -40,13 +40,18 @@ def patch(model: nn.Module | None = None) -> nn.Module | None:
         return None
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    twins = {cls: _twin(cls) for cls in _covered()}
-    layers = [m for m in model.modules() if type(m) in twins]
-    if not layers and not any(type(m) in twins.values() for m in model.modules()):
+    if not swap_layers(model):
         raise ValueError("model: found no LoRA layer to patch; call this after get_peft_model")
-    for layer in layers:
-        layer.__class__ = twins[type(layer)]
     return model
+
+
+def swap_layers(model: nn.Module) -> int:
+    """:func:`patch` for one model, where having nothing to patch is no mistake.  Returns how many layers are patched."""
+    twins = {cls: _twin(cls) for cls in _covered()}
+    layers = [m for m in model.modules() if type(m) in twins or type(m) in twins.values()]
+    for layer in layers:
+        layer.__class__ = twins.get(type(layer), type(layer))
+    return len(layers)
 
 
 def unpatch(model: nn.Module | None = None) -> nn.Module | None:
@@ -155,6 +160,8 @@ def _adapters(layer, x, args, kwargs) -> tuple[tuple[Adapter, ...] | None, str |
         return None, None
     if args or any(value is not None for value in kwargs.values()):
         return None, "arguments beside x"
+    if torch.nn.modules.module._has_any_global_hook():
+        return None, "global module hooks"
     if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
         return None, f"x of {getattr(x, 'dtype', type(x).__name__)}"
     adapters = []
@@ -191,9 +198,7 @@ def _is_plain_linear(base: nn.Module, x: torch.Tensor) -> bool:
     """Whether calling ``base`` is no more than F.linear, so that the op may do it."""
     return (
         type(base) is nn.Linear
-        and "forward" not in base.__dict__  # accelerate's offloading replaces it
         and not _has_hooks(base)
-        and not torch.nn.modules.module._has_any_global_hook()
         and _is_plain(base.weight, x.device)
         and (base.bias is None or _is_plain(base.bias, x.device))
         and (base.weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type))
@@ -206,5 +211,9 @@ def _is_plain(weight: torch.Tensor, device: torch.device) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # accelerate's offloading replaces it
     )

@@ -69,6 +69,8 @@ class LoRALinear(nn.Module):
         """Adopt ``linear``: its parameters are used, not copied, and frozen.  ``options``: the constructor's."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        if given := options.keys() & {"bias", "device", "dtype"}:
+            raise TypeError(f"from_linear: the base has its own {', '.join(sorted(given))}")
         return cls(linear.in_features, linear.out_features, r, _base=linear, **options)
 
     def reset_lora_parameters(self) -> None:
@@ -119,7 +121,7 @@ class LoRALinear(nn.Module):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         delta = B.weight.to(wide) @ A.weight.to(wide) * self.scaling
         self._merged_weight = (self.weight.to(wide) + delta).to(self.weight.dtype)
-        self._merged_bias = None if self.bias is None else self.bias.detach()
+        self._merged_bias = None if self.bias is None else self.bias.clone()
         if B.bias is not None:
             shift = B.bias.to(wide) * self.scaling
             self._merged_bias = (shift if self.bias is None else self.bias.to(wide) + shift).to(self.weight.dtype)
@@ -127,6 +129,10 @@ class LoRALinear(nn.Module):
     def unmerge(self) -> None:
         """Forget the merged weight."""
         self._merged_weight = self._merged_bias = None
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.unmerge()  # what is merged belongs to the parameters that are about to be replaced
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """What nn.Linear prints, and the adapter."""

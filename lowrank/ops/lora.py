@@ -4,8 +4,8 @@
 
 One call serves any number of projections of one x (q/k/v, gate/up) and any number of adapters on each.  The thin term is
 written first and the big GEMM adds to it in place (``addmm_``, beta = 1): full GEMM speed, one pass over Y fewer than
-adding afterwards, and less rounding error, because what is rounded early is the small term.  Saved for backward: x itself,
-S = drop(x) Aᵀ, and one bit per element of each dropout mask.
+adding afterwards, and less rounding error where the thin term is the smaller one, as it usually is.  Saved for backward:
+x itself, S = drop(x) Aᵀ, and one bit per element of each dropout mask.
 
 Schemas live here, so that a machine without a GPU traces every op.  Autograd is a plain Function outside the op.
 """
@@ -80,6 +80,8 @@ def lora_linear(
 
     Returns: [..., N] in x's dtype; under autocast, in autocast's dtype.
 
+    First derivatives in reverse mode only: no double backward, no forward mode, no torch.func transforms.
+
     Raises: ValueError or TypeError that names the argument, what came and what was expected.
     """
     adapter = Adapter(lora_A, lora_B, scaling, lora_bias, dropout_p)
@@ -122,6 +124,8 @@ def lora_projections(
     x: torch.Tensor, projections: tuple[Projection, ...], *, shared_mask: bool = False
 ) -> tuple[torch.Tensor, ...]:
     """The general form: every projection of x with all its adapters, in one autograd node."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError("lora_linear has no forward-mode derivative (forward_ad, torch.func.jvp)")
     autocast = _autocast_dtype(x)
     dtype = thin_dtype = autocast or x.dtype
     weights, biases, bases, counts = [], [], [], []

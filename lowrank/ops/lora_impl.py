@@ -38,7 +38,7 @@ def forward(
                 if lora_biases[j] is not None
             ]
             if bases[i] is not None:
-                constants.append(bases[i].reshape(x.shape[0], -1))
+                constants.append(bases[i].reshape(x.shape[0], bases[i].shape[-1]))
             start = sum(constants[1:], constants[0]) if constants else None
             out_dtype = dtype if bases[i] is None else bases[i].dtype
             if mine:
@@ -168,7 +168,7 @@ def _as(tensors: list[Tensor], dtype: torch.dtype, dim: int) -> Tensor:
 
 def _times(t: Tensor, scaling: float, scaling_tensor: Tensor | None) -> Tensor:
     if scaling_tensor is not None:
-        return t * (scaling_tensor * scaling)
+        return t * (scaling_tensor.double() * scaling)  # 0-d: t keeps its dtype, the product loses nothing
     return t if scaling == 1.0 else t * scaling
 
 

@@ -13,6 +13,8 @@ def check_projection(x, projection, autocast: bool) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., K] with K >= 1, got {_shape(x)}")
     K, N = x.shape[-1], None
+    if projection.weight is None and (projection.base is None or not projection.adapters):
+        raise ValueError("weight: expected a tensor [N, K], or a base output with adapters to add to it; got neither")
     if projection.base is not None:
         _tensor("base", projection.base)
         N = projection.base.shape[-1]
@@ -22,9 +24,9 @@ def check_projection(x, projection, autocast: bool) -> None:
             )
     if projection.weight is not None:
         _tensor("weight", projection.weight, x)
-        N = projection.weight.shape[0]
         if projection.weight.dim() != 2 or projection.weight.shape[1] != K:
             raise ValueError(f"weight: expected [N, {K}] for x {_shape(x)}, got {_shape(projection.weight)}")
+        N = projection.weight.shape[0]
         if not autocast and projection.weight.dtype is not x.dtype:
             raise TypeError(f"weight: expected x's dtype {x.dtype}, got {projection.weight.dtype} (outside autocast)")
     _vector("bias", projection.bias, N, x)
@@ -44,8 +46,10 @@ def _check_adapter(adapter, N: int, K: int, x: torch.Tensor) -> None:
         raise ValueError(f"lora_B: expected [{N}, {A.shape[0]}] beside lora_A {_shape(A)}, got {_shape(B)}")
     _vector("lora_bias", adapter.bias, N, x)
     if isinstance(scaling, torch.Tensor):
-        if scaling.dim() != 0:
-            raise ValueError(f"scaling: expected a float or a 0-d tensor, got a tensor {_shape(scaling)}")
+        if scaling.dim() != 0 or scaling.is_complex():
+            raise ValueError(
+                f"scaling: expected a float or a 0-d tensor, got a {scaling.dtype} tensor {_shape(scaling)}"
+            )
         if scaling.requires_grad:
             raise ValueError("scaling: a tensor that requires grad is not supported; it would get no gradient")
     elif not isinstance(scaling, (float, int)):

@@ -129,3 +129,15 @@ def test_refuses_what_is_no_linear():
     with pytest.raises(TypeError, match=r"linear: expected an nn.Linear, got Conv1d"):
         LoRALinear.from_linear(nn.Conv1d(4, 4, 1), 2)
     assert issubclass(lowrank.nn.LoRALinear, nn.Module)
+
+
+def test_loading_parameters_drops_a_merge():
+    _, made = layer()
+    made.merge()
+    made.load_state_dict(layer()[1].state_dict())
+    assert not made.merged
+
+
+def test_from_linear_takes_no_options_of_the_base():
+    with pytest.raises(TypeError, match="the base has its own bias, dtype"):
+        LoRALinear.from_linear(nn.Linear(4, 4), 2, bias=False, dtype=torch.float16)

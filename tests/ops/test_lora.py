@@ -434,7 +434,7 @@ BAD = {
     "lora_bias": (dict(lora_bias=torch.randn(7, 1)), ValueError, r"lora_bias: expected \[7\], got \[7, 1\]"),
     "nan scaling": (dict(scaling=float("nan")), ValueError, "scaling: expected a finite number, got nan"),
     "scaling type": (dict(scaling="2"), TypeError, "scaling: expected a float or a 0-d tensor, got str"),
-    "scaling shape": (dict(scaling=torch.ones(2)), ValueError, r"scaling: .* got a tensor \[2\]"),
+    "scaling shape": (dict(scaling=torch.ones(2)), ValueError, r"scaling: .* got a torch.float32 tensor \[2\]"),
     "dropout": (dict(dropout_p=1.5), ValueError, r"dropout_p: expected a probability in \[0, 1\], got 1.5"),
     "device": (dict(weight=torch.randn(7, 5, device="meta")), ValueError, "weight: expected x's device cpu, got meta"),
 }  # fmt: skip
@@ -458,3 +458,33 @@ def test_siblings_refuse_unequal_lists():
 def test_meta_tensors_trace():
     x, W, A, B, _, _ = (t.to("meta") for t in tensors(6, 9, 7, 4, torch.float32))
     assert lowrank.lora_linear(x, W, A, B, dropout_p=0.1).shape == (6, 7)
+
+
+def test_forward_mode_is_refused_and_not_wrong():
+    x, W, A, B, _, _ = (t.detach() for t in tensors(2, 12, 10, 3, torch.float32))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: lowrank.lora_linear(x, W, A, B), (x,), (x,))
+
+
+def test_an_empty_batch_onto_a_base():
+    _, _, A, B, _, _ = tensors(1, 12, 10, 3, torch.float32)
+    (y,) = lora_projections(torch.empty(0, 12), (Projection(None, None, (Adapter(A, B),), torch.empty(0, 10)),))
+    assert y.shape == (0, 10)
+    y.sum().backward()
+
+
+def test_a_scaling_tensor_of_a_narrow_dtype_loses_nothing():
+    x, W, A, B, _, _ = tensors(8, 64, 32, 4, torch.float32)
+    runs = []
+    for scaling in (2.0, torch.tensor(2.0, dtype=torch.bfloat16)):
+        torch.manual_seed(1)
+        runs.append(lowrank.lora_linear(x, W, A, B, scaling, dropout_p=0.1))
+    torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_to_compute_is_refused():
+    for projection in (Projection(None, None, ()), Projection(None, None, (), torch.randn(2, 3))):
+        with pytest.raises(ValueError, match="weight: expected a tensor"):
+            lora_projections(torch.randn(2, 5), (projection,))
+    with pytest.raises(ValueError, match="weight: expected"):
+        lora_projections(torch.randn(2, 5), (Projection(torch.tensor(1.0), None, ()),))
