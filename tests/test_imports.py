@@ -73,6 +73,7 @@ def test_peft_and_transformers_import_from_the_repository_root():
 def test_unknown_backend_is_refused(monkeypatch):
     import torch
 
+    import lowrank
     from lowrank.ops._dispatch import backend
 
     monkeypatch.setenv("LOWRANK_BACKEND", "eager")
@@ -80,3 +81,5 @@ def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("LOWRANK_BACKEND", "cutlass")
     with pytest.raises(ValueError, match="LOWRANK_BACKEND='cutlass'"):
         backend(torch.device("cpu"))
+    with pytest.raises(ValueError, match="LOWRANK_BACKEND='cutlass'"):
+        lowrank.lora_linear(torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1))

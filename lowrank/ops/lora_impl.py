@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from . import dropout, eager
+from ._dispatch import backend
 
 
 def forward(
     x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors, scalings, counts, masks, ps, seeds, dtype, thin_dtype
 ):  # fmt: skip
+    backend(x.device)  # one answer today, and an error where LOWRANK_BACKEND asks for another
     with _no_autocast(x.device):
         x = _rows(x, dtype)
         keeps: list[Tensor] = [None] * len(ps)
