@@ -74,6 +74,16 @@ def fell_back(layer: nn.Module, reason: str) -> None:
         warnings.warn(f"lowrank falls back to PEFT's own code for some layers: {reason}", stacklevel=4)
 
 
+def op_fell_back(reason: str) -> None:
+    """Count one call of an op that PyTorch ran where a kernel should have; like :func:`fell_back` otherwise."""
+    if _strict:
+        raise FallbackError(f"no kernel for this call: {reason}")
+    _all[reason] += 1
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"lowrank runs some calls in PyTorch instead of its kernels: {reason}", stacklevel=4)
+
+
 def _count(layer: nn.Module, reason: str) -> None:
     _all[reason] += 1
     counts = _by_layer.get(layer)

@@ -1,18 +1,88 @@
 """Which backend an op takes.  One visible chain of conditions; ``lowrank doctor`` prints its answer and its reason."""
 
+import functools
+import importlib.util
 import os
+from types import ModuleType
 
 import torch
 
+from .. import _stats
+from . import eager
+
+# Below this many bytes of activations in and out, a GPU has done a pass in less time than its launch costs (16 MB at 4 TB/s:
+# 4 us), so the path with fewer and cheaper launches is taken.  Modelled: bench/gpu.sh's small shapes are to correct it.
+SMALL = 16 << 20
+MAX_RANK = 512  # of kernels/_launch.py, which imports triton
+
 
 def backend(device: torch.device) -> tuple[str, str]:
-    """("eager", reason).  Raises ValueError if LOWRANK_BACKEND asks for what this version does not have."""
-    forced = os.environ.get("LOWRANK_BACKEND")
+    """("triton" or "eager", reason).  Raises ValueError if LOWRANK_BACKEND asks for what this device cannot do."""
+    forced, interpreted = os.environ.get("LOWRANK_BACKEND"), os.environ.get("TRITON_INTERPRET") == "1"
+    if forced not in (None, "", "eager", "triton"):
+        raise ValueError(f"LOWRANK_BACKEND={forced!r}: expected 'eager' or 'triton'")
     if forced == "eager":
         return "eager", "LOWRANK_BACKEND=eager"
-    if forced:
-        raise ValueError(f"LOWRANK_BACKEND={forced!r}: this version has only 'eager'")
-    return (
-        "eager",
-        f"this version has no Triton kernels yet; {device.type} runs the same order of operations in PyTorch",
-    )
+    possible = device.type == "cuda" or interpreted
+    if forced == "triton" and not (possible and _has_triton()):
+        raise ValueError(f"LOWRANK_BACKEND='triton': {device.type} needs triton and a GPU, or TRITON_INTERPRET=1")
+    if not possible:
+        return "eager", f"{device.type}: the kernels' order of operations in PyTorch"
+    if not _has_triton():
+        return "eager", "triton is not installed"
+    why = "LOWRANK_BACKEND=triton" if forced else "TRITON_INTERPRET=1" if interpreted else "a GPU"
+    return "triton", why
+
+
+def thin_products(x, weights, others, As, Bs, thin_dtype, has_dropout) -> ModuleType:
+    """ops/eager.py or kernels/thin.py for one call.  ``others``: base outputs [..., N] or gradients [M, N], or None.
+
+    What the kernels cannot do is done by eager, counted in ``stats()`` and refused by ``strict()``.
+    """
+    first = next(t for t in (x, *others, *As) if t is not None)
+    if backend(first.device)[0] == "eager" or not As:
+        return eager
+    wide = [t for t in (x, *others) if t is not None]
+    widths = [t.shape[-1] if weight is None else weight.shape[0] for t, weight in zip(others, weights, strict=True)]
+    rows = wide[0].numel() // max(wide[0].shape[-1], 1)
+    if rows == 0 or 0 in widths:
+        return eager
+    reason = _unsupported(wide, As, thin_dtype)
+    if reason is not None:
+        _stats.op_fell_back(reason)
+        return eager
+    if prefers_eager(rows, As[0].shape[1], sum(widths), wide[0].dtype, (*As, *Bs), thin_dtype, has_dropout):
+        return eager
+    from ..kernels import thin
+
+    return thin
+
+
+def prefers_eager(rows, K, N, dtype, factors, thin_dtype, has_dropout) -> bool:
+    """Whether a call is too small for kernels of ours: PyTorch then needs no more launches, and cheaper ones.
+
+    Masks and casts would cost eager launches of their own, so they keep the kernels.  Forcing the backend switches this off.
+    """
+    if os.environ.get("LOWRANK_BACKEND") == "triton" or os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    if has_dropout or thin_dtype is not dtype or any(t.dtype is not dtype for t in factors):
+        return False
+    return rows * (K + N) * dtype.itemsize < SMALL
+
+
+def _unsupported(wide, As, thin_dtype) -> str | None:
+    for t in wide:
+        if t.dtype is torch.float64:
+            return "float64: the kernels take fp16, bf16 and fp32"
+        if t.dim() == 2 and t.stride(-1) != 1 and t.shape[-1] > 1:
+            return "the last dim of an activation is not contiguous"
+    if thin_dtype is torch.float64:
+        return "float64: the kernels take fp16, bf16 and fp32"
+    if max(A.shape[0] for A in As) > MAX_RANK:
+        return f"a rank above {MAX_RANK}"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -29,8 +29,11 @@ def keep_scale(p: float) -> float:
     return 65536 / (65536 - dropped) if dropped < 65536 else 0.0
 
 
-def draw(seed: torch.Tensor, rows: int, columns: int, p: float) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yields (row block, bool [block, columns rounded up to 32]): True where an element is kept.  ``seed``: 0-d int64."""
+def draw(seed: torch.Tensor, rows: int, columns: int, cut: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields (row block, bool [block, columns rounded up to 32]): True where an element is kept.
+
+    ``seed``: 0-d int64.  ``cut``: :func:`threshold` of p.  kernels/_tile.py draws the same bits.
+    """
     per_row = -(-columns // 32) * 8  # int64 words, four elements each
     steps = z = scratch = None
     for block in row_blocks(rows, 4 * per_row, seed.device):
@@ -41,10 +44,10 @@ def draw(seed: torch.Tensor, rows: int, columns: int, p: float) -> Iterator[tupl
         first = (block.start * per_row * _STEP + 2**63) % 2**64 - 2**63  # wrapped as int64 arithmetic wraps
         torch.add(steps[:n], seed + first, out=z[:n])
         drawn = _splitmix64_(z[:n], scratch[:n]).view(torch.int16)
-        if threshold(p) == 65536:
+        if cut == 65536:
             drawn.zero_()
         else:
-            drawn.ge_(threshold(p) - 32768)  # as int16, narrowed below: faster than a comparison that writes bools
+            drawn.ge_(cut - 32768)  # as int16, narrowed below: faster than a comparison that writes bools
         yield block, drawn.to(torch.uint8).view(torch.bool).view(-1, 4 * per_row)
 
 

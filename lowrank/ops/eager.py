@@ -1,47 +1,52 @@
 """The four thin products of a LoRA linear in plain PyTorch: what a CPU runs, and what the kernels must agree with.
 
-    shrink    S  = drop(x) Aᵀ                                   one read of x
-    expand    Y  = alpha S Bᵀ + start                           one write of Y
-    dy_pass   dS = dY B,  dB = alpha dYᵀ S                      one read of dY
-    x_pass    dA = alpha dSᵀ drop(x),  dX += alpha drop(dS A)   one read of x, one write of dX
+    shrink    S_j  = drop_j(x) A_jᵀ                                      one read of x
+    expand    Y    = start + sum of scale_j S_j B_jᵀ                     one write of Y
+    dy_pass   dS_j = scale_j dY B_j,  dB_j = scale_j dYᵀ S_j             one read of dY
+    x_pass    dA_j = dS_jᵀ drop_j(x), dX = sum of drop_j(dS_j A_j)       one read of x, one write of dX
 
-x [M,K], A [R,K], S, dS [M,R], B [N,R], Y, dY [M,N].  drop() only zeroes: its factor 1/(1-p) is part of alpha, which GEMMs
-apply to their accumulator.  Where the thin side is wider than the activations (fp32 factors over bf16), x and dY are upcast
-in transient blocks of rows, never as a whole, and sums over rows are kept in the wide type.
+x [M,K], A_j [R_j,K], S and dS [M,R_0+R_1+...], B_j [N,R_j], Y and dY [M,N]; j counts adapters.  masks[j] is the index of
+adapter j's dropout mask, or -1: drop_j() only zeroes, its factor 1/(1-p) is part of scale_j.  A scale is a float, times a
+0-d tensor if scale_tensors[j] is one.  Where the thin side is wider than the activations (fp32 factors over bf16), x and dY
+are upcast in transient blocks, never as a whole, and sums over rows are kept in the wide type.
+
+kernels/thin.py offers the same four functions in Triton.
 """
 
 import torch
+from torch import Tensor
 
 from .. import bits
 from . import dropout
 
 
 def shrink(
-    x: torch.Tensor, A: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """S [M,R] in A's dtype and, if a 0-d int64 ``seed`` is given, the keep bits int32 [M, ceil(K/32)]."""
-    if seed is None and x.dtype == A.dtype:
-        return _times(x, A.mT), None
-    M, K = x.shape
-    S = A.new_empty((M, A.shape[0]))
-    if seed is None:
-        for rows in dropout.row_blocks(M, K, x.device):
-            S[rows] = _times(x[rows].to(A.dtype), A.mT)
-        return S, None
-    keep = torch.empty((M, (K + 31) // 32), dtype=torch.int32, device=x.device)
-    kept = None  # one buffer for every block: fresh memory costs more than what is done to it
-    for rows, mask in dropout.draw(seed, M, K, p):
-        keep[rows] = bits.pack(mask).view(-1, keep.shape[1])
-        block = x[rows].to(A.dtype)
-        kept = torch.empty_like(block, memory_format=torch.contiguous_format) if kept is None else kept[: len(block)]
-        S[rows] = _times(dropout.apply(block, mask, out=kept), A.mT)
-    return S, keep
+    x: Tensor, As: list[Tensor], dtype: torch.dtype, masks: list[int], thresholds: list[int], seeds: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """S in ``dtype``, and int32 [M, ceil(K/32)] keep bits per entry of ``thresholds`` (of 65536) and ``seeds`` (int64)."""
+    keeps: list[Tensor] = [None] * len(thresholds)
+    parts: list[Tensor] = [None] * len(As)
+    for mask, group in _groups(masks):
+        A = _joined([As[j] for j in group], dtype, 0)
+        if mask < 0:
+            part = _shrink(x, A)
+        else:
+            part, keeps[mask] = _shrink_dropped(x, A, seeds[mask], thresholds[mask])
+        _spread(part, parts, group, As, 0, 1)
+    return _joined(parts, dtype, 1), keeps
 
 
 def expand(
-    S: torch.Tensor, B: torch.Tensor, start: torch.Tensor | None, dtype: torch.dtype, alpha: float = 1.0
-) -> torch.Tensor:
-    """Y [M,N] in ``dtype``, rounded once.  ``start``: nothing, a bias [N] or a tensor [M,N] to add to."""
+    S: Tensor,
+    Bs: list[Tensor],
+    scales: list[float],
+    scale_tensors: list[Tensor | None],
+    start: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Y in ``dtype``, rounded once.  ``start``: nothing, a bias [N] or a tensor [M,N] to add to."""
+    B = _joined(Bs, S.dtype, 1)
+    S, alpha = _scaled(S, Bs, scales, scale_tensors)
     if S.dtype == dtype:
         return _mm(S, B.mT, alpha) if start is None else torch.addmm(start.to(dtype), S, B.mT, alpha=alpha)
     Y = S.new_empty((S.shape[0], B.shape[0]), dtype=dtype)
@@ -54,37 +59,107 @@ def expand(
 
 
 def dy_pass(
-    dY: torch.Tensor, B: torch.Tensor, S: torch.Tensor | None, need_dS: bool, alpha: float = 1.0
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dS without its alpha or None, dB if S is given) in B's dtype."""
-    if dY.dtype == B.dtype:
-        return _times(dY, B) if need_dS else None, None if S is None else _mm(S.mT, dY, alpha).mT
-    dS = B.new_empty((dY.shape[0], B.shape[1])) if need_dS else None
-    dB = None if S is None else B.new_zeros(B.shape)
-    for rows in dropout.row_blocks(*dY.shape, dY.device):
-        block = dY[rows].to(B.dtype)
-        if dS is not None:
-            dS[rows] = _times(block, B)
-        if dB is not None:
-            dB.addmm_(block.mT, S[rows], alpha=alpha)
-    return dS, dB
+    dY: Tensor,
+    Bs: list[Tensor],
+    scales: list[float],
+    scale_tensors: list[Tensor | None],
+    S: Tensor | None,
+    need_dB: list[bool],
+    need_dS: bool,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """(dS_j in ``dtype`` if needed, dB_j in B_j's dtype where needed); S is read only where a dB is."""
+    B = _joined(Bs, dtype, 1)
+    T, alpha = _scaled(S if any(need_dB) else None, Bs, scales, scale_tensors)
+    one_scale = _one_scale(scales, scale_tensors)
+    if dY.dtype == dtype:
+        dS = _times(dY, B, alpha if one_scale else 1.0) if need_dS else None
+        dB = None if T is None else _mm(T.mT, dY, alpha).mT
+    else:
+        dS = B.new_empty((dY.shape[0], B.shape[1])) if need_dS else None
+        dB = None if T is None else B.new_zeros(B.shape)
+        for rows in dropout.row_blocks(*dY.shape, dY.device):
+            block = dY[rows].to(dtype)
+            if need_dS:
+                dS[rows] = _times(block, B, alpha if one_scale else 1.0)
+            if dB is not None:
+                dB.addmm_(block.mT, T[rows], alpha=alpha)
+    dSs: list[Tensor | None] = [None] * len(Bs)
+    dBs: list[Tensor | None] = [None] * len(Bs)
+    everyone = range(len(Bs))
+    _spread(dS, dSs, everyone, Bs, 1, 1)
+    _spread(dB, dBs, everyone, Bs, 1, 1)
+    if need_dS and not one_scale:
+        dSs = [times(d, s, t) for d, s, t in zip(dSs, scales, scale_tensors, strict=True)]
+    # parts are views of one joined tensor, which an op may not return
+    several = len(Bs) > 1
+    dBs = [
+        d.to(B.dtype, copy=several).contiguous() if need and d is not None else None
+        for d, B, need in zip(dBs, Bs, need_dB, strict=True)
+    ]
+    return dSs, dBs
 
 
 def x_pass(
-    x: torch.Tensor | None,
-    dS: torch.Tensor,
-    A: torch.Tensor,
-    keep: torch.Tensor | None,
-    dX: torch.Tensor | None,
-    add: bool = False,
-    alpha: float = 1.0,
-) -> torch.Tensor | None:
-    """dA if x is given; dX [M,K], if given, is overwritten, or added to if ``add``."""
+    x: Tensor | None,
+    dS: list[Tensor],
+    As: list[Tensor],
+    need_dA: list[bool],
+    dX: Tensor | None,
+    masks: list[int],
+    keeps: list[Tensor],
+) -> list[Tensor | None]:
+    """dA_j in A_j's dtype where needed (x may be None if nowhere); ``dX`` [M,K], if given, is overwritten."""
+    dAs: list[Tensor | None] = [None] * len(As)
+    for g, (mask, group) in enumerate(_groups(masks)):
+        thin = _joined([dS[j] for j in group], dS[0].dtype, 1)
+        wanted = x if any(need_dA[j] for j in group) else None
+        A = _joined([As[j] for j in group], thin.dtype, 0)
+        _spread(_x_pass(wanted, thin, A, keeps[mask] if mask >= 0 else None, dX, g > 0), dAs, group, As, 0, 0)
+    several = len(As) > 1
+    return [
+        d.to(A.dtype, copy=several) if need and d is not None else None
+        for d, A, need in zip(dAs, As, need_dA, strict=True)
+    ]
+
+
+def times(t: Tensor, scale: float, scale_tensor: Tensor | None) -> Tensor:
+    """t times both, in t's dtype."""
+    if scale_tensor is not None:
+        return t * (scale_tensor.double() * scale)  # 0-d: t keeps its dtype, the product loses nothing
+    return t if scale == 1.0 else t * scale
+
+
+def _shrink(x: Tensor, A: Tensor) -> Tensor:
+    if x.dtype == A.dtype:
+        return _times(x, A.mT)
+    S = A.new_empty((x.shape[0], A.shape[0]))
+    for rows in dropout.row_blocks(*x.shape, x.device):
+        S[rows] = _times(x[rows].to(A.dtype), A.mT)
+    return S
+
+
+def _shrink_dropped(x: Tensor, A: Tensor, seed: Tensor, threshold: int) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    S = A.new_empty((M, A.shape[0]))
+    keep = torch.empty((M, (K + 31) // 32), dtype=torch.int32, device=x.device)
+    kept = None  # one buffer for every block: fresh memory costs more than what is done to it
+    for rows, mask in dropout.draw(seed, M, K, threshold):
+        keep[rows] = bits.pack(mask).view(-1, keep.shape[1])
+        block = x[rows].to(A.dtype)
+        kept = torch.empty_like(block, memory_format=torch.contiguous_format) if kept is None else kept[: len(block)]
+        S[rows] = _times(dropout.apply(block, mask, out=kept), A.mT)
+    return S, keep
+
+
+def _x_pass(
+    x: Tensor | None, dS: Tensor, A: Tensor, keep: Tensor | None, dX: Tensor | None, add: bool
+) -> Tensor | None:
     M, K = dS.shape[0], A.shape[1]
     if keep is None and all(t is None or t.dtype == A.dtype for t in (x, dX)):
         if dX is not None:
-            dX.addmm_(dS, A, beta=int(add), alpha=alpha)
-        return None if x is None else _mm(dS.mT, x, alpha)
+            dX.addmm_(dS, A, beta=int(add))
+        return None if x is None else dS.mT @ x
     dA = None if x is None else A.new_empty(A.shape)
     for words in dropout.row_blocks(-(-K // 32), 32 * M, A.device):  # blocks of columns: each is one sum over all rows
         columns = slice(32 * words.start, min(32 * words.stop, K))
@@ -95,23 +170,62 @@ def x_pass(
             block = x[:, columns].to(A.dtype)
             if mask is not None:
                 block = dropout.apply(block, mask, out=torch.empty_like(block, memory_format=torch.contiguous_format))
-            dA[:, columns] = _mm(dS.mT, block, alpha)
+            dA[:, columns] = dS.mT @ block
         if dX is not None:
-            part = _mm(dS, A[:, columns], alpha)
+            part = dS @ A[:, columns]
             part = part if mask is None else dropout.apply(part, mask, out=part)
             dX[:, columns] = dX[:, columns] + part if add else part
     return dA
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
+def _groups(masks: list[int]) -> list[tuple[int, list[int]]]:
+    """Adapters that see the same dropped x share its pass: (mask, adapters) by first appearance."""
+    groups: dict[int, list[int]] = {}
+    for j, mask in enumerate(masks):
+        groups.setdefault(mask, []).append(j)
+    return list(groups.items())
+
+
+def _joined(tensors: list[Tensor], dtype: torch.dtype, dim: int) -> Tensor:
+    """All of them in ``dtype``, side by side along ``dim``."""
+    tensors = [t if t.dtype is dtype else t.to(dtype) for t in tensors]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _spread(joined: Tensor | None, slots: list, group, factors: list[Tensor], rank_dim: int, dim: int) -> None:
+    """Put the parts of ``joined``, as wide along ``dim`` as the factors' ranks, into the slots of ``group``."""
+    if joined is not None and len(group) == 1:
+        slots[group[0]] = joined
+    elif joined is not None:
+        for j, part in zip(group, joined.split([factors[j].shape[rank_dim] for j in group], dim), strict=True):
+            slots[j] = part
+
+
+def _one_scale(scales: list[float], scale_tensors: list[Tensor | None]) -> bool:
+    return all(s == scales[0] and t is None for s, t in zip(scales, scale_tensors, strict=True))
+
+
+def _scaled(S: Tensor | None, Bs, scales, scale_tensors) -> tuple[Tensor | None, float]:
+    """(T, alpha): alpha T is S with each adapter's columns times its scale; one scale for all is left to the GEMMs."""
+    if _one_scale(scales, scale_tensors):
+        return S, scales[0]
+    if S is None:
+        return None, 1.0
+    parts = S.split([B.shape[1] for B in Bs], 1)
+    return _joined([times(*each) for each in zip(parts, scales, scale_tensors, strict=True)], S.dtype, 1), 1.0
+
+
+def _mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """alpha a @ b, rounded once."""
     if alpha == 1.0:
         return a @ b
     return a.new_empty((a.shape[0], b.shape[1])).addmm_(a, b, beta=0, alpha=alpha)
 
 
-def _times(wide: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
-    """wide [M,K] @ thin [K,R].  In 16 bits a CPU GEMM is 1.6 times faster the other way round (2048 x 2048, R = 16, the
-    copy of [M,R] included); in fp32 it is no faster, and less exact for small K.
+def _times(wide: Tensor, thin: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha wide [M,K] @ thin [K,R].  In 16 bits a CPU GEMM is 1.6 times faster the other way round (2048 x 2048, R = 16,
+    the copy of [M,R] included); in fp32 it is no faster, and less exact for small K.
     """
-    return (thin.mT @ wide.mT).mT.contiguous() if wide.element_size() == 2 else wide @ thin
+    if wide.element_size() == 2:
+        return _mm(thin.mT, wide.mT, alpha).mT.contiguous()
+    return _mm(wide, thin, alpha)

@@ -5,7 +5,7 @@ from lowrank.ops import dropout
 
 
 def mask(seed, rows, columns, p):
-    blocks = [m for _, m in dropout.draw(torch.tensor(seed), rows, columns, p)]
+    blocks = [m for _, m in dropout.draw(torch.tensor(seed), rows, columns, dropout.threshold(p))]
     return torch.cat(blocks)[:, :columns]
 
 

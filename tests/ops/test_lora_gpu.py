@@ -75,5 +75,7 @@ def test_the_mask_is_the_cpus():
     from lowrank.ops import dropout
 
     seed = torch.tensor(123456789)
-    blocks = [torch.cat([m for _, m in dropout.draw(s, 300, 1000, 0.3)]) for s in (seed, seed.cuda())]
+    blocks = [
+        torch.cat([m for _, m in dropout.draw(s, 300, 1000, dropout.threshold(0.3))]) for s in (seed, seed.cuda())
+    ]
     assert torch.equal(blocks[0], blocks[1].cpu())

@@ -1,0 +1,147 @@
+"""Y = start + sum over j of scale_j drop_j(S_j B_jᵀ): the prefill that the big GEMM adds to in place.
+
+S_j [M, R_j], B_j [N, R_j] (any strides) -> Y [M, N], rounded once.  scale_j: a float, times a 0-d tensor, or times a
+tensor [R_j] (one scale per column of S).  start: nothing, a bias [N] or a matrix [M, N].
+drop_j zeroes where a keep bit of int32 [M, ceil(N / 32)] is 0: with B = Aᵀ this is the backward's dX = mask ∘ (dS A).
+Floor: the write of Y, M N itemsize bytes; 15.6 us at 8192 x 4096 in bf16 at 4.3 TB/s.
+Eager form: lowrank/ops/eager.py.  Benchmark: bench/registry.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import DTYPES, as_bytes, check, dot_kind, on, pad_rank, precision
+from ._tile import cast, dot, unpack
+
+MAX_BLOCK_R = {"same": 64, "split": 32, "fp32": 16}  # larger ranks are summed block by block
+
+
+@dataclass(frozen=True)
+class Config:
+    block_m: int = 64
+    block_n: int = 128
+    num_warps: int = 8
+    num_stages: int = 2
+
+
+def pick_config(M: int, N: int, block_r: int, kind: str) -> Config:
+    """Pure; ``kind``: _launch.dot_kind's.  Chosen so that nothing spills; no threshold has been measured yet."""
+    block_m = 16 if M <= 16 else 32 if M <= 32 else 64
+    block_n = 128 if kind == "same" or block_r <= 16 else 64
+    return Config(block_m, block_n, 4 if block_m == 16 else 8)
+
+
+@triton.jit
+def _expand_kernel(
+    s_ptrs, b_ptrs, bias_ptr, start_ptr, y_ptr, keep_ptrs, scales, scale_ptrs,
+    ranks, M, N, strides_sm, strides_bn, strides_br, stride_startm, stride_ym,
+    PER_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    R_PADDED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    mask = mask_m[:, None] & mask_n[None, :]
+
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for j in tl.static_range(len(s_ptrs)):
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for r in range(0, R_PADDED, BLOCK_R):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < ranks[j]
+            s = tl.load(
+                s_ptrs[j] + offs_m[:, None] * strides_sm[j] + offs_r[None, :],
+                mask=mask_m[:, None] & mask_r[None, :],
+                other=0.0,
+            )
+            if PER_COLUMN[j]:
+                m = tl.load(scale_ptrs[j] + offs_r, mask=mask_r, other=0.0).to(tl.float32)
+                s = cast(s.to(tl.float32) * m[None, :], s.dtype)
+            b = tl.load(
+                b_ptrs[j] + offs_n[:, None] * strides_bn[j] + offs_r[None, :].to(tl.int64) * strides_br[j],
+                mask=mask_n[:, None] & mask_r[None, :],
+                other=0.0,
+            )
+            acc = dot(s, cast(b, DTYPE).T, acc, PRECISION)
+        scale = tl.cast(scales[j], tl.float32)
+        if scale_ptrs[j] is not None and not PER_COLUMN[j]:
+            scale *= tl.load(scale_ptrs[j]).to(tl.float32)
+        acc *= scale
+        if keep_ptrs[j] is not None:
+            offs_b = tl.program_id(1) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+            row_bytes = 4 * tl.cdiv(N, 32)
+            keep = tl.load(
+                keep_ptrs[j] + offs_m[:, None] * row_bytes + offs_b[None, :],
+                mask=mask_m[:, None] & (offs_b < row_bytes)[None, :],
+                other=0,
+            )
+            acc = tl.where(unpack(keep.to(tl.int32), BLOCK_M, BLOCK_N), acc, 0.0)
+        y += acc
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if start_ptr is not None:
+        y += tl.load(start_ptr + offs_m[:, None] * stride_startm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], cast(y, y_ptr.dtype.element_ty), mask=mask)
+
+
+def expand(
+    S: torch.Tensor,
+    Bs: list[torch.Tensor],
+    scales: list[float],
+    scale_tensors: list[torch.Tensor | None],
+    start: torch.Tensor | None,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """Y [M, N] in ``dtype``.  S [M, R_0 + R_1 + ...], last dim contiguous.
+
+    Raises: ValueError before anything is launched (see _launch.check).
+    """
+    Y = S.new_empty((S.shape[0], Bs[0].shape[0]), dtype=dtype)
+    if S.shape[1] != sum(B.shape[1] for B in Bs):
+        raise ValueError(f"expand: S {list(S.shape)} does not fit B {[list(B.shape) for B in Bs]}")
+    expand_into(Y, list(S.split([B.shape[1] for B in Bs], 1)), Bs, scales, scale_tensors, start, None, config)
+    return Y
+
+
+def expand_into(
+    Y: torch.Tensor,
+    S: list[torch.Tensor],
+    Bs: list[torch.Tensor],
+    scales: list[float],
+    scale_tensors: list[torch.Tensor | None],
+    start: torch.Tensor | None,
+    keeps: list[torch.Tensor | None] | None,
+    config: Config | None = None,
+) -> None:
+    """Overwrite Y, with drop_j if ``keeps`` are given.  ``S``: one [M, R_j] per factor, last dim contiguous."""
+    (M, N), dtype, n = Y.shape, Y.dtype, len(S)
+    for s, B in zip(S, Bs, strict=True):
+        if s.shape[0] != M or B.shape != (N, s.shape[1]) or s.dtype is not S[0].dtype:
+            raise ValueError(f"expand: {s.dtype} S {list(s.shape)} and B {list(B.shape)} do not fit Y [{M}, {N}]")
+        check("expand", s, s.dtype, [B], [s.shape[1]])
+    if start is not None and start.shape not in ((N,), (M, N)):
+        raise ValueError(f"expand: expected start [{N}] or [{M}, {N}], got {list(start.shape)}")
+    check("expand", Y, S[0].dtype, [S[0], *([] if start is None else [start])], [])
+    if start is not None and start.stride(-1) != 1 and N > 1:
+        raise ValueError(f"expand: start's last dim must be contiguous, got strides {start.stride()}")
+    if Y.numel() == 0:
+        return
+    how = dot_kind(dtype, S[0].dtype)
+    block_r = min(MAX_BLOCK_R[how], max(pad_rank(s.shape[1]) for s in S))
+    c = config or pick_config(M, N, block_r, how)
+    matrix = start is not None and start.dim() == 2
+    with on(Y):
+        _expand_kernel[(triton.cdiv(M, c.block_m), triton.cdiv(N, c.block_n))](
+            tuple(S), tuple(Bs), None if matrix else start, start if matrix else None, Y,
+            as_bytes(keeps or [None] * n), tuple(scales), tuple(scale_tensors),
+            tuple(s.shape[1] for s in S), M, N, tuple(s.stride(0) for s in S), tuple(B.stride(0) for B in Bs),
+            tuple(B.stride(1) for B in Bs), start.stride(0) if matrix else 0, Y.stride(0),
+            PER_COLUMN=tuple(t is not None and t.dim() == 1 for t in scale_tensors),
+            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=block_r,
+            R_PADDED=triton.cdiv(max(s.shape[1] for s in S), block_r) * block_r, DTYPE=DTYPES[S[0].dtype],
+            PRECISION="tf32x3" if how == "split" else precision(), num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip

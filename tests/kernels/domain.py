@@ -1,0 +1,41 @@
+"""The calls whose launches are every (kernel, config) pair that pick_config can return: one call per branch of its rules."""
+
+import itertools
+
+import torch
+
+from lowrank.kernels import thin
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP32)]  # activations, thin products
+ROWS = [16, 32, 8192]
+RANKS = [(16,), (32,), (64,), (128,), (512,), (16, 16), (16, 16, 16), (64, 64)]
+SHAPE = 4096, 1024  # K, N of k_proj in an 8B model; M and the ranks are what configs depend on
+RAGGED = 300, 77
+
+
+def calls(dtype, thin_dtype, M, ranks, shape=SHAPE):
+    """Everything a LoRA linear launches forward and backward at these sizes, with and without dropout."""
+    K, N = shape
+
+    def empty(*size, dtype=dtype):
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    As, Bs = [empty(r, K, dtype=thin_dtype) for r in ranks], [empty(N, r, dtype=thin_dtype) for r in ranks]
+    n, x, dY = len(ranks), empty(M, K), empty(M, N)
+    seeds, scales, none = empty(n, dtype=torch.int64), [0.5] * n, [None] * n
+    for masks in ([-1] * n, [0] * n, list(range(n))):
+        S, keeps = thin.shrink(x, As, thin_dtype, masks, [6554] * (max(masks) + 1), seeds)
+        dX, needed = empty(M, K), [True] * n
+        thin.x_pass(x, list(S.split(ranks, 1)), As, needed, dX, masks, keeps)
+        thin.x_pass(None, list(S.split(ranks, 1)), As, [False] * n, dX, masks, keeps)
+    thin.expand(S, Bs, scales, none, empty(N), dtype)
+    thin.expand(S, Bs, scales, none, empty(M, N), dtype)
+    thin.dy_pass(dY, Bs, scales, none, S, [True] * n, True, thin_dtype)
+    thin.dy_pass(dY, Bs, scales, none, S, [True] * n, False, thin_dtype)
+    thin.dy_pass(dY, Bs, scales, none, None, [False] * n, True, thin_dtype)
+
+
+def every_call(dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE):
+    for (dtype, thin_dtype), M, r in itertools.product(dtypes, rows, ranks):
+        calls(dtype, thin_dtype, M, r, shape)
