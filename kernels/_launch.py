@@ -30,9 +30,11 @@ def dot_kind(wide: torch.dtype, thin: torch.dtype) -> str:
     return "fp32" if wide is torch.float32 else "same" if wide is thin else "split"
 
 
-def precision() -> str:
-    """How fp32 x fp32 is multiplied: exactly, unless the user allowed TF32 in torch."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def precision(kind: str) -> str:
+    """tl.dot's input_precision for fp32 operands of a :func:`dot_kind`; 16-bit operands know only one."""
+    if kind == "split" and not torch.version.hip:  # AMD multiplies fp32 exactly, and knows no tf32x3
+        return "tf32x3"
+    return "tf32" if kind == "fp32" and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def check(name: str, wide: torch.Tensor, thin: torch.dtype, factors: list[torch.Tensor], ranks: list[int]) -> None:

@@ -11,14 +11,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in fp32.  One of a, b may be fp32 over the other's 16 bits: nothing of it is lost.
 
     An fp32 operand over bf16 is split into three bf16 parts (8 + 8 + 8 bits of mantissa), so that three MMAs give fp32's
-    result.  Over fp16, which TF32 holds exactly, TF32 with its own three-way split does.  Their sum is added to acc outside
-    the MMA, because tensor cores truncate when they accumulate (Ootomo and Yokota 2022, arXiv 2203.03341).
+    result.  Over fp16, which TF32 holds exactly, TF32 with its own three-way split does (PRECISION "tf32x3").  Their sum
+    is added to acc outside the MMA, because tensor cores truncate when they accumulate (Ootomo and Yokota 2022, arXiv
+    2203.03341).
     """
     if a.dtype == b.dtype:
         acc = _mma(a, b, acc, PRECISION)
     elif a.dtype == tl.float16 or b.dtype == tl.float16:
         zero = tl.zeros(acc.shape, tl.float32)
-        acc += tl.dot(a.to(tl.float32), b.to(tl.float32), zero, input_precision="tf32x3")
+        acc += tl.dot(a.to(tl.float32), b.to(tl.float32), zero, input_precision=PRECISION)
     elif a.dtype == tl.float32:
         hi, mid, lo = _split(a)
         part = _mma(lo, b, tl.zeros(acc.shape, tl.float32), PRECISION)

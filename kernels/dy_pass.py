@@ -33,7 +33,7 @@ class Config:
     num_stages: int = 2
 
 
-def pick_config(M: int, N: int, block_r: int, kind: str, sms: int) -> Config:
+def pick_config(M: int, N: int, block_r: int, kind: str, arch: int, sms: int) -> Config:
     """Pure; ``kind``: _launch.dot_kind's.  Chosen so that nothing spills; no threshold has been measured yet."""
     block_m = 16 if M <= 16 else 32 if M <= 32 or kind != "same" else 64
     block_n = 128 if kind == "same" else 64
@@ -42,7 +42,8 @@ def pick_config(M: int, N: int, block_r: int, kind: str, sms: int) -> Config:
     blocks = max(1, min(budget // (block_n * block_r), triton.next_power_of_2(triton.cdiv(N, block_n))))
     groups = triton.cdiv(N, blocks * block_n)
     chunks = max(1, min(triton.cdiv(sms, groups), M // 128))
-    return Config(block_m, block_n, blocks, chunks)
+    # 168 KiB of shared memory at rank 16 with two stages; an unknown GPU may have 64
+    return Config(block_m, block_n, blocks, chunks, num_stages=2 if arch in (80, 90, 100) else 1)
 
 
 def one_pass_pays(M: int, N: int, R: int, dtype: torch.dtype, thin_dtype: torch.dtype, c: Config) -> bool:
@@ -136,7 +137,7 @@ def dy_pass(
     dBs = [B.new_empty(B.shape) if need else None for B, need in zip(Bs, need_dB, strict=True)]
     parts = list(dS.split(ranks, 1)) if need_dS else [None] * len(Bs)
     if need_dS and len(Bs) == 1 and need_dB[0]:
-        c = config or pick_config(M, N, pad_rank(ranks[0]), dot_kind(dY.dtype, dtype), device_facts(dY.device)[1])
+        c = config or pick_config(M, N, pad_rank(ranks[0]), dot_kind(dY.dtype, dtype), *device_facts(dY.device))
         if config or one_pass_pays(M, N, ranks[0], dY.dtype, dtype, c):
             _launch(dY, Bs[0], scales[0], scale_tensors[0], S, dS, dBs[0], c)
             return parts, dBs
@@ -160,7 +161,7 @@ def _launch(dY, B, scale, scale_tensor, S, dS, dB, c):
             R, M, N, rows, dY.stride(0), B.stride(0), B.stride(1), S.stride(0), ds.stride(-2), M * R, R, N * R,
             PER_COLUMN=scale_tensor is not None and scale_tensor.dim() == 1,
             BLOCKS=c.blocks, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=pad_rank(R), DTYPE=DTYPES[dS.dtype],
-            PRECISION=precision(), num_warps=c.num_warps, num_stages=c.num_stages,
+            PRECISION=precision(dot_kind(dY.dtype, dS.dtype)), num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
     if groups > 1:
         reduce(ds.view(groups, -1), [dS])

@@ -143,5 +143,5 @@ def expand_into(
             PER_COLUMN=tuple(t is not None and t.dim() == 1 for t in scale_tensors),
             BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=block_r,
             R_PADDED=triton.cdiv(max(s.shape[1] for s in S), block_r) * block_r, DTYPE=DTYPES[S[0].dtype],
-            PRECISION="tf32x3" if how == "split" else precision(), num_warps=c.num_warps, num_stages=c.num_stages,
+            PRECISION=precision(how), num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip

@@ -44,7 +44,7 @@ def pick_config(M: int, K: int, columns: int, masks: int, kind: str, sms: int) -
     programs = triton.cdiv(M, block_m)
     # split K until every SM has two programs, each with at least four blocks of columns
     split_k = max(1, min(2 * sms // programs, triton.cdiv(K, 4 * block_k), 32))
-    many = columns > 64 or masks > 1 or (kind != "same" and (columns > 32 or masks))
+    many = columns > 64 or masks > 1 or (kind != "same" and (columns > 32 or (masks and block_m == 32)))
     return Config(block_m, block_k, split_k, 8 if many and (block_m * block_k >= 1024 or not masks) else 4)
 
 
@@ -146,7 +146,9 @@ def shrink(
     S = x.new_empty((M, sum(ranks)), dtype=dtype) if out is None else out
     keeps = [torch.empty((M, words), dtype=torch.int32, device=x.device) for _ in thresholds]
     column = 0
-    for batch in batches(ranks, WIDTH) if M else ():
+    # several masks beside fp32 factors need the registers
+    width = WIDTH if len(thresholds) < 2 else {"same": WIDTH, "split": 64, "fp32": 32}[dot_kind(x.dtype, dtype)]
+    for batch in batches(ranks, width) if M else ():
         mine = [As[j] for j in batch]
         part = S[:, column : column + sum(ranks[batch.start : batch.stop])]
         of_batch = (t[batch.start : batch.stop] for t in (masks, scales, scale_tensors))
@@ -159,7 +161,8 @@ def _launch(x, As, S, masks, scales, scale_tensors, thresholds, seeds, keeps, co
     (M, K), n = x.shape, len(As)
     block_r = min(WIDTH, pad_rank(max(A.shape[0] for A in As)))
     distinct = len({m for m in masks if m >= 0})
-    c = config or pick_config(M, K, n * block_r, distinct, dot_kind(x.dtype, S.dtype), device_facts(x.device)[1])
+    how = dot_kind(x.dtype, S.dtype)
+    c = config or pick_config(M, K, n * block_r, distinct, how, device_facts(x.device)[1])
     k_split = triton.cdiv(triton.cdiv(K, c.split_k), c.block_k) * c.block_k
     splits = triton.cdiv(K, k_split)
     out = S if splits == 1 else torch.empty((splits, *S.shape), dtype=torch.float32, device=x.device)
@@ -172,7 +175,7 @@ def _launch(x, As, S, masks, scales, scale_tensors, thresholds, seeds, keeps, co
             x.stride(0), tuple(A.stride(0) for A in As), tuple(A.stride(1) for A in As), out.stride(-2), S.numel(),
             MASKS=tuple(masks), PER_COLUMN=tuple(t is not None and t.dim() == 1 for t in scale_tensors),
             BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=r_blocks,
-            DTYPE=DTYPES[S.dtype], PRECISION=precision(), num_warps=c.num_warps, num_stages=c.num_stages,
+            DTYPE=DTYPES[S.dtype], PRECISION=precision(how), num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
     if splits > 1:
         reduce(out.view(splits, -1), [S])

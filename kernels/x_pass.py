@@ -51,7 +51,7 @@ def _x_pass_kernel(
     ranks, M, K, ROWS, stride_xm, strides_dsm, strides_ar, strides_ak, strides_dar, strides_dak, stride_dac, stride_dxm,
     MASKS: tl.constexpr, PER_COLUMN: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, PRECISION_DX: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     offs_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -98,7 +98,7 @@ def _x_pass_kernel(
                 acc = dot(dropped.T, ds, acc, PRECISION)
             new = new + (acc,)
             if dx_ptr is not None:
-                part = dot(ds, factors[j], tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION_DX)
+                part = dot(ds, factors[j], tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION)
                 if MASKS[j] >= 0:
                     part = tl.where(keep, part, 0.0)
                 dx += part
@@ -242,7 +242,7 @@ def _launch(x, dS, As, outs, strides, dX, add, masks, keeps, scales, scale_tenso
             tuple(s[0] for s in strides), tuple(s[1] for s in strides), between, 0 if dX is None else dX.stride(0),
             MASKS=tuple(masks), PER_COLUMN=tuple(t is not None and t.dim() == 1 for t in scale_tensors), ADD=add,
             BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, DTYPE=DTYPES[dS[0].dtype],
-            PRECISION=precision(), PRECISION_DX="tf32x3" if how == "split" else precision(),
+            PRECISION=precision(how),
             num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
     if chunks > 1:

@@ -64,18 +64,21 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recorded(sms: int):
-    """A list of the launches that happen inside; nothing runs.  ``sms``: of the imagined GPU."""
+def recorded(sms: int, arch: int | str = 90):
+    """A list of the launches that happen inside; nothing runs.  ``sms``, ``arch``: of the imagined GPU."""
     launches: list[Launch] = []
     undo = [(module, name, getattr(module, name)) for module, name in KERNELS.values()]
+    version = torch.version.hip
     facts = [(m, "device_facts", m.device_facts) for m in (_launch, shrink, dy_pass, x_pass)]
     try:
         for (name, (module, attribute)), (_, _, kernel) in zip(KERNELS.items(), undo, strict=True):
             setattr(module, attribute, _Recorder(name, kernel, launches))
         for module, attribute, _ in facts:
-            setattr(module, attribute, lambda device: (90, sms))
+            setattr(module, attribute, lambda device: (0 if isinstance(arch, str) else arch, sms))
+        torch.version.hip = "imagined" if isinstance(arch, str) else version
         yield launches
     finally:
+        torch.version.hip = version
         for module, attribute, before in undo + facts:
             setattr(module, attribute, before)
 

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from test_shrink import dropout_bits
+from thin_inputs import (
+    BF16,
+    CASES,
+    DEVICE,
+    DTYPES,
+    FP16,
+    FP32,
+    absolutes,
+    as_right,
+    far_rows,
+    needs_triton,
+    randn,
+    strided,
+)
+
+from lowrank.ops import eager
+
+pytestmark = needs_triton
+
+
+def expand(*args, **options):
+    from lowrank.kernels.expand import expand
+
+    return expand(*args, **options)
+
+
+def oracle(S, Bs, scales, scale_tensors, start):
+    parts = S.double().split([B.shape[1] for B in Bs], 1)
+    y = 0 if start is None else start.double()
+    for part, B, scale, t in zip(parts, Bs, scales, scale_tensors, strict=True):
+        y = y + (part * scale * (1 if t is None else t.double())) @ B.double().mT
+    return y
+
+
+@pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "_", "N", "ranks"), CASES, ids=str)
+@pytest.mark.parametrize("start", [None, "bias", "matrix"])
+def test_against_fp64(M, _, N, ranks, dtype, thin_dtype, start):
+    S, Bs = randn(M, sum(ranks), dtype=thin_dtype), [randn(N, r, dtype=thin_dtype) for r in ranks]
+    start = {None: None, "bias": randn(N, dtype=dtype), "matrix": randn(M, N, dtype=dtype)}[start]
+    scales = [0.5, 2.0, 1.0][: len(ranks)]
+    tensors = [None, torch.tensor(0.25, device=DEVICE), None][: len(ranks)]
+    arguments = S, Bs, scales, tensors, start, dtype
+    truth = oracle(*arguments[:-1])
+    # where adapters differ in scale, eager rounds S once more than the kernel
+    same = eager.expand(*arguments) if len(ranks) == 1 or dtype is FP32 else truth.to(dtype)
+    noise = None
+    if M * sum(ranks) <= 16:
+        noise = [oracle(*absolutes(S, Bs), scales, tensors, None if start is None else start.abs())]
+    as_right([expand(*arguments)], [same], [truth], "Y", noise)
+
+
+def test_a_scale_per_column_and_strides():
+    S, B, m = strided(randn(33, 24, dtype=FP32)), randn(24, 70, dtype=FP32).mT, torch.rand(24, device=DEVICE)
+    start = strided(randn(33, 70, dtype=BF16))
+    truth = oracle(S, [B], [0.5], [m], start)
+    as_right([expand(S, [B], [0.5], [m], start, BF16)], [truth.to(BF16)], [truth], "Y")
+
+
+@pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("ranks", [(16,), (100, 8)], ids=str)
+def test_masked_sum_is_the_backwards_dx(ranks, dtype, thin_dtype):
+    from lowrank.kernels.expand import expand_into
+
+    M, K, n = 37, 150, len(ranks)
+    dS, As = [randn(M, r, dtype=thin_dtype) for r in ranks], [randn(r, K, dtype=thin_dtype) for r in ranks]
+    keeps = [torch.randint(-(2**31), 2**31, (M, 5), dtype=torch.int32, device=DEVICE) for _ in ranks]
+    dX = torch.full((M, K), float("nan"), dtype=dtype, device=DEVICE)
+    expand_into(dX, dS, [A.mT for A in As], [1.0] * n, [None] * n, None, keeps)
+    truth = sum((d.double() @ A.double()) * dropout_bits(k, K) for d, A, k in zip(dS, As, keeps, strict=True))
+    same = torch.empty_like(dX)
+    eager.x_pass(None, dS, As, [False] * n, same, list(range(n)), keeps)
+    as_right([dX], [same if n == 1 or dtype is FP32 else truth.to(dtype)], [truth], "dX")
+
+
+@pytest.mark.gpu
+def test_rows_further_apart_than_int32_reaches():
+    S, B, start = randn(3, 4, dtype=FP16), randn(70, 4, dtype=FP16), far_rows(3, 70, FP16)
+    start.copy_(torch.randn(3, 70))
+    truth = oracle(S, [B], [1.0], [None], start)
+    as_right([expand(S, [B], [1.0], [None], start, FP16)], [truth.to(FP16)], [truth], "Y")
+
+
+def test_empty():
+    assert expand(randn(0, 4, dtype=FP32), [randn(7, 4, dtype=FP32)], [1.0], [None], None, FP32).shape == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(Bs=[torch.ones(7, 5)]), "does not fit"),
+        (dict(S=torch.ones(4, 8).mT), "last dim must be contiguous"),
+        (dict(start=torch.ones(6)), r"expected start \[7\] or \[8, 7\]"),
+        (dict(start=torch.ones(7, 8).mT), "start's last dim must be contiguous"),
+        (dict(start=torch.ones(7, dtype=torch.float64)), "expected fp16, bf16 or fp32"),
+        (dict(S=torch.ones(8, 600), Bs=[torch.ones(7, 600)]), "rank 600 is outside"),
+        (dict(dtype=torch.float64), "expected fp16, bf16 or fp32"),
+    ],
+)
+def test_refuses_before_anything_is_launched(change, message):
+    arguments = (
+        dict(S=torch.ones(8, 4), Bs=[torch.ones(7, 4)], scales=[1.0], scale_tensors=[None], start=None, dtype=FP32)
+        | change
+    )
+    with pytest.raises(ValueError, match=message):
+        expand(**arguments)

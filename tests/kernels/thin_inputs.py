@@ -1,0 +1,61 @@
+"""What the kernel tests share: where they run, shapes, inputs, and the three-way comparison."""
+
+import os
+
+import pytest
+import torch
+
+from lowrank.testing import assert_as_right
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP32)]  # activations, thin products
+SHAPES = [
+    (1, 65, 33),
+    (2, 8, 8),
+    (3, 33, 129),
+    (7, 64, 100),
+    (16, 257, 65),
+    (33, 130, 66),
+    (64, 128, 128),
+    (256, 96, 513),
+]
+RANKS = [1, 8, 3, 16, 24, 64, 100, 256]
+# every shape and every rank once, not their product; then several adapters of unequal rank
+CASES = [(*shape, (rank,)) for shape, rank in zip(SHAPES, RANKS, strict=True)]
+CASES += [(133, 300, 77, ranks) for ranks in ((3, 16, 24), (16, 16), (64, 100), (512,))]
+
+
+def randn(*size, dtype):
+    return torch.randn(*size).to(dtype).to(DEVICE)
+
+
+def strided(t):
+    """The same numbers with a row stride that is not the width."""
+    wide = torch.zeros(t.shape[0], 2 * t.shape[1] + 3, dtype=t.dtype, device=t.device)
+    wide[:, 1 : 1 + t.shape[1]] = t
+    return wide[:, 1 : 1 + t.shape[1]]
+
+
+def as_right(kernel, eager, oracle, what, noise=None):
+    """Lists of tensors.  ``noise``: the oracle of the inputs' absolute values where so few numbers come out (M r <= 16) that
+    the ratio of two errors is luck.
+    """
+    noise = [None] * len(oracle) if noise is None else noise
+    for i, (ours, theirs, truth, bound) in enumerate(zip(kernel, eager, oracle, noise, strict=True)):
+        assert_as_right(ours, theirs, truth, bound, f"{what}[{i}]")
+
+
+def absolutes(*tensors):
+    return [[t.abs() for t in given] if isinstance(given, list) else given.abs() for given in tensors]
+
+
+def far_rows(rows, columns, dtype):
+    """[rows, columns] over rows so far apart that an offset passes 2**31 elements; untouched memory costs nothing."""
+    stride = (1 << 31) // (rows - 1) + 8
+    return torch.zeros((rows - 1) * stride + columns, dtype=dtype, device=DEVICE).as_strided(
+        (rows, columns), (stride, 1)
+    )
