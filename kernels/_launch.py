@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 MAX_RANK = 512
+WGMMA = (0, 90, 100)  # tensor cores that read shared memory (0: interpreter, AMD); elsewhere operands take registers
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 

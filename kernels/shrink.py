@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, batches, check, device_facts, dot_kind, on, pad_rank, precision
+from ._launch import DTYPES, WGMMA, batches, check, device_facts, dot_kind, on, pad_rank, precision
 from ._reduce import reduce
 from ._tile import cast, dot, draw, unpack, words
 
@@ -31,14 +31,15 @@ class Config:
     num_stages: int = 3
 
 
-def pick_config(M: int, K: int, columns: int, masks: int, kind: str, sms: int) -> Config:
+def pick_config(M: int, K: int, columns: int, masks: int, kind: str, arch: int, sms: int) -> Config:
     """Pure.  ``columns``: padded columns of S per program; ``kind``: _launch.dot_kind's.
 
     Chosen so that nothing spills and every SM has loads in flight; no threshold has been measured yet.
     """
     block_m = 16 if M <= 16 else 32 if M <= 32 or kind == "fp32" else 64
     if kind == "same":
-        block_k = 128 if columns <= 64 else 64
+        # beside a mask, operands in registers (before and after Hopper) leave room for half as many columns
+        block_k = 128 if columns <= 64 and (arch in WGMMA or not masks) else 64
     else:
         block_k = 64 if columns <= 32 else 32
     programs = triton.cdiv(M, block_m)
@@ -146,8 +147,10 @@ def shrink(
     S = x.new_empty((M, sum(ranks)), dtype=dtype) if out is None else out
     keeps = [torch.empty((M, words), dtype=torch.int32, device=x.device) for _ in thresholds]
     column = 0
-    # several masks beside fp32 factors need the registers
-    width = WIDTH if len(thresholds) < 2 else {"same": WIDTH, "split": 64, "fp32": 32}[dot_kind(x.dtype, dtype)]
+    width = WIDTH
+    if len(thresholds) > 1:  # each mask takes registers
+        narrow = 64 if device_facts(x.device)[0] not in WGMMA else WIDTH
+        width = {"same": narrow, "split": 64, "fp32": 32}[dot_kind(x.dtype, dtype)]
     for batch in batches(ranks, width) if M else ():
         mine = [As[j] for j in batch]
         part = S[:, column : column + sum(ranks[batch.start : batch.stop])]
@@ -162,7 +165,7 @@ def _launch(x, As, S, masks, scales, scale_tensors, thresholds, seeds, keeps, co
     block_r = min(WIDTH, pad_rank(max(A.shape[0] for A in As)))
     distinct = len({m for m in masks if m >= 0})
     how = dot_kind(x.dtype, S.dtype)
-    c = config or pick_config(M, K, n * block_r, distinct, how, device_facts(x.device)[1])
+    c = config or pick_config(M, K, n * block_r, distinct, how, *device_facts(x.device))
     k_split = triton.cdiv(triton.cdiv(K, c.split_k), c.block_k) * c.block_k
     splits = triton.cdiv(K, k_split)
     out = S if splits == 1 else torch.empty((splits, *S.shape), dtype=torch.float32, device=x.device)

@@ -1,6 +1,6 @@
 """One read of x for the backward's two products on its side: dA_j = dS_jᵀ drop_j(x) and dX = sum over j of drop_j(dS_j A_j).
 
-x [M, K], dS_j [M, R_j], A_j [R_j, K] (any strides), keeps int32 [M, ceil(K / 32)] -> dA_j, dX [M, K] (written, or added to).
+x [M, K], dS_j [M, R_j], A_j [R_j, K] (any strides), keeps int32 [M, ceil(K / 32)] -> dA_j, dX [M, K].
 A program keeps dA's columns in registers and walks down a chunk of rows; chunks leave fp32 partials, summed in a fixed order.
 ``outer`` is the first product alone: with x = dY and dS = S it is the backward's dB, scaled.
 Floor: one read of x and one write of dX, 2 M K itemsize bytes; 31.2 us at 8192 x 4096 in bf16 at 4.3 TB/s.
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, as_bytes, batches, check, device_facts, dot_kind, on, pad_rank, precision
+from ._launch import DTYPES, WGMMA, as_bytes, batches, check, device_facts, dot_kind, on, pad_rank, precision
 from ._reduce import reduce
 from ._tile import cast, dot, unpack
 from .expand import expand_into
@@ -22,6 +22,11 @@ from .expand import expand_into
 # the fused one saves is a launch and a second read of dS and the bits, not of x or dX.
 WIDTH = {"same": 128, "split": 64, "fp32": 32}
 FUSED_WIDTH = {"same": 128, "split": 32, "fp32": 16}
+
+
+def fits(columns: int, kind: str, arch: int) -> bool:
+    """Whether one launch takes both products of this many padded columns of dS."""
+    return columns <= (FUSED_WIDTH[kind] if arch in WGMMA else 16)
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,13 @@ class Config:
     num_stages: int = 2
 
 
-def pick_config(M: int, K: int, columns: int, kind: str, sms: int) -> Config:
+def pick_config(M: int, K: int, columns: int, kind: str, arch: int, sms: int) -> Config:
     """Pure.  ``columns``: padded columns of dS per program; ``kind``: _launch.dot_kind's.
 
     Chosen so that nothing spills and every SM has loads in flight; no threshold has been measured yet.
     """
-    block_m = 16 if M <= 16 else 32 if M <= 32 or kind != "same" else 64
-    block_k = 128 if kind == "same" and columns <= 64 else 64
+    block_m = 16 if M <= 16 and arch in WGMMA else 32 if M <= 32 or kind != "same" else 64
+    block_k = 128 if kind == "same" and columns <= 64 and arch in WGMMA else 64
     # two programs per SM, but no chunk under 256 rows, where partials would outweigh x for large ranks
     chunks = max(1, min(triton.cdiv(2 * sms, triton.cdiv(K, block_k)), M // 256))
     return Config(block_m, block_k, chunks, 8 if block_m == 64 or kind != "same" else 4)
@@ -49,7 +54,7 @@ def pick_config(M: int, K: int, columns: int, kind: str, sms: int) -> Config:
 def _x_pass_kernel(
     x_ptr, ds_ptrs, a_ptrs, keep_ptrs, da_ptrs, dx_ptr, scales, scale_ptrs,
     ranks, M, K, ROWS, stride_xm, strides_dsm, strides_ar, strides_ak, strides_dar, strides_dak, stride_dac, stride_dxm,
-    MASKS: tl.constexpr, PER_COLUMN: tl.constexpr, ADD: tl.constexpr,
+    MASKS: tl.constexpr, PER_COLUMN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,8 +110,6 @@ def _x_pass_kernel(
         accs = new
         if dx_ptr is not None:
             dx_ptrs = dx_ptr + offs_m[:, None] * stride_dxm + offs_k[None, :]
-            if ADD:
-                dx += tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32)
             tl.store(dx_ptrs, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
     for j in tl.static_range(len(ds_ptrs)):
@@ -141,7 +144,8 @@ def x_pass(
     ]
     ranks = [A.shape[0] for A in As]
     how = dot_kind(dS[0].dtype if x is None else x.dtype, dS[0].dtype)
-    if dX is not None and (not any(need_dA) or sum(map(pad_rank, ranks)) > FUSED_WIDTH[how]):
+    fused = any(need_dA) and fits(len(ranks) * pad_rank(max(ranks)), how, device_facts(dS[0].device)[0])
+    if dX is not None and not fused:
         of = [keeps[m] if m >= 0 else None for m in masks]
         n = len(As)
         expand_into(dX, dS, [A.mT for A in As], [1.0] * n, [None] * n, None, of)
@@ -151,22 +155,9 @@ def x_pass(
     _check("x_pass", x, dS, As, dX, masks, keeps)
     for batch in batches(ranks, WIDTH[how]):
         mine = slice(batch.start, batch.stop)
-        if dX is not None or any(need_dA[mine]):
-            of = masks[mine]
-            _launch(
-                x,
-                dS[mine],
-                As[mine],
-                dAs[mine],
-                [(A.shape[1], 1) for A in As[mine]],
-                dX,
-                batch.start > 0,
-                of,
-                keeps,
-                None,
-                None,
-                config,
-            )
+        if any(need_dA[mine]):
+            strides = [(A.shape[1], 1) for A in As[mine]]
+            _launch(x, dS[mine], As[mine], dAs[mine], strides, dX, masks[mine], keeps, None, None, config)
     return dAs
 
 
@@ -183,21 +174,8 @@ def outer(
     for batch in batches([s.shape[1] for s in S], WIDTH[dot_kind(x.dtype, S[0].dtype)]):
         mine = slice(batch.start, batch.stop)
         if any(out is not None for out in outs[mine]):
-            strides = [(1, s.shape[1]) for s in S[mine]]
-            _launch(
-                x,
-                S[mine],
-                None,
-                outs[mine],
-                strides,
-                None,
-                False,
-                [-1] * len(batch),
-                (),
-                scales[mine],
-                scale_tensors[mine],
-                config,
-            )
+            strides, masks = [(1, s.shape[1]) for s in S[mine]], [-1] * len(batch)
+            _launch(x, S[mine], None, outs[mine], strides, None, masks, (), scales[mine], scale_tensors[mine], config)
 
 
 def _check(name, x, dS, As, dX, masks, keeps):
@@ -217,11 +195,11 @@ def _check(name, x, dS, As, dX, masks, keeps):
         raise ValueError(f"{name}: masks {masks} do not fit {len(keeps)} keep tensors")
 
 
-def _launch(x, dS, As, outs, strides, dX, add, masks, keeps, scales, scale_tensors, config):
+def _launch(x, dS, As, outs, strides, dX, masks, keeps, scales, scale_tensors, config):
     (M, K), n, ranks = x.shape, len(dS), [d.shape[1] for d in dS]
-    block_r = min(WIDTH[dot_kind(x.dtype, dS[0].dtype)], pad_rank(max(ranks)))
     how = dot_kind(x.dtype, dS[0].dtype)
-    c = config or pick_config(M, K, n * block_r, how, device_facts(x.device)[1])
+    block_r = min(WIDTH[how], pad_rank(max(ranks)))
+    c = config or pick_config(M, K, n * block_r, how, *device_facts(x.device))
     rows = max(1, triton.cdiv(triton.cdiv(M, c.chunks), c.block_m)) * c.block_m
     chunks = max(1, triton.cdiv(M, rows))
     wanted = [out for out in outs if out is not None]
@@ -240,7 +218,7 @@ def _launch(x, dS, As, outs, strides, dX, add, masks, keeps, scales, scale_tenso
             (0,) * n if As is None else tuple(A.stride(0) for A in As),
             (0,) * n if As is None else tuple(A.stride(1) for A in As),
             tuple(s[0] for s in strides), tuple(s[1] for s in strides), between, 0 if dX is None else dX.stride(0),
-            MASKS=tuple(masks), PER_COLUMN=tuple(t is not None and t.dim() == 1 for t in scale_tensors), ADD=add,
+            MASKS=tuple(masks), PER_COLUMN=tuple(t is not None and t.dim() == 1 for t in scale_tensors),
             BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, DTYPE=DTYPES[dS[0].dtype],
             PRECISION=precision(how),
             num_warps=c.num_warps, num_stages=c.num_stages,

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-_FUSED = ""
+_FUSED, _SHARED = "", "\0shared"  # no reasons
 _all = Counter()
 _by_layer: "weakref.WeakKeyDictionary[nn.Module, Counter]" = weakref.WeakKeyDictionary()
 _warned: set[str] = set()
@@ -39,7 +39,9 @@ class strict:
 
 
 def stats(model: nn.Module | None = None) -> dict[str, object]:
-    """``{"fused": calls, "fallback": {reason: calls}, "untouched": {class: layers}}`` since the process started.
+    """``{"fused": calls, "shared": calls, "fallback": {reason: calls}, "untouched": {class: layers}}`` since the start.
+
+    ``shared``: of the fused calls, those that a sibling (q/k/v, gate/up) had computed already.
 
     With a ``model``, of its layers alone, and ``untouched`` counts its adapter layers that lowrank never sees: classes it
     does not cover (embeddings, convolutions, MoE expert parameters, GPTQ, ...) and covered ones that were not patched.
@@ -52,14 +54,16 @@ def stats(model: nn.Module | None = None) -> dict[str, object]:
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         counts = sum((_by_layer.get(layer, Counter()) for layer in model.modules()), Counter())
         untouched = _untouched(model)
-    fallback = {reason: n for reason, n in sorted(counts.items()) if reason != _FUSED}
-    return {"fused": counts[_FUSED], "fallback": fallback, "untouched": untouched}
+    fallback = {reason: n for reason, n in sorted(counts.items()) if reason not in (_FUSED, _SHARED)}
+    return {"fused": counts[_FUSED], "shared": counts[_SHARED], "fallback": fallback, "untouched": untouched}
 
 
-def ran_fused(layer: nn.Module) -> None:
-    """Count one call of ``layer`` that took lowrank's path."""
+def ran_fused(layer: nn.Module, shared: bool = False) -> None:
+    """Count one call of ``layer`` that took lowrank's path, ``shared`` if a sibling had computed it."""
     if not torch.compiler.is_compiling():
         _count(layer, _FUSED)
+        if shared:
+            _count(layer, _SHARED)
 
 
 def fell_back(layer: nn.Module, reason: str) -> None:

@@ -38,7 +38,7 @@ def test_adapt_is_a_peft_model_on_lowrank():
     model = adapted()
     assert isinstance(model, PeftModel)
     model(IDS)
-    assert lowrank.stats(model) == {"fused": 14, "fallback": {}, "untouched": {}}
+    assert lowrank.stats(model) == {"fused": 14, "shared": 6, "fallback": {}, "untouched": {}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,6 +15,7 @@ from torch import nn
 from .. import _stats
 from ..ops.lora import Adapter, Projection, lora_projections
 from ..ops.validation import DTYPES
+from . import siblings as _siblings
 
 try:
     from peft import LoraConfig
@@ -24,11 +25,15 @@ except ImportError as error:
     raise ImportError("this needs PEFT: pip install 'lowrank-kernels[peft]'") from error
 
 
-def patch(model: nn.Module | None = None) -> nn.Module | None:
+def patch(model: nn.Module | None = None, *, siblings: bool = True, shared_mask: bool = False) -> nn.Module | None:
     """Run PEFT's LoRA layers on lowrank: those of ``model``, or every one of the process, made before or after.
 
     For one model, call it after the adapters are injected and before ``fully_shard``, ``torch.compile`` or DDP; layers
     that a later ``add_adapter`` creates need another call.  Calling it twice is harmless.  Returns ``model``.
+
+    Args:
+        siblings: for one model, let q/k/v and gate/up share their passes over x (integrations/siblings.py).
+        shared_mask: let siblings share one dropout mask too: a bit per element kept instead of one each.
 
     Raises: TypeError if ``model`` is no module; ValueError if it holds no LoRA layer that lowrank covers.
     """
@@ -40,17 +45,22 @@ def patch(model: nn.Module | None = None) -> nn.Module | None:
         return None
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if not swap_layers(model):
+    if not swap_layers(model, siblings=siblings, shared_mask=shared_mask):
         raise ValueError("model: found no LoRA layer to patch; call this after get_peft_model")
     return model
 
 
-def swap_layers(model: nn.Module) -> int:
+def swap_layers(model: nn.Module, *, siblings: bool = True, shared_mask: bool = False) -> int:
     """:func:`patch` for one model, where having nothing to patch is no mistake.  Returns how many layers are patched."""
     twins = {cls: _twin(cls) for cls in _covered()}
     layers = [m for m in model.modules() if type(m) in twins or type(m) in twins.values()]
     for layer in layers:
         layer.__class__ = twins.get(type(layer), type(layer))
+        layer.__dict__.pop(_GROUP, None)
+    for group in _siblings.find(model, set(layers).__contains__) if siblings else ():
+        together = _siblings.Siblings(group, shared_mask)
+        for layer in group:
+            layer.__dict__[_GROUP] = together
     return len(layers)
 
 
@@ -66,6 +76,7 @@ def unpatch(model: nn.Module | None = None) -> nn.Module | None:
     for layer in model.modules():
         if type(layer) in _twins.values():
             layer.__class__ = type(layer).__mro__[1]
+            layer.__dict__.pop(_GROUP, None)
     return model
 
 
@@ -96,6 +107,7 @@ def _make_layer(target: nn.Module, adapter_name: str, **kwargs) -> nn.Module | N
     return layer
 
 
+_GROUP = "_lowrank_siblings"  # in the layer's __dict__
 _originals: dict[type, Callable] = {}
 _twins: dict[type, type] = {}
 
@@ -119,8 +131,9 @@ def _twin(cls: type) -> type:
 
 
 def _reduce(layer: nn.Module, protocol: int):
-    """Pickle and deepcopy by PEFT's class, which has an importable name; the copy is patched again."""
-    return _rebuild, (type(layer).__mro__[1],), layer.__dict__.copy()
+    """Pickle and deepcopy by PEFT's class, which has an importable name; the copy is patched again, without siblings."""
+    state = {name: value for name, value in layer.__dict__.items() if name != _GROUP}
+    return _rebuild, (type(layer).__mro__[1],), state
 
 
 def _rebuild(cls: type) -> nn.Module:
@@ -134,16 +147,27 @@ def _fused(original: Callable) -> Callable:
             _stats.fell_back(self, reason)
         if adapters is None:
             return original(self, x, *args, **kwargs)
-        _stats.ran_fused(self)
         base = self.base_layer
-        if _is_plain_linear(base, x):
-            projection = Projection(base.weight, base.bias, adapters)
-        else:
-            projection = Projection(None, None, adapters, base=base(x))
-        return lora_projections(x, (projection,))[0]
+        if not _is_plain_linear(base, x):
+            _stats.ran_fused(self)
+            return lora_projections(x, (Projection(None, None, adapters, base=base(x)),))[0]
+        projection = Projection(base.weight, base.bias, adapters)
+        group = self.__dict__.get(_GROUP)
+        y, taken = None, 0 if group is None else group.taken
+        if group is not None:
+            y = group.call(self, x, projection, _projection)
+        _stats.ran_fused(self, shared=group is not None and group.taken > taken)
+        return lora_projections(x, (projection,))[0] if y is None else y
 
     forward._is_lowrank = True
     return forward
+
+
+def _projection(layer, x) -> Projection | None:
+    """What a sibling's call with x alone would compute, if the op covers all of it."""
+    adapters, _ = _adapters(layer, x, (), {})
+    base = layer.base_layer
+    return Projection(base.weight, base.bias, adapters) if adapters and _is_plain_linear(base, x) else None
 
 
 def _adapters(layer, x, args, kwargs) -> tuple[tuple[Adapter, ...] | None, str | None]:

@@ -85,12 +85,13 @@ def test_every_way_of_patching(way):
     model = WAYS[way](peft_llama)
     keys = list(model.state_dict())
     ours = step(model)
-    assert lowrank.stats(model) == {"fused": 14, "fallback": {}, "untouched": {}}
+    shared = 6 if way == "model" else 0  # two layers of q/k/v and gate/up; patching the process knows no siblings
+    assert lowrank.stats(model) == {"fused": 14, "shared": shared, "fallback": {}, "untouched": {}}
     assert "lora.Linear(" in repr(model)
     unpatch(model)
     unpatch()
     agree(ours, step(model))
-    assert lowrank.stats(model) == {"fused": 14, "fallback": {}, "untouched": {"lora.Linear": 14}}
+    assert lowrank.stats(model) == {"fused": 14, "shared": shared, "fallback": {}, "untouched": {"lora.Linear": 14}}
     assert list(model.state_dict()) == keys
     assert PeftLinear.forward.__qualname__ == "Linear.forward"
 
@@ -338,13 +339,16 @@ def test_tied_adapters():
         r=8, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, init_lora_weights=False
     )
     model = get_peft_model(model, config)
+    with torch.no_grad():  # logits of 300 make softmax's gradient amplify every rounding
+        model.base_model.model.model.embed_tokens.lora_embedding_A["default"].mul_(0.05)
     theirs = step(model)
     patch(model)
-    agree(step(model), theirs)
+    ours = step(model)
     head = model.base_model.model.lm_head
     assert not head.lora_A["default"].weight.is_contiguous()
     assert lowrank.stats(model)["fused"] == 1
     assert lowrank.stats(model)["untouched"] == {"lora.Embedding": 1}
+    agree(ours, theirs)
 
 
 def test_expert_parameters_are_named_as_untouched():
@@ -381,7 +385,7 @@ def test_changing_adapters():
     second = model(IDS).logits
     assert lowrank.stats(model)["untouched"] == {"lora.Linear": 2}  # k_proj came after the patch
     patch(model)
-    assert torch.equal(model(IDS).logits, second)
+    torch.testing.assert_close(model(IDS).logits, second)  # k_proj's PEFT ran before
     assert lowrank.stats(model)["untouched"] == {}
     model.set_adapter("default")
     assert torch.equal(model(IDS).logits, first)

@@ -1,0 +1,137 @@
+"""q/k/v and gate/up in one call: the first layer called computes for all, the others are handed their result.
+
+A model's own attention code calls three layers, one after the other, with one tensor.  :class:`Siblings` lets the first call
+run ``lora_projections`` over all of them: x is read once for every adapter, and backward is one node.  A sibling takes its
+result only if it is called with that very tensor, unchanged since, under the same autograd and autocast modes, with the
+adapters it had; in every other case it computes alone, which is always right.  Under ``torch.compile`` and for inference
+tensors, whose changes cannot be seen, all compute alone.
+"""
+
+import warnings
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..ops.lora import Projection, lora_projections
+
+# Children of one module that are called with one tensor, as transformers names them.
+NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+# Cross-attention feeds q and k/v from two tensors.
+_CROSS = ("cross", "encoder_attn", "encdec", "enc_dec")
+_PATIENCE = 8  # results that nobody took beyond those taken, after which a warning says what they cost
+
+
+class _Made(NamedTuple):
+    y: torch.Tensor
+    projection: Projection
+    versions: tuple[int, ...]
+
+
+class Siblings:
+    """The layers of one group and what the last call made for those not called yet."""
+
+    def __init__(self, layers: list[nn.Module], shared_mask: bool):
+        self.layers, self.shared_mask = layers, shared_mask
+        self._x, self._modes, self._made = None, None, {}
+        self.taken, self._wasted = 0, 0  # results handed over, and results nobody took
+
+    def call(self, layer: nn.Module, x: torch.Tensor, projection: Projection, projection_of) -> torch.Tensor | None:
+        """``layer``'s result, or None if it is to compute alone.
+
+        ``projection_of(sibling, x)``: what a sibling would compute for x, or None if it cannot take part.
+        """
+        if torch.compiler.is_compiling() or x.is_inference():
+            return None
+        made = self._made.pop(id(layer), None)
+        if made is None:
+            return self._lead(layer, x, projection, projection_of)
+        if (
+            self._x() is x
+            and self._modes == _modes(x)
+            and _same(made.projection, projection)
+            and made.versions == _versions(projection)
+        ):
+            self.taken += 1
+            return made.y
+        self._waste(1)
+        return None
+
+    def _lead(self, layer, x, projection, projection_of):
+        self._waste(len(self._made))
+        self._made = {}
+        group = [(layer, projection)]
+        for sibling in self.layers:
+            if sibling is not layer and (other := projection_of(sibling, x)) is not None:
+                group.append((sibling, other))
+        if len(group) == 1:
+            return None
+        self._x, self._modes = weakref.ref(x), _modes(x)
+        versions = [_versions(each) for _, each in group]
+        y, *rest = lora_projections(x, tuple(each for _, each in group), shared_mask=self.shared_mask)
+        for (sibling, other), result, version in zip(group[1:], rest, versions[1:], strict=True):
+            self._made[id(sibling)] = _Made(result, other, version)
+        return y
+
+    def _waste(self, results: int) -> None:
+        # It only warns: a group that changed its mind between a forward and its recomputation would break checkpointing.
+        self._wasted += results
+        if self._wasted > self.taken + _PATIENCE:
+            warnings.warn(
+                "lowrank computes q/k/v or gate/up together here, but they are not called with one tensor:"
+                " patch(model, siblings=False) saves that work",
+                stacklevel=5,
+            )
+
+
+def find(model: nn.Module, is_member) -> list[list[nn.Module]]:
+    """The groups of ``model``: children of one module with :data:`NAMES`, for which ``is_member`` holds."""
+    groups = []
+    for path, module in model.named_modules():
+        if any(word in path.lower() for word in _CROSS) or getattr(module, "is_cross_attention", False):
+            continue
+        children = dict(module.named_children())
+        for names in NAMES:
+            group = [children[name] for name in names if name in children and is_member(children[name])]
+            if len(group) > 1 and len({layer.in_features for layer in group}) == 1:
+                groups.append(group)
+    return groups
+
+
+def _modes(x: torch.Tensor) -> tuple:
+    """Everything beside its arguments that a call's result depends on."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+    return x._version, torch.is_grad_enabled(), autocast, stream
+
+
+def _tensors(projection: Projection):
+    yield projection.weight
+    yield projection.bias
+    for adapter in projection.adapters:
+        yield from (adapter.A, adapter.B, adapter.bias, adapter.scaling)
+
+
+def _versions(projection: Projection) -> tuple[int, ...]:
+    return tuple(t._version for t in _tensors(projection) if isinstance(t, torch.Tensor) and not t.is_inference())
+
+
+def _same(made: Projection, now: Projection) -> bool:
+    if len(made.adapters) != len(now.adapters):
+        return False
+    tensors = all(
+        a is b or (not isinstance(a, torch.Tensor) and a == b)
+        for a, b in zip(_tensors(made), _tensors(now), strict=True)
+    )
+    return tensors and all(a.dropout_p == b.dropout_p for a, b in zip(made.adapters, now.adapters, strict=True))

@@ -1,0 +1,239 @@
+"""q/k/v and gate/up computed together, and every reason not to."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from test_peft import IDS, agree, llama, peft_llama, step
+
+import lowrank
+from lowrank import _stats
+from lowrank.integrations.peft import patch, unpatch
+from lowrank.ops import lora
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    _stats._all.clear()
+    _stats._by_layer.clear()
+    yield
+    lowrank.strict(False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many projections each call of the op computed."""
+    made = []
+    forward = lora._forward
+
+    def counted(x, weights, *rest):
+        made.append(len(weights))
+        return forward(x, weights, *rest)
+
+    monkeypatch.setattr(lora, "_forward", counted)
+    return made
+
+
+def block(**config):
+    """One patched attention of a small Llama and an input for it."""
+    model = patch(peft_llama(**config))
+    return model.base_model.model.model.layers[0].self_attn, torch.randn(2, 5, 64, requires_grad=True)
+
+
+def shared():
+    return lowrank.stats()["shared"]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
+def test_one_call_per_group_and_the_same_numbers(targets, calls):
+    model = patch(peft_llama(target_modules=targets))
+    ours = step(model)
+    assert calls == ([3, 1, 2, 1] if targets == "all-linear" else [2]) * 2
+    assert lowrank.stats(model)["shared"] == (6 if targets == "all-linear" else 2)
+    calls.clear()
+    patch(model, siblings=False)
+    apart = step(model)
+    assert set(calls) == {1}
+    unpatch(model)
+    agree(ours, step(model))
+    agree(apart, step(model))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_checkpointing(reentrant, p):
+    model = patch(peft_llama(lora_dropout=p)).train()
+    runs = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(5)
+        runs.append(step(model))
+    assert lowrank.stats(model)["shared"] == 6 + 12
+    agree(*runs)
+
+
+@pytest.mark.parametrize("why", ["copy", "in place", "view"])
+def test_another_input_is_computed_alone(why, calls):
+    attention, x = block()
+    x = x.detach()
+    attention.q_proj(x)
+    if why == "in place":
+        x.mul_(2)
+    other = {"copy": x.clone, "view": lambda: x.view(2, 5, 64), "in place": lambda: x}[why]()
+    y = attention.k_proj(other)
+    assert calls == [3, 1]
+    assert shared() == 0
+    unpatch(attention)
+    torch.testing.assert_close(y, attention.k_proj(other))
+
+
+def change_scaling(layer):
+    layer.scaling["default"] *= 2
+
+
+def change_weights(layer):
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(2)
+
+
+def change_adapter(layer):
+    layer.update_layer("second", r=4, lora_alpha=8, config=layer_config())
+    layer.set_adapter("second")
+
+
+def layer_config():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, init_lora_weights=False)
+
+
+def disable(layer):
+    layer.enable_adapters(False)
+
+
+def change_dropout(layer):
+    layer.lora_dropout["default"] = torch.nn.Dropout(1.0)
+
+
+@pytest.mark.parametrize("change", [change_scaling, change_weights, change_adapter, disable, change_dropout])
+def test_changed_adapters_are_computed_anew(change):
+    attention, x = block()
+    attention.train()
+    attention.q_proj(x)
+    change(attention.k_proj)
+    y = attention.k_proj(x)
+    assert shared() == 0
+    unpatch(attention)
+    torch.testing.assert_close(y, attention.k_proj(x))
+
+
+def test_modes_are_part_of_the_call():
+    attention, x = block()
+    with torch.no_grad():
+        attention.q_proj(x)
+    assert attention.k_proj(x).requires_grad
+    attention.q_proj(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention.v_proj(x).dtype is torch.bfloat16
+    assert shared() == 0
+    with torch.inference_mode():
+        seen = torch.randn(2, 5, 64)
+        attention.q_proj(seen), attention.k_proj(seen)
+    assert shared() == 0
+    with torch.no_grad():
+        attention.q_proj(x), attention.k_proj(x)
+    assert shared() == 1
+
+
+def test_a_disabled_or_merged_sibling_is_left_out(calls):
+    attention, x = block()
+    attention.k_proj.merge()
+    attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    assert calls == [2]
+    attention.k_proj.unmerge()
+    calls.clear()
+    attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    assert calls == [3]
+
+
+def test_nothing_is_held_once_all_have_theirs():
+    attention, _ = block()
+    x = torch.randn(2, 5, 64)
+    import weakref
+
+    ref = weakref.ref(x)
+    with torch.no_grad():
+        attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    del x
+    gc.collect()
+    assert ref() is None
+    assert not attention.q_proj.__dict__["_lowrank_siblings"]._made
+
+
+def test_results_that_nobody_takes_are_pointed_out():
+    attention, x = block()
+    with pytest.warns(UserWarning, match="siblings=False"):
+        [attention.q_proj(x) for _ in range(20)]
+
+
+def test_one_mask_for_siblings_is_an_option():
+    kept = []
+    for shared_mask in (False, True):
+        model = patch(peft_llama(lora_dropout=0.5), shared_mask=shared_mask).train()
+        attention, x = model.base_model.model.model.layers[0].self_attn, torch.randn(2, 5, 64, requires_grad=True)
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t) or t, lambda t: t):
+            attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        kept.append(sum(t.dtype is torch.int32 for t in seen))
+    assert kept == [3, 1]
+
+
+def test_cross_attention_is_no_group(calls):
+    from peft import LoraConfig, get_peft_model
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50)
+    bart = BartForConditionalGeneration(BartConfig(encoder_attention_heads=2, decoder_attention_heads=2, **sizes))
+    model = patch(
+        get_peft_model(bart, LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False))
+    )
+    model.eval()
+    ids = torch.arange(12).view(2, 6)
+    ours = model(input_ids=ids, decoder_input_ids=ids).logits
+    assert sorted(calls) == [1, 1, 1, 3, 3]
+    unpatch(model)
+    torch.testing.assert_close(ours, model(input_ids=ids, decoder_input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_fullgraph():
+    attention, x = block()
+    torch._dynamo.reset()
+
+    def f(x):
+        return attention.q_proj(x).sin().sum() + attention.k_proj(x).cos().sum() + attention.v_proj(x).sum()
+
+    want = torch.autograd.grad(f(x), x)
+    got = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_copies_and_pickles_compute_alone(calls):
+    model = patch(peft_llama())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        calls.clear()
+        torch.testing.assert_close(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
+        assert 3 in calls  # the original's
+        assert calls[:14] == [1] * 14
+    assert not any("_lowrank_siblings" in layer.__dict__ for layer in unpatch(model).modules())
+
+
+def test_adapt_shares_too(calls):
+    from peft import LoraConfig
+
+    model = lowrank.adapt(llama(), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    model(input_ids=IDS)
+    assert calls == [3, 1, 2, 1] * 2
