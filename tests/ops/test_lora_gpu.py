@@ -1,4 +1,6 @@
-"""The op on a CUDA device: numbers against fp64, no host synchronisation, CUDA graphs.  Skipped without one."""
+"""The op on a CUDA device, on both backends: numbers against fp64, no host synchronisation, CUDA graphs, streams.  Skipped
+without one.
+"""
 
 import pytest
 import torch
@@ -7,6 +9,11 @@ import lowrank
 from lowrank.testing import assert_as_right
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["triton", "eager"], autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setenv("LOWRANK_BACKEND", request.param)
 
 
 def inputs(M, K, N, r, dtype, adapter_dtype):
@@ -79,3 +86,26 @@ def test_the_mask_is_the_cpus():
         torch.cat([m for _, m in dropout.draw(s, 300, 1000, dropout.threshold(0.3))]) for s in (seed, seed.cuda())
     ]
     assert torch.equal(blocks[0], blocks[1].cpu())
+
+
+def test_dropout_is_the_same_on_every_backend(monkeypatch):
+    x, W, A, B = inputs(300, 200, 96, 8, torch.float16, torch.float32)
+    runs = []
+    for name in ("triton", "eager"):
+        monkeypatch.setenv("LOWRANK_BACKEND", name)
+        torch.manual_seed(1)
+        y = lowrank.lora_linear(x, W, A, B, dropout_p=0.3)
+        runs.append([y, *torch.autograd.grad(y.float().square().sum(), (x, A, B))])
+    torch.testing.assert_close(*runs, rtol=2e-3, atol=2e-3)
+
+
+def test_another_stream_and_every_bit_twice():
+    x, W, A, B = inputs(4097, 512, 1024, 16, torch.bfloat16, torch.float32)
+    runs = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            y = lowrank.lora_linear(x, W, A, B)
+            runs.append([y, *torch.autograd.grad(y.sum(), (x, A, B))])
+        torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
