@@ -9,6 +9,7 @@ from ._version import __version__
 COMMANDS = {
     "compare": "lowrank.compare",
     "plan": "lowrank.plan",
+    "bench": "lowrank.bench",
     "doctor": "lowrank.doctor",
 }
 

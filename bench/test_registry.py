@@ -1,0 +1,123 @@
+"""Every entry of the registry once at toy sizes, so that the harness cannot rot:
+
+python -m pytest bench/test_registry.py --benchmark-only --benchmark-columns=median,iqr
+"""
+
+import math
+
+import pytest
+import torch
+from registry import REGISTRY, Options, floor_us
+
+from lowrank.bench import Problem, adapter_kinds
+from lowrank.ops import dropout
+from lowrank.testing import error
+
+TOY = dict(M=32, K=64, N=96, r=4, dtype="float32", thin_dtype="float32", sets=2)
+CASES = [(name, p) for name, benchmark in REGISTRY.items() for p in benchmark.dropouts]
+
+
+def flat(result) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [t for one in result or () for t in flat(one)] if isinstance(result, (tuple, list)) else []
+
+
+def run(name, **settings):
+    """(problem, inputs, {pass: {provider: [tensors of set 0]}})."""
+    p = Problem(**{**TOY, **settings})
+    torch.manual_seed(0)
+    inputs = REGISTRY[name].make_inputs(p)
+    calls = REGISTRY[name].calls(p, inputs, Options(("frozen", "lowrank", "peft")))
+    return p, inputs, {mode: {n: flat(call(0)) for n, call in of.items()} for mode, of in calls.items()}
+
+
+@pytest.mark.parametrize(("name", "p"), CASES)
+def test_times(benchmark, name, p):
+    """pytest-benchmark's own figure is of one round of every pass and provider."""
+    problem = Problem(**TOY, dropout=p)
+    calls = REGISTRY[name].calls(problem, REGISTRY[name].make_inputs(problem), Options(("frozen", "lowrank", "peft")))
+    assert all(REGISTRY[name].baseline in of and len(of) > 1 for of in calls.values())
+
+    def everything():
+        return [call(1) for of in calls.values() for call in of.values()]
+
+    outputs = benchmark.pedantic(everything, rounds=1, warmup_rounds=1)
+    assert all(t.isfinite().all() for result in outputs for t in flat(result) if t.is_floating_point())
+    for mode in calls:
+        assert 0 < floor_us(REGISTRY[name], problem, mode, 1e9, 1e12) < math.inf
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "small", "llama_layer"])
+def test_providers_compute_the_same(name):
+    pytest.importorskip("peft")
+    _, _, outputs = run(name)
+    for mode, of in outputs.items():
+        others = {n: out for n, out in of.items() if n != "frozen"}
+        assert len(others) > 1
+        first = next(iter(others.values()))
+        for n, out in others.items():
+            assert len(out) == len(first)
+            for a, b in zip(out, first, strict=True):
+                assert error(a, b.double()) < 1e-5, (mode, n)
+        assert error(of["frozen"][0], first[0].double()) > 1e-3  # the adapters do something
+
+
+def test_thin_products_are_the_formulas():
+    p, inputs, shrink = run("shrink", dropout=0.1)
+    t = inputs[0]
+    keep = next(iter(dropout.draw(t["seeds"][0], p.M, p.K, t["cuts"][0])))[1][:, : p.K]
+    assert 0 < keep.float().mean() < 1
+    assert error(shrink[""]["eager"][0], (t["x"] * keep).double() @ t["A"].double().mT) < 1e-5
+    p, inputs, expand = run("expand")
+    t = inputs[0]
+    assert error(expand[""]["eager"][0], 2 * t["S"].double() @ t["B"].double().mT) < 1e-5
+    p, inputs, dy_pass = run("dy_pass")
+    t = inputs[0]
+    assert error(dy_pass[""]["eager"][0], 2 * t["dY"].double() @ t["B"].double()) < 1e-5
+    assert error(dy_pass[""]["eager"][1], 2 * t["dY"].double().mT @ t["S"].double()) < 1e-5
+    p, inputs, x_pass = run("x_pass")
+    t = inputs[0]
+    assert error(x_pass[""]["eager"][0], t["dS"].double().mT @ t["x"].double()) < 1e-5
+    assert error(x_pass[""]["eager"][1], t["dS"].double() @ t["A"].double()) < 1e-5
+
+
+def test_addmm_adds():
+    p = Problem(**TOY)
+    benchmark = REGISTRY["addmm"]
+    inputs = benchmark.make_inputs(p)
+    x, W, Y, dY, dX = inputs[0]
+    calls, before = benchmark.calls(p, inputs, Options()), (Y.clone(), dX.clone())
+    calls["forward"]["addmm_"](0)
+    calls["dX"]["addmm_"](0)
+    assert error(Y, before[0].double() + x.double() @ W.double().mT) < 1e-5
+    assert error(dX, before[1].double() + dY.double() @ W.double()) < 1e-5
+    calls["forward"]["mm"](0)
+    assert error(Y, x.double() @ W.double().mT) < 1e-5
+
+
+def test_bytes_and_flops_as_counted_by_hand():
+    """M = 8, K = 64, N = 32, r = 2; activations bf16, factors fp32.  x is 1024 bytes, W 4096, Y 512, A 512, B 256, S 64."""
+    p = Problem(8, 64, 32, 2, "bfloat16", "float32", dropout=0.1)  # its keep bits: 8 rows of 2 words, 64 bytes
+    count = {name: (entry.bytes(p, "forward"), entry.flops(p, "forward")) for name, entry in REGISTRY.items()}
+    assert count["addmm"] == (1024 + 4096 + 512, 2 * 8 * 64 * 32)
+    assert count["shrink"] == (1024 + 512 + 64 + 64, 2 * 8 * 64 * 2)
+    assert count["expand"] == (512 + 256 + 64, 2 * 8 * 32 * 2)
+    assert count["dy_pass"] == (512 + 2 * (256 + 64), 4 * 8 * 32 * 2)
+    assert count["x_pass"] == (2 * 1024 + 2 * 512 + 64 + 64, 4 * 8 * 64 * 2)
+    assert count["lora_linear"] == (1024 + 4096 + 512 + 512 + 256, 2 * 8 * 64 * 32 + 2 * 8 * 2 * 96)
+    linear = REGISTRY["lora_linear"]
+    assert linear.bytes(p, "backward") == 2 * 1024 + 4096 + 512 + 2 * (512 + 256)
+    assert linear.flops(p, "backward") == 2 * 8 * 64 * 32 + 4 * 8 * 2 * 96
+    # hidden 64 (4 heads of 16, 1 key-value head), MLP 32: q, o 64x64; k, v 64x16; gate, up 64x32; down 32x64
+    linears = 2 * 64 * 64 + 2 * 64 * 16 + 3 * 64 * 32
+    sides = 2 * 128 + 2 * 80 + 3 * 96
+    assert count["llama_layer"][1] == 2 * 8 * (linears + 2 * sides) + 2 * 8 * 8 * 64
+    assert count["llama_layer"][0] == 2 * (linears + 2 * sides + 2 * 8 * 64)
+    assert floor_us(linear, p, "forward", copy_rate=6400, matmul_rate=1e12) == 1e6  # 6400 bytes
+    assert floor_us(linear, p, "forward", copy_rate=1e12, matmul_rate=2 * 8 * 64 * 32 + 2 * 8 * 2 * 96) == 1e6
+
+
+def test_kinds_of_adapters():
+    assert adapter_kinds(Problem(**TOY)) == ("fp32",)
+    assert adapter_kinds(Problem(**{**TOY, "dtype": "bfloat16"})) == ("16bit", "fp32", "fp32-autocast")

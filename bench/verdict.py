@@ -1,0 +1,92 @@
+"""What each experiment decides, said in one line from its rows."""
+
+ADDMM_LIMIT = 1.02  # above it, writing the thin term first and adding the big GEMM to it costs more than it saves
+COPY_TARGET = 0.85  # of a copy's bytes per second
+
+
+def verdict(name: str, rows: list[dict]) -> str:
+    """One line.  Figures from a CPU decide nothing about a GPU, and it says so."""
+    if not rows:
+        return "nothing was timed"
+    said = {"addmm": _addmm, "small": _small}.get(
+        name, _thin if rows[0]["provider"] in ("triton", "eager") else _ratio
+    )(rows)
+    return said if rows[0]["device"].startswith("cuda") else f"{said} [{rows[0]['device']}: says nothing about a GPU]"
+
+
+def cases(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """{everything but the provider: {provider: row}}."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        keys = ("mode", "M", "K", "N", "r", "dropout", "dtype", "thin_dtype")
+        found.setdefault(tuple(row[key] for key in keys), {})[row["provider"]] = row
+    return found
+
+
+def _addmm(rows):
+    ratios = {case: of["addmm_"]["us"] / of["mm"]["us"] for case, of in cases(rows).items() if len(of) == 2}
+    if not ratios:
+        return "nothing was timed"
+    worst = max(ratios, key=ratios.get)
+    word = "accepted" if ratios[worst] <= ADDMM_LIMIT else "NOT accepted"
+    mode, M, K, N = worst[:4]
+    return f"addmm_(beta=1) over mm: {word}; worst {ratios[worst]:.3f} ({mode}, {M}x{K}x{N}), limit {ADDMM_LIMIT}"
+
+
+def _thin(rows):
+    shares: dict[str, list[float]] = {}
+    for of in cases(rows).values():
+        for name in of.keys() - {"copy"}:
+            if "copy" in of:
+                shares.setdefault(name, []).append(of["copy"]["us"] / of[name]["us"])
+    said = []
+    for name, found in sorted(shares.items(), reverse=True):
+        word = "reached" if min(found) >= COPY_TARGET else "missed"
+        said.append(f"{name} {_range(found, '.0%')} of a copy's bytes/s, target {COPY_TARGET:.0%} {word}")
+    return "; ".join(said) or "nothing to compare"
+
+
+def _ratio(rows):
+    """Over the frozen computation, and against the fastest peer of the same case."""
+    ours: dict[str, list[float]] = {}
+    theirs: dict[str, list[float]] = {}
+    slower = compared = 0
+    for case, of in cases(rows).items():
+        mine = [row for name, row in of.items() if name.startswith("lowrank")]
+        peers = [row for name, row in of.items() if not name.startswith(("lowrank", "frozen"))]
+        if not mine or "frozen" not in of:
+            continue
+        frozen, fastest = of["frozen"]["us"], min(mine, key=lambda row: row["us"])
+        ours.setdefault(case[0], []).append(fastest["us"] / frozen)
+        if peers:
+            peer = min(peers, key=lambda row: row["us"])
+            theirs.setdefault(case[0], []).append(peer["us"] / frozen)
+            slower += fastest["us"] > peer["us"]
+            compared += 1
+    said = [
+        f"{mode} {_range(found)}×" + (f" (fastest peer {_range(theirs[mode])}×)" if mode in theirs else "")
+        for mode, found in ours.items()
+    ]
+    said = f"lowrank over frozen: {', '.join(said)}" if said else "nothing to compare"
+    return said + (f"; slower than the fastest peer in {slower} of {compared} cases" if compared else "")
+
+
+def _small(rows):
+    """From which M on the kernels are at least as fast as eager, for every larger M that was timed."""
+    said = []
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        of = {case[1:4]: found for case, found in cases(rows).items() if case[0] == mode and "lowrank-triton" in found}
+        for K, N in dict.fromkeys(size[1:] for size in of):
+            wins = [(size[0], found) for size, found in sorted(of.items()) if size[1:] == (K, N)]
+            start = None
+            for M, found in reversed(wins):
+                if found["lowrank-triton"]["us"] > found["lowrank-eager"]["us"]:
+                    break
+                start = M
+            said.append(f"{mode} {K}x{N}: {'eager throughout' if start is None else f'triton from M = {start}'}")
+    return "; ".join(said) or "only eager runs here: no crossover"
+
+
+def _range(found: list[float], form: str = ".2f") -> str:
+    low, high = format(min(found), form), format(max(found), form)
+    return low if low == high else f"{low}-{high}"

@@ -1,0 +1,337 @@
+"""The benchmark harness at toy sizes: peers, gate, runner, sweep, reports, and ``lowrank bench``.
+
+The registry's entries are tested beside it, in bench/test_registry.py.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import gate
+import peers
+import pytest
+import report
+import run
+import torch
+import tune
+from verdict import verdict
+
+from lowrank import cli, timing
+from lowrank.bench import Problem, frozen, lowrank_method, passes, summary, tensors
+from lowrank.testing import error
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+
+
+def test_runner_and_reports(tmp_path, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    names = ["addmm", "shrink", "lora_linear"]
+    assert run.main([*names, "--toy", "--no-gate", "--out", str(tmp_path), "--dtype", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"VERDICT {name}: " in printed for name in names)
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in names}
+    for name, result in results.items():
+        assert result["environment"]["gate"] == "left out"
+        assert result["verdict"].endswith("[cpu: says nothing about a GPU]")
+        assert all(0 < row["us_20"] <= row["us"] <= row["us_80"] for row in result["rows"])
+        baseline = [row["over_baseline"] for row in result["rows"] if row["provider"] == result["baseline"]]
+        assert set(baseline) == {1.0}, name
+    assert {row["mode"] for row in results["lora_linear"]["rows"]} == {"forward", "backward", "both"}
+    assert {row["dropout"] for row in results["lora_linear"]["rows"]} == {0.0, 0.1}
+    assert "unsloth" in results["lora_linear"]["absent"]
+    assert "lorafusion" in results["lora_linear"]["absent"]
+
+    assert report.main([str(tmp_path)]) == 0
+    with (tmp_path / "report.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == report.LIGER + report.OURS
+    assert len(rows) == sum(len(result["rows"]) for result in results.values())
+    first = results["addmm"]["rows"][0]
+    assert float(rows[0]["y_value_50"]) == first["us"] / 1e3
+    assert json.loads(rows[0]["extra_benchmark_config_str"])["K"] == first["K"]
+    text = (tmp_path / "report.md").read_text()
+    assert all(result["verdict"] in text for result in results.values())
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert report.main([str(tmp_path / "report.png")]) == 2
+
+
+def test_runner_refuses(tmp_path):
+    for wrong in (
+        ["nothing"],
+        ["shrink", "--shapes", "8x8"],
+        ["shrink", "--ranks", "0"],
+        ["shrink", "--dropouts", "x"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run.main([*wrong, "--no-gate"])
+        assert stopped.value.code == 2
+
+
+def test_no_speed_on_red(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gate, "red", lambda tests: {"tests/kernels/test_shrink.py"})
+    assert run.main(["shrink", "--toy", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "no speed is shown" in printed
+    assert " us " not in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_gate_tells_red_files_from_green_ones(tmp_path):
+    red, green = tmp_path / "test_red.py", tmp_path / "test_green.py"
+    red.write_text("def test_red():\n    assert 1 == 2\n")
+    green.write_text("def test_green():\n    assert 1 == 1\n")
+    assert gate.red((str(green), str(red))) == {str(red)}
+    assert gate.red((str(green),)) == set()
+    assert gate.red((str(green), str(tmp_path / "test_missing.py"))) == {str(green), str(tmp_path / "test_missing.py")}
+    assert gate.red((str(green),), seconds=0.01) == {str(green)}  # not finished is not green
+
+
+def test_gate_by_an_earlier_run(tmp_path):
+    path = tmp_path / "gate.json"
+    assert not gate.recorded(path, ("a.py",))
+    path.write_text(json.dumps({"green": ["a.py"], "red": ["b.py"], "sources": gate.sources()}))
+    assert gate.recorded(path, ("a.py",))
+    assert not gate.recorded(path, ("a.py", "b.py"))
+    path.write_text(json.dumps({"green": ["a.py"], "red": [], "sources": "of another day"}))
+    assert not gate.recorded(path, ("a.py",))
+
+
+def row(provider, us, name="lora_linear", mode="both", M=8, device="cuda"):
+    problem = dict(M=M, K=4, N=4, r=2, dropout=0.0, dtype="bfloat16", thin_dtype="bfloat16", device=device)
+    return {"name": name, "mode": mode, "provider": provider, "us": us, **problem}
+
+
+def test_verdicts():
+    assert ": accepted; worst 1.020" in verdict("addmm", [row("mm", 100), row("addmm_", 102)])
+    assert ": NOT accepted; worst 1.030" in verdict("addmm", [row("mm", 100), row("addmm_", 103)])
+    assert "triton 90% of a copy's bytes/s, target 85% reached" in verdict(
+        "shrink", [row("triton", 100), row("copy", 90)]
+    )
+    assert "target 85% missed" in verdict("shrink", [row("triton", 100), row("copy", 80)])
+    said = verdict(
+        "lora_linear", [row("frozen", 100), row("lowrank-16bit", 110), row("peft-16bit", 120), row("unsloth", 105)]
+    )
+    assert "both 1.10× (fastest peer 1.05×); slower than the fastest peer in 1 of 1 cases" in said
+    sizes = {1: (9, 5), 8: (5, 5), 32: (7, 5), 128: (4, 5), 512: (3, 5)}
+    rows = [r for M, (a, b) in sizes.items() for r in (row("lowrank-triton", a, M=M), row("lowrank-eager", b, M=M))]
+    assert "triton from M = 128" in verdict("small", rows)
+    assert verdict("addmm", [row("mm", 1, device="cpu")]).endswith("says nothing about a GPU]")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_peers_that_are_not_installed_are_absent_and_those_that_are_get_the_same_tensors(monkeypatch, dropout):
+    """Stand-ins in PyTorch with the signatures of Unsloth's and LoRAFusion's functions."""
+    p = Problem(6, 8, 10, 4, "float32", "float32", dropout=dropout, sets=2)
+    data = tensors(p)
+    assert set(peers.methods(p, data, ("unsloth", "lorafusion"))[1]) == {"unsloth", "lorafusion"}
+    with pytest.raises(ValueError, match="peer 'axolotl'"):
+        peers.methods(p, data, ("axolotl",))
+
+    class LoRA_W(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, W, W_quant, A, B, s):
+            assert x.dim() == 3
+            assert W_quant is None
+            ctx.save_for_backward(x, W, A, B)
+            ctx.s = s
+            return x @ W.T + s * (x @ A.T) @ B.T
+
+        @staticmethod
+        def backward(ctx, dY):
+            x, W, A, B = (t.flatten(0, 1) if t.dim() == 3 else t for t in ctx.saved_tensors)
+            dY = dY.flatten(0, 1)
+            dS = ctx.s * dY @ B
+            return (dY @ W + dS @ A)[None], None, None, dS.T @ x, ctx.s * dY.T @ (x @ A.T), None
+
+    keep = torch.rand(p.M, p.K) >= dropout
+    kernels = "lorafusion.ops.triton_ops."
+    modules = {
+        "unsloth.kernels.fast_lora": {"LoRA_W": LoRA_W},
+        kernels + "dropout": {"seeded_dropout": lambda x, p, seed, store_mask: (x * keep / (1 - p), keep)},
+        kernels + "fused_lora_xw_sb": {
+            "fused_lora_xw_sb": lambda x, w, s, b, alpha, bias, config: x @ w.T + alpha * s @ b.T
+        },
+        kernels + "fused_lora_dys_dyb": {
+            "fused_lora_dys_dyb": lambda dy, b, s, alpha: (alpha * dy.T @ s, alpha * dy @ b)
+        },
+        kernels + "fused_lora_dyw_dsa": {
+            "fused_lora_dyw_dsa": lambda dy, w, ds, a, dropout_p, dropout_mask: (
+                dy @ w + (ds @ a) * dropout_mask / (1 - dropout_p)
+            )
+        },
+        kernels + "config": {"H100_CONFIG": types.SimpleNamespace(fused_lora_xw_sb="theirs")},
+    }
+    for name, contents in modules.items():
+        for parent in (".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)):
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**contents))
+    found, absent = peers.methods(p, data, ("unsloth", "lorafusion"))
+    name = "lorafusion" if dropout else "unsloth"
+    assert set(found) == {name}
+    assert len(absent) == 1
+    y, *grads = passes(found[name], [one.dY for one in data])["both"](1)
+    one = data[1]
+    x, A, B = (t.detach().double().requires_grad_() for t in (one.x, one.A, one.B))
+    dropped = x * keep / (1 - dropout) if dropout else x
+    oracle = x @ one.W.double().T + 2 * (dropped @ A.T) @ B.T
+    expected = torch.autograd.grad(oracle, (x, A, B), one.dY.double())
+    for ours, truth in zip((y, *grads), (oracle, *expected), strict=True):
+        assert error(ours, truth) < 1e-5
+
+
+def test_backward_alone_is_backward():
+    p = Problem(6, 8, 10, 4, "float32", "float32", sets=2)
+    data = tensors(p)
+    calls = passes(lowrank_method(p, data, "fp32"), [one.dY for one in data])
+    for i in (1, 3):  # twice over the same kept graph
+        for alone, together in zip(calls["backward"](i), calls["both"](i)[1:], strict=True):
+            assert torch.equal(alone, together)
+    assert torch.equal(passes(frozen(p, data), [one.dY for one in data])["backward"](0)[0], data[0].dY @ data[0].W)
+
+
+def test_timing_on_a_cpu():
+    calls = []
+    times = timing.paired({"a": calls.append, "b": lambda i: None}, CPU, rounds=5, warm=2, sets=3, graphs=True)
+    assert calls == [0, 1, 0, 1, 2, 3, 4]
+    assert times["a"].how == "wall clock"
+    assert times["a"].q20 <= times["a"].median <= times["a"].q80
+    assert timing.peak_memory(calls.append, CPU) is None
+    assert 1e6 < timing.copy_rate(CPU, 1 << 16) < 1e15
+    assert 1e3 < timing.matmul_rate(CPU, torch.float32, 32) < 1e15
+    assert timing.device_name(CPU)
+
+
+def test_sweep_checks_before_it_times(tmp_path):
+    """In the interpreter, which has to be asked for before triton is imported."""
+    code = (
+        "import sys; sys.path[:0] = ['bench']; import tune, torch\n"
+        f"out = {str(tmp_path / 'tune.json')!r}\n"
+        "assert tune.main(['shrink', '--toy', '--rounds', '1', '--out', out]) == 0\n"
+        "from lowrank.kernels import shrink; right = shrink._launch\n"
+        "def wrong(x, As, S, *rest): right(x, As, S, *rest); S.mul_(1.05)\n"
+        "shrink._launch = wrong\n"
+        "assert tune.main(['shrink', '--toy', '--rounds', '1']) == 1\n"
+    )
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "refused" in done.stdout
+    rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
+    assert sum(row["config"] is None for row in rows) == 1
+    assert all(row["us"] > 0 for row in rows)
+
+
+def test_sweep_needs_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["shrink", "--device", "cpu"])
+    assert stopped.value.code == 2
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile takes minutes of CI; a compiler that fails is a case of its own."""
+
+    def fail(*args, **options):
+        def call(*args):
+            raise RuntimeError("no compiler here")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fail)
+
+
+def test_lowrank_bench(model, uncompiled, tmp_path, capsys):
+    pytest.importorskip("peft")
+    out = tmp_path / "result" / "bench.json"
+    options = [
+        "--model",
+        model,
+        "--tokens",
+        "16",
+        "--rank",
+        "4",
+        "--seconds",
+        "4",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    assert cli.main(["bench", *options]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    shapes = {(s["K"], s["N"]): (s["layers"], s["count"]) for s in result["shapes"]}
+    assert shapes == {
+        (32, 32): (["q_proj", "o_proj"], 4),
+        (32, 16): (["k_proj", "v_proj"], 4),
+        (32, 48): (["gate_proj", "up_proj"], 4),
+        (48, 32): (["down_proj"], 2),
+    }
+    kinds = ("16bit", "fp32", "fp32-autocast")
+    for shape in result["shapes"]:
+        assert set(shape["us"]) == {"frozen", *(f"{who} {kind}" for who in ("lowrank", "peft") for kind in kinds)}
+        assert shape["rounds"] >= 3
+        assert all(t["median"] > 0 for t in shape["us"].values())
+    assert "RuntimeError: no compiler here" in result["absent"]["peft 16bit, compiled"]
+    assert printed.strip().splitlines()[-1] == result["summary"]
+    assert result["summary"].startswith("All 14 linears")
+
+
+def test_lowrank_bench_without_peft(model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert (
+        cli.main(
+            ["bench", "--model", model, "--tokens", "8", "--seconds", "1", "--device", "cpu", "--dtype", "float32"]
+        )
+        == 0
+    )
+    assert "not installed" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_lowrank_bench_refuses(model, capsys):
+    for wrong, why in (
+        (["--rank", "0"], "--rank must be a positive integer, got 0"),
+        (["--tokens", "-1"], "--tokens must be a positive integer, got -1"),
+        (["--dropout", "1"], "dropout must be in [0, 1)"),
+        (["--seconds", "0"], "--seconds must be positive"),
+        (["--device", "meta"], "--device meta"),
+        (["--model", model + "/nothing"], "no config for"),
+    ):
+        assert cli.main(["bench", "--device", "cpu", "--model", model, *wrong]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_summary_says_where_lowrank_is_slower():
+    def shape(name, frozen, peft, ours):
+        us = {"frozen": frozen, "peft 16bit": peft, "lowrank 16bit": ours}
+        us = {who: {"median": t, "q20": 0.99 * t, "q80": 1.01 * t} for who, t in us.items()}
+        return {"layers": [name], "count": 2, "us": us}
+
+    shapes = [shape("q", 100, 120, 130), shape("k", 100, 120, 110), shape("v", 100, 120, 120.5)]
+    said = summary({"shapes": shapes, "absent": {}})
+    assert said == (
+        "All 6 linears, forward + backward, over the frozen ones' time: lowrank 1.20×, PEFT at its fastest 1.20×; "
+        "against PEFT, lowrank is slower on q (1.08×); level within the spread on v (1.00×); faster on k (0.92×)."
+    )
