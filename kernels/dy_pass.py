@@ -38,12 +38,12 @@ def pick_config(M: int, N: int, block_r: int, kind: str, arch: int, sms: int) ->
     block_m = 16 if M <= 16 else 32 if M <= 32 or kind != "same" else 64
     block_n = 128 if kind == "same" else 64
     # 8192 fp32 accumulators are 32 registers of each of 256 threads; a split operand needs registers too
-    budget = {"same": 8192, "split": 2048, "fp32": 4096}[kind]
+    budget = {"same": 8192, "split": 2048, "fp32": 2048}[kind]
     blocks = max(1, min(budget // (block_n * block_r), triton.next_power_of_2(triton.cdiv(N, block_n))))
     groups = triton.cdiv(N, blocks * block_n)
     chunks = max(1, min(triton.cdiv(sms, groups), M // 128))
-    # 168 KiB of shared memory at rank 16 with two stages; an unknown GPU may have 64
-    return Config(block_m, block_n, blocks, chunks, num_stages=2 if arch in (80, 90, 100) else 1)
+    # in 16 bits two stages take 168 KiB of shared memory at rank 16, and an unknown GPU may have 64; fp32 needs them
+    return Config(block_m, block_n, blocks, chunks, num_stages=2 if arch in (80, 90, 100) or kind == "fp32" else 1)
 
 
 def one_pass_pays(M: int, N: int, R: int, dtype: torch.dtype, thin_dtype: torch.dtype, c: Config) -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..ops.lora import Projection, lora_projections
+from ..ops.lora import Projection, autocast_dtype, lora_projections
 
 # Children of one module that are called with one tensor, as transformers names them.
 NAMES = (
@@ -110,10 +110,8 @@ def find(model: nn.Module, is_member) -> list[list[nn.Module]]:
 
 def _modes(x: torch.Tensor) -> tuple:
     """Everything beside its arguments that a call's result depends on."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-    return x._version, torch.is_grad_enabled(), autocast, stream
+    return x._version, torch.is_grad_enabled(), autocast_dtype(x), stream
 
 
 def _tensors(projection: Projection):

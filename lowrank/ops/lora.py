@@ -126,7 +126,7 @@ def lora_projections(
     """The general form: every projection of x with all its adapters, in one autograd node."""
     if torch.autograd.forward_ad._current_level >= 0:
         raise NotImplementedError("lora_linear has no forward-mode derivative (forward_ad, torch.func.jvp)")
-    autocast = _autocast_dtype(x)
+    autocast = autocast_dtype(x)
     dtype = thin_dtype = autocast or x.dtype
     weights, biases, bases, counts = [], [], [], []
     As, Bs, lora_biases, scaling_tensors, scalings, masks, ps = [], [], [], [], [], [], []
@@ -294,9 +294,9 @@ def _(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, mask
     return [grad for grad, need in zip(grads, needs, strict=True) if need]
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype autocast wants here, or None.  Like torch's own rule it leaves fp64 alone."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.getautocast_dtype(device)

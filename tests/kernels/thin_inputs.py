@@ -28,6 +28,9 @@ RANKS = [1, 8, 3, 16, 24, 64, 100, 256]
 CASES = [(*shape, (rank,)) for shape, rank in zip(SHAPES, RANKS, strict=True)]
 CASES += [(133, 300, 77, ranks) for ranks in ((3, 16, 24), (16, 16), (64, 100), (512,))]
 
+if DEVICE == "cuda":  # a case is a compilation there, about a second each: a third of them, the interpreter has run all
+    CASES = [CASES[i] for i in (0, 5, 7, 8)]
+
 
 def randn(*size, dtype):
     return torch.randn(*size).to(dtype).to(DEVICE)
