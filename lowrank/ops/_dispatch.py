@@ -74,8 +74,10 @@ def _unsupported(wide, As, thin_dtype) -> str | None:
     for t in wide:
         if t.dtype is torch.float64:
             return "float64: the kernels take fp16, bf16 and fp32"
-        if t.dim() == 2 and t.stride(-1) != 1 and t.shape[-1] > 1:
+        if t.stride(-1) != 1 and t.shape[-1] > 1:
             return "the last dim of an activation is not contiguous"
+        if thin_dtype not in (t.dtype, torch.float32):
+            return f"a base output of {t.dtype} beside adapters in {thin_dtype}"
     if thin_dtype is torch.float64:
         return "float64: the kernels take fp16, bf16 and fp32"
     if max(A.shape[0] for A in As) > MAX_RANK:

@@ -7,6 +7,7 @@ import lowrank
 from lowrank import _stats
 from lowrank.ops import _dispatch, eager
 from lowrank.ops._dispatch import backend, prefers_eager, thin_products
+from lowrank.ops.lora import Adapter, Projection, lora_projections
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -73,6 +74,17 @@ def test_what_kernels_cannot_do_is_counted_and_refused_by_strict(interpreted, ch
     assert [reason in key for key in lowrank.stats()["fallback"]] == [True]
     with lowrank.strict(), pytest.raises(lowrank.FallbackError, match=reason):
         module(x, A, B, thin_dtype)
+
+
+def test_a_base_output_of_another_dtype(interpreted):
+    """Quantised layers may answer in another dtype than they were asked in: eager takes it, forward and backward."""
+    x, A, B = (t.normal_().requires_grad_() for t in tensors(8, 6, 4, 2))
+    base = torch.randn(8, 4)
+    with pytest.warns(UserWarning, match="a base output of torch.float32 beside adapters in torch.bfloat16"):
+        (y,) = lora_projections(x, (Projection(None, None, (Adapter(A, B),), base),))
+    y.sum().backward()
+    assert y.dtype is torch.float32
+    torch.testing.assert_close(y, base + (x @ A.mT @ B.mT).float(), rtol=2e-2, atol=2e-2)
 
 
 def test_nothing_to_do_is_no_fallback(interpreted):
