@@ -299,4 +299,4 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
         return None
-    return torch.getautocast_dtype(device)
+    return torch.get_autocast_dtype(device)
