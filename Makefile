@@ -18,7 +18,7 @@ test: $(VENV)/.dev
 # The whole matrix of configs, dtypes and architectures, with this Triton and with the one beside torch 2.11: hours.
 compile-all: $(VENV)/.dev $(VENV)-triton-3.6/.done
 	$(BIN)/python -m pytest -m compile_all tests/kernels/test_compile.py
-	$(VENV)-triton-3.6/bin/python -m pytest -m compile_all tests/kernels/test_compile.py
+	PYTHONPATH=. $(VENV)-triton-3.6/bin/python -m pytest -m compile_all tests/kernels/test_compile.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -45,7 +45,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
 $(VENV)-triton-3.6/.done: $(VENV)/.torch
 	$(PYTHON) -m venv $(VENV)-triton-3.6
 	$(VENV)-triton-3.6/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
-	$(VENV)-triton-3.6/bin/python -m pip install -q --disable-pip-version-check triton==3.6.0 'numpy<2.4' pytest -e . --no-deps
+	$(VENV)-triton-3.6/bin/python -m pip install -q --disable-pip-version-check triton==3.6.0 'numpy<2.4' pytest
 	touch $@
 
 clean:

@@ -138,21 +138,21 @@ def x_pass(
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
+    if dX is None and not any(need_dA):
+        return [None] * len(As)
     dAs = [
         torch.empty_like(A, memory_format=torch.contiguous_format) if need else None
         for A, need in zip(As, need_dA, strict=True)
     ]
+    _check("x_pass", dX if x is None else x, dS, As, dX, masks, keeps)
     ranks = [A.shape[0] for A in As]
-    how = dot_kind(dS[0].dtype if x is None else x.dtype, dS[0].dtype)
+    how = dot_kind((dX if x is None else x).dtype, dS[0].dtype)
     fused = any(need_dA) and fits(len(ranks) * pad_rank(max(ranks)), how, device_facts(dS[0].device)[0])
     if dX is not None and not fused:
         of = [keeps[m] if m >= 0 else None for m in masks]
         n = len(As)
         expand_into(dX, dS, [A.mT for A in As], [1.0] * n, [None] * n, None, of)
         dX = None
-    if dX is None and not any(need_dA):
-        return dAs
-    _check("x_pass", x, dS, As, dX, masks, keeps)
     for batch in batches(ranks, WIDTH[how]):
         mine = slice(batch.start, batch.stop)
         if any(need_dA[mine]):
@@ -191,8 +191,9 @@ def _check(name, x, dS, As, dX, masks, keeps):
         raise ValueError(
             f"{name}: expected dX {list(x.shape)} with a contiguous last dim, got {list(dX.shape)} {dX.stride()}"
         )
-    if max(masks) >= len(keeps):
-        raise ValueError(f"{name}: masks {masks} do not fit {len(keeps)} keep tensors")
+    words = (x.shape[0], triton.cdiv(x.shape[1], 32))
+    if max(masks) >= len(keeps) or any(keep.shape != words for keep in keeps):
+        raise ValueError(f"{name}: masks {masks} do not fit {len(keeps)} keep tensors {list(words)}")
 
 
 def _launch(x, dS, As, outs, strides, dX, masks, keeps, scales, scale_tensors, config):

@@ -167,7 +167,9 @@ def _projection(layer, x) -> Projection | None:
     """What a sibling's call with x alone would compute, if the op covers all of it."""
     adapters, _ = _adapters(layer, x, (), {})
     base = layer.base_layer
-    return Projection(base.weight, base.bias, adapters) if adapters and _is_plain_linear(base, x) else None
+    if not adapters or not _is_plain_linear(base, x) or base.weight.dim() != 2:  # 1-D: FSDP has not gathered it yet
+        return None
+    return Projection(base.weight, base.bias, adapters)
 
 
 def _adapters(layer, x, args, kwargs) -> tuple[tuple[Adapter, ...] | None, str | None]:
