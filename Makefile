@@ -34,12 +34,16 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[compare]'
+# Without build isolation: setup.py compiles csrc/ against this torch.
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(INSTALL) 'setuptools>=77' ninja
+	$(INSTALL) --no-build-isolation -e '.[compare]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(INSTALL) 'setuptools>=77' ninja
+	$(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@ $(VENV)/.demo
 
 $(VENV)-triton-3.6/.done: $(VENV)/.torch

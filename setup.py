@@ -1,5 +1,146 @@
-"""Metadata is in pyproject.toml.  The native code of csrc/ will be built from here; there is none yet."""
+"""Metadata is in pyproject.toml; here the native code of csrc/ is built, through ninja.
 
-from setuptools import setup
+    lowrank/_C_cpu.so    needs a C++ compiler
+    lowrank/_C_cuda.so   needs nvcc, and a CUDA build of torch (or LOWRANK_BUILD_CUDA=1: it compiles, it does not load)
 
-setup()
+Both need torch's headers, hence ``pip install --no-build-isolation``, or ``python setup.py build_ext --inplace`` later.  What
+cannot be built is left out with a message: lowrank then does in PyTorch, slower, what the library would have done.
+LOWRANK_REQUIRE_NATIVE=1 makes that an error.  CXX, LOWRANK_NVCC and LOWRANK_ARCHS ("80;90a;100a") choose.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CSRC = Path(__file__).resolve().parent / "csrc"
+ARCHS = os.environ.get("LOWRANK_ARCHS", "80;90a;100a")
+# The same bits from every compiler: nothing is fused or reordered.  The two -fno allow fmaf and selects in vectors.
+CXXFLAGS = "-std=c++17 -O3 -fPIC -Wall -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
+NVCCFLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -fmad=false -DUSE_CUDA"
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10 and later
+ISAS = {"baseline": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS["avx2"] = "-mavx2 -mfma"
+    ISAS["avx512"] = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+
+
+def nvcc() -> str | None:
+    return os.environ.get("LOWRANK_NVCC") or shutil.which("nvcc")
+
+
+def ninja() -> str | None:
+    if importlib.util.find_spec("ninja"):  # the package brings the program, not always on PATH
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    return shutil.which("ninja")
+
+
+def torch_flags() -> tuple[str, str]:
+    """(include directories, libraries).  The libraries only so that the loader finds torch, which Python loads privately."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    includes = " ".join(f"-isystem {path}" for path in include_paths())
+    return includes, " ".join(f"-L{path}" for path in library_paths()) + " -Wl,--no-as-needed -ltorch -ltorch_cpu"
+
+
+def why_not(library: str) -> str | None:
+    """Why ``library`` ("cpu" or "cuda") cannot be built here; None if it can."""
+    if sys.platform != "linux":
+        return "is built on Linux only"
+    if importlib.util.find_spec("torch") is None:
+        return "needs torch when it is built: pip install --no-build-isolation, or python setup.py build_ext --inplace"
+    if ninja() is None:
+        return "needs ninja: pip install ninja"
+    if compiler() is None:
+        return "needs a C++ compiler"
+    if library == "cuda":
+        import torch
+
+        if nvcc() is None:
+            return "needs nvcc"
+        if torch.version.cuda is None and os.environ.get("LOWRANK_BUILD_CUDA") != "1":
+            return "needs a CUDA build of torch"
+    return None
+
+
+def ninja_file(library: str, target: Path, folder: Path) -> str:
+    """The text of a build.ninja that makes ``target`` with its objects in ``folder``."""
+    includes, libraries = torch_flags()
+    if library == "cuda":
+        archs = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS.split(";"))
+        rules = [
+            "rule compile",
+            f"  command = {nvcc()} {NVCCFLAGS} {STABLE_ABI} {archs} {includes} -MD -MF $out.d -c $in -o $out",
+            "rule link",
+            f"  command = {nvcc()} -shared -cudart=static $in -o $out -Xlinker={','.join(libraries.split())}",
+        ]
+        rules[-1] = rules[-1].replace("-Wl,", "")
+        objects = [(folder / "rank_update.cuda.o", "rank_update.cu", "")]
+    else:
+        rules = [
+            "rule compile",
+            f"  command = {compiler()} {CXXFLAGS} $flags -MMD -MF $out.d -c $in -o $out",
+            "rule link",
+            f"  command = {compiler()} -shared $in -o $out {libraries}",
+        ]
+        objects = [(folder / "rank_update_cpu.o", "rank_update_cpu.cpp", f"{STABLE_ABI} {includes}")]
+        for isa, flags in ISAS.items():
+            objects.append((folder / f"rank_update_{isa}.o", "rank_update_rows.cpp", f"-DISA={isa} {flags}"))
+    rules[2:2] = ["  depfile = $out.d", "  deps = gcc"]
+    for output, source, flags in objects:
+        rules += [f"build {output}: compile {CSRC / source}", f"  flags = {flags}"]
+    return "\n".join([*rules, f"build {target}: link {' '.join(str(output) for output, *_ in objects)}", ""])
+
+
+class NinjaBuild(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:  # no Python symbols, so no Python version in the name
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        library = ext.name.rpartition("_")[2]
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve() / library
+        for path in (folder, target.parent):
+            path.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(library, target, folder))
+        done = subprocess.run([ninja(), "-C", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            print(done.stdout, file=sys.stderr)
+            raise CompileError(f"{target.name} was not built: ninja -C {folder}")
+
+
+def extensions() -> list[Extension]:
+    required = os.environ.get("LOWRANK_REQUIRE_NATIVE") == "1"
+    found = []
+    for library in ("cpu", "cuda"):
+        reason = why_not(library)
+        if reason is None:
+            sources = [str(path.relative_to(CSRC.parent)) for path in sorted(CSRC.iterdir()) if path.suffix != ".md"]
+            found.append(Extension(f"lowrank._C_{library}", sources, py_limited_api=True, optional=not required))
+        elif required and library == "cpu":
+            raise SystemExit(f"lowrank/_C_{library}.so {reason}")
+        else:
+            print(f"lowrank/_C_{library}.so is left out: it {reason}", file=sys.stderr)
+    return found
+
+
+if __name__ == "__main__":
+    found = extensions()
+    setup(
+        ext_modules=found,
+        cmdclass={"build_ext": NinjaBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if found else {},
+    )

@@ -38,6 +38,7 @@ def main(args: argparse.Namespace) -> int:
         ("devices", _devices()),
         ("environment", (f"{name}={os.environ.get(name, '(not set)')}" for name in ENVIRONMENT)),
         ("backends", _backends()),
+        ("native libraries", _native_libraries()),
         ("self-check, relative error against fp64", _self_check()),
         ("missing", _missing()),
         ("warnings", _traps()),
@@ -96,6 +97,14 @@ def _backends() -> Iterator[str]:
             except ValueError as error:
                 name, why = "none", str(error)
             yield f"{op:14} {device!s:7} {name}: {why}"
+
+
+def _native_libraries() -> Iterator[str]:
+    from . import _native
+
+    for library in _native.LIBRARIES:
+        reason = _native.why_not(library)
+        yield f"{library:8}{'loaded' if reason is None else f'not there, PyTorch does its work: {reason}'}"
 
 
 def _self_check() -> Iterator[str]:

@@ -37,6 +37,17 @@ def test_report(report, monkeypatch):
     assert all(", ok " in line for line in checks)
 
 
+def test_native_libraries(report, monkeypatch):
+    from lowrank import _native
+
+    reasons = {"cpu": None, "cuda": "this torch is not a CUDA build"}
+    monkeypatch.setattr(_native, "why_not", reasons.get)
+    assert section(report(), "native libraries") == [
+        "cpu     loaded",
+        "cuda    not there, PyTorch does its work: this torch is not a CUDA build",
+    ]
+
+
 def test_a_backend_that_does_not_exist_is_reported_not_raised(report, monkeypatch):
     monkeypatch.setenv("LOWRANK_BACKEND", "abacus")
     output = report()

@@ -1,5 +1,8 @@
 """The wheel holds lowrank and nothing else, and every file of it."""
 
+import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,16 +14,32 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def source(tmp_path_factory):
     if not (ROOT / ".git").exists():
         pytest.skip("needs the git checkout")
-    out = tmp_path_factory.mktemp("wheel")
     copy = tmp_path_factory.mktemp("source")
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "--null", "-T", "-", "-cf", copy / "s.tar"], cwd=ROOT, input=files, check=True)
+    subprocess.run(
+        ["tar", "--null", "-T", "-", "-cf", copy / "s.tar"], cwd=ROOT, input="\0".join(files()).encode(), check=True
+    )
     subprocess.run(["tar", "-xf", "s.tar"], cwd=copy, check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, copy]
-    subprocess.run(command, check=True)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build(source, tmp_path_factory.mktemp("wheel"))
+
+
+def files(*folders: str) -> list[str]:
+    """What git has, or would add."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *folders]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.split("\0") if (ROOT / name).is_file() or (ROOT / name).is_symlink()]
+
+
+def build(source, out, **environment):
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source]
+    subprocess.run(command, check=True, env=os.environ | environment)
     return next(out.glob("*.whl"))
 
 
@@ -35,10 +54,26 @@ def test_top_level_is_exactly_lowrank(wheel):
 
 
 def test_holds_every_module(wheel):
-    tracked = subprocess.run(
-        ["git", "ls-files", "lowrank", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    modules = {name for name in tracked.stdout.splitlines() if name.endswith(".py")}
+    modules = {name for name in files("lowrank", "kernels") if name.endswith(".py")}
     modules = {"lowrank/" + name if name.startswith("kernels/") else name for name in modules}
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if name.endswith(".py")} == modules
+
+
+def test_its_native_library_loads(wheel, tmp_path):
+    """With any Python from 3.10 on: it holds no Python symbols."""
+    if shutil.which("g++") is None or importlib.util.find_spec("ninja") is None or sys.platform != "linux":
+        pytest.skip("needs g++ and ninja")
+    assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = "import lowrank; from lowrank import _native; print(lowrank.__file__, _native.why_not('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "lowrank" / "__init__.py"), "None"]
+
+
+def test_without_a_compiler_it_is_pure_python(source, tmp_path):
+    wheel = build(source, tmp_path, PATH="", CXX="", LOWRANK_REQUIRE_NATIVE="")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]

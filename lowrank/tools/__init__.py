@@ -1,0 +1,19 @@
+"""``lowrank tools TOOL``: work on model files.  Each tool is a module like a command's (lowrank/cli.py)."""
+
+import argparse
+import importlib
+
+SUMMARY = "SVD factors of a checkpoint"
+
+TOOLS = {"factors": "lowrank.tools.factors"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
+    for name, module_name in TOOLS.items():
+        module = importlib.import_module(module_name)
+        module.add_arguments(tools.add_parser(name, help=module.SUMMARY, description=module.SUMMARY))
+
+
+def main(args: argparse.Namespace) -> int:
+    return importlib.import_module(TOOLS[args.tool]).main(args)

@@ -1,0 +1,135 @@
+"""How csrc/ is built, what happens where it cannot be, and what nvcc makes of it."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank import _native
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def setup():
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("needs the repository")
+    spec = importlib.util.spec_from_file_location("lowrank_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(folder, **environment):
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr, list(folder.glob("lib/lowrank/*.so"))
+
+
+def test_the_library_is_built_where_it_can_be(setup):
+    """Not: that it would build.  Every other test of csrc/ skips without it."""
+    if setup.why_not("cpu") is not None:
+        pytest.skip(setup.why_not("cpu"))
+    assert _native.why_not("cpu") is None
+
+
+@pytest.fixture(scope="module")
+def built(setup, tmp_path_factory):
+    if setup.why_not("cpu") is not None:
+        pytest.skip(setup.why_not("cpu"))
+    folder = tmp_path_factory.mktemp("native")
+    return folder, *build(folder, LOWRANK_REQUIRE_NATIVE="1", CXX=f"{setup.compiler()} -Werror")
+
+
+def test_compiles_without_a_warning(built):
+    _, code, output, libraries = built
+    assert code == 0, output
+    assert [library.name for library in libraries] == ["_C_cpu.so"]
+
+
+def test_instruction_sets_leak_no_function(setup, built):
+    """Of an object compiled for AVX-512 the linker may take nothing that another object also has."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    for isa in setup.ISAS:
+        path = next(built[0].glob(f"temp/**/rank_update_{isa}.o"))
+        symbols = subprocess.run(
+            ["nm", "--defined-only", "-g", path], capture_output=True, text=True, check=True
+        ).stdout
+        assert [isa in line for line in symbols.splitlines()] == [True], symbols
+
+
+def test_a_failing_compiler_is_told_and_survived(setup, tmp_path):
+    if setup.why_not("cpu") is not None:
+        pytest.skip(setup.why_not("cpu"))
+    code, output, libraries = build(tmp_path, CXX="false", LOWRANK_REQUIRE_NATIVE="")
+    assert code == 0
+    assert "_C_cpu.so was not built" in output
+    assert libraries == []
+    assert build(tmp_path, CXX="false", LOWRANK_REQUIRE_NATIVE="1")[0] != 0
+
+
+def test_reasons_to_leave_a_library_out(setup, monkeypatch):
+    monkeypatch.setattr(setup.sys, "platform", "linux")
+    monkeypatch.setattr(setup, "ninja", lambda: "ninja")
+    monkeypatch.setattr(setup, "compiler", lambda: "g++")
+    monkeypatch.setattr(setup, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.delenv("LOWRANK_BUILD_CUDA", raising=False)
+    assert setup.why_not("cpu") is None
+    assert setup.why_not("cuda") == "needs a CUDA build of torch"
+    monkeypatch.setenv("LOWRANK_BUILD_CUDA", "1")
+    assert setup.why_not("cuda") is None
+    monkeypatch.setattr(setup, "nvcc", lambda: None)
+    assert setup.why_not("cuda") == "needs nvcc"
+    monkeypatch.setattr(setup, "compiler", lambda: None)
+    assert setup.why_not("cpu") == "needs a C++ compiler"
+    monkeypatch.setattr(setup, "ninja", lambda: None)
+    assert "needs ninja" in setup.why_not("cpu")
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    assert "--no-build-isolation" in setup.why_not("cpu")
+
+
+@pytest.fixture
+def reason(monkeypatch, tmp_path):
+    """Why libraries in an empty folder cannot be used."""
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    return _native.why_not.__wrapped__
+
+
+def test_a_library_that_is_not_there_or_does_not_load(reason, tmp_path, monkeypatch):
+    assert "lowrank/_C_cpu.so was not built" in reason("cpu")
+    (tmp_path / "_C_cuda.so").write_text("not a library")
+    assert reason("cuda").startswith("lowrank/_C_cuda.so does not load: ")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert reason("cuda") == "this torch is not a CUDA build"
+
+
+@pytest.mark.slow
+def test_cuda_kernels_compile_without_spills(setup, tmp_path):
+    if setup.nvcc() is None:
+        pytest.skip("needs nvcc")
+    includes, _ = setup.torch_flags()
+    command = [
+        setup.nvcc(),
+        *setup.NVCCFLAGS.split(),
+        setup.STABLE_ABI,
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xptxas=-v",
+    ]
+    command += [*includes.split(), "-c", ROOT / "csrc" / "rank_update.cu", "-o", tmp_path / "rank_update.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert sum("rank_update_kernel" in name for name in kernels) == 12  # dtypes, aligned or not, with or without report
+    assert spills == [("0", "0")] * len(kernels), done.stderr
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert sum(n > 128 for n in registers) <= 6  # two blocks on a multiprocessor, but for the report's
