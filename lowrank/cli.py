@@ -11,6 +11,7 @@ COMMANDS = {
     "plan": "lowrank.plan",
     "bench": "lowrank.bench",
     "doctor": "lowrank.doctor",
+    "tools": "lowrank.tools",
 }
 
 
