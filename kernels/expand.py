@@ -1,7 +1,8 @@
 """Y = start + sum over j of scale_j drop_j(S_j B_jᵀ): the prefill that the big GEMM adds to in place.
 
 S_j [M, R_j], B_j [N, R_j] (any strides) -> Y [M, N], rounded once.  scale_j: a float, times a 0-d tensor, or times a
-tensor [R_j] (one scale per column of S).  start: nothing, a bias [N] or a matrix [M, N].
+tensor [R_j] (one scale per column of S); or, for a single S, mix @ scales with mix [M, E] and scales [E, R] (one scale per
+row and column, never in memory; svf_scale.py).  start: nothing, a bias [N] or a matrix [M, N].
 drop_j zeroes where a keep bit of int32 [M, ceil(N / 32)] is 0: with B = Aᵀ this is the backward's dX = mask ∘ (dS A).
 Floor: the write of Y, M N itemsize bytes; 15.6 us at 8192 x 4096 in bf16 at 4.3 TB/s.
 Eager form: lowrank/ops/eager.py.  Benchmark: bench/registry.py.
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from ._launch import DTYPES, as_bytes, check, dot_kind, on, pad_rank, precision
 from ._tile import cast, dot, unpack
+from .svf_scale import check_mix, scale_tile
 
 MAX_BLOCK_R = {"same": 64, "split": 32, "fp32": 16}  # larger ranks are summed block by block
 
@@ -37,7 +39,7 @@ def pick_config(M: int, N: int, block_r: int, kind: str) -> Config:
 @triton.jit
 def _expand_kernel(
     s_ptrs, b_ptrs, bias_ptr, start_ptr, y_ptr, keep_ptrs, scales, scale_ptrs,
-    ranks, M, N, strides_sm, strides_bn, strides_br, stride_startm, stride_ym,
+    ranks, M, N, strides_sm, strides_bn, strides_br, stride_startm, stride_ym, mix_ptr, E,
     PER_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     R_PADDED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,8 +60,8 @@ def _expand_kernel(
                 other=0.0,
             )
             if PER_COLUMN[j]:
-                m = tl.load(scale_ptrs[j] + offs_r, mask=mask_r, other=0.0).to(tl.float32)
-                s = cast(s.to(tl.float32) * m[None, :], s.dtype)
+                m = scale_tile(scale_ptrs[j], mix_ptr, offs_m, offs_r, mask_m, mask_r, ranks[j], E, BLOCK_M, BLOCK_R)
+                s = cast(s.to(tl.float32) * m, s.dtype)
             b = tl.load(
                 b_ptrs[j] + offs_n[:, None] * strides_bn[j] + offs_r[None, :].to(tl.int64) * strides_br[j],
                 mask=mask_n[:, None] & mask_r[None, :],
@@ -95,15 +97,16 @@ def expand(
     start: torch.Tensor | None,
     dtype: torch.dtype,
     config: Config | None = None,
+    mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Y [M, N] in ``dtype``.  S [M, R_0 + R_1 + ...], last dim contiguous.
+    """Y [M, N] in ``dtype``.  S [M, R_0 + R_1 + ...], last dim contiguous.  mix: fp32 [M, E], contiguous.
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
     Y = S.new_empty((S.shape[0], Bs[0].shape[0]), dtype=dtype)
     if S.shape[1] != sum(B.shape[1] for B in Bs):
         raise ValueError(f"expand: S {list(S.shape)} does not fit B {[list(B.shape) for B in Bs]}")
-    expand_into(Y, list(S.split([B.shape[1] for B in Bs], 1)), Bs, scales, scale_tensors, start, None, config)
+    expand_into(Y, list(S.split([B.shape[1] for B in Bs], 1)), Bs, scales, scale_tensors, start, None, config, mix)
     return Y
 
 
@@ -116,6 +119,7 @@ def expand_into(
     start: torch.Tensor | None,
     keeps: list[torch.Tensor | None] | None,
     config: Config | None = None,
+    mix: torch.Tensor | None = None,
 ) -> None:
     """Overwrite Y, with drop_j if ``keeps`` are given.  ``S``: one [M, R_j] per factor, last dim contiguous."""
     (M, N), dtype, n = Y.shape, Y.dtype, len(S)
@@ -128,6 +132,8 @@ def expand_into(
     check("expand", Y, S[0].dtype, [S[0], *([] if start is None else [start])], [])
     if start is not None and start.stride(-1) != 1 and N > 1:
         raise ValueError(f"expand: start's last dim must be contiguous, got strides {start.stride()}")
+    if mix is not None:
+        check_mix("expand", scale_tensors[0], mix, M, S[0].shape[1])
     if Y.numel() == 0:
         return
     how = dot_kind(dtype, S[0].dtype)
@@ -140,7 +146,8 @@ def expand_into(
             as_bytes(keeps or [None] * n), tuple(scales), tuple(scale_tensors),
             tuple(s.shape[1] for s in S), M, N, tuple(s.stride(0) for s in S), tuple(B.stride(0) for B in Bs),
             tuple(B.stride(1) for B in Bs), start.stride(0) if matrix else 0, Y.stride(0),
-            PER_COLUMN=tuple(t is not None and t.dim() == 1 for t in scale_tensors),
+            mix, 0 if mix is None else mix.shape[1],
+            PER_COLUMN=tuple(t is not None and t.dim() >= 1 for t in scale_tensors),
             BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=block_r,
             R_PADDED=triton.cdiv(max(s.shape[1] for s in S), block_r) * block_r, DTYPE=DTYPES[S[0].dtype],
             PRECISION=precision(how), num_warps=c.num_warps, num_stages=c.num_stages,

@@ -38,6 +38,10 @@ class strict:
         _strict = self.before
 
 
+def is_strict() -> bool:
+    return _strict
+
+
 def stats(model: nn.Module | None = None) -> dict[str, object]:
     """``{"fused": calls, "shared": calls, "fallback": {reason: calls}, "untouched": {class: layers}}`` since the start.
 

@@ -58,6 +58,29 @@ def thin_products(x, weights, others, As, Bs, thin_dtype, has_dropout) -> Module
     return thin
 
 
+def svf_products(x, other, A, B, thin_dtype):
+    """The thin products of one SVF call: kernels/svf.py, or Eager or Wide (beyond MAX_RANK) of ops/svf_impl.py.
+
+    ``other``: a base output, or the saved x of a backward, or None.
+    """
+    from .svf_impl import Eager, Wide
+
+    if backend(x.device)[0] == "eager" or x.shape[0] == 0:
+        return Eager
+    wide = [t for t in (x, other) if t is not None]
+    reason = _unsupported(wide, [A[:MAX_RANK]], thin_dtype)
+    if reason is not None:
+        _stats.op_fell_back(reason)
+        return Eager
+    if prefers_eager(x.shape[0], A.shape[1], B.shape[0], x.dtype, (A, B), thin_dtype, False):
+        return Eager
+    if A.shape[0] > MAX_RANK:
+        return Wide
+    from ..kernels import svf
+
+    return svf
+
+
 def prefers_eager(rows, K, N, dtype, factors, thin_dtype, has_dropout) -> bool:
     """Whether a call is too small for kernels of ours: PyTorch then needs no more launches, and cheaper ones.
 

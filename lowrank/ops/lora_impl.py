@@ -17,8 +17,8 @@ from .eager import times
 def forward(
     x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors, scalings, counts, masks, ps, seeds, dtype, thin_dtype
 ):  # fmt: skip
-    with _no_autocast(x.device):
-        x = _rows(x, dtype)
+    with no_autocast(x.device):
+        x = rows_of(x, dtype)
         thin = thin_products(x, weights, bases, As, Bs, thin_dtype, bool(ps))
         scalings, scaling_tensors = _on_device(scalings, scaling_tensors, x.device)
         scales = _scales(scalings, masks, ps)
@@ -49,12 +49,12 @@ def forward(
 
 
 def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, masks, ps, dtype, thin_dtype, needs):
-    with _no_autocast(dys[0].device):
+    with no_autocast(dys[0].device):
         n, a = len(counts), len(As)
         need_x, need_W, need_b, need_A, need_B, need_lb = runs(needs, (1, n, n, a, a, a))
         need_x, need_dS = need_x[0], need_x[0] or any(need_A)
-        dys = [_dense(dy) for dy in dys]
-        x = None if x is None else _rows(x, dtype)
+        dys = [dense(dy) for dy in dys]
+        x = None if x is None else rows_of(x, dtype)
         thin = thin_products(x, weights, dys, As, Bs, thin_dtype, bool(ps))
         scalings, scaling_tensors = _on_device(scalings, scaling_tensors, dys[0].device)
         scales = _scales(scalings, masks, ps)
@@ -93,19 +93,19 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
         return [grad for grad, need in zip([dX, *dW, *db, *dA, *dB, *dlb], needs, strict=True) if need]
 
 
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Dtypes are explicit below; the context is entered only where autocast would interfere."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.dtype is dtype else x.to(dtype)
 
 
-def _dense(dy: Tensor) -> Tensor:
+def dense(dy: Tensor) -> Tensor:
     """A gradient with the strides a GEMM takes: ``y.sum().backward()`` hands over strides of 0."""
     return dy if 1 in dy.stride() and 0 not in dy.stride() else dy.contiguous()
 

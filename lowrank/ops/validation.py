@@ -60,6 +60,73 @@ def _check_adapter(adapter, N: int, K: int, x: torch.Tensor) -> None:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {p!r}")
 
 
+def check_svf(x, weight, factors, z, bias, mix, mode, normalize, autocast: bool) -> None:
+    """Raise on arguments of ``svf_linear`` that do not fit x [...,K]; z's values are looked at on a CPU only."""
+    _tensor("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected [..., K] with K >= 1, got {_shape(x)}")
+    try:
+        U, S, Vh = factors
+    except (TypeError, ValueError):
+        raise TypeError(f"factors: expected SVDFactors(U, S, Vh), got {type(factors).__name__}") from None
+    for name, t in (("factors.U", U), ("factors.S", S), ("factors.Vh", Vh)):
+        _tensor(name, t, x)
+        if t.requires_grad:
+            raise ValueError(f"{name}: expected a frozen tensor, got one that requires grad; only z is trained")
+    if U.dim() != 2 or Vh.dim() != 2 or S.dim() != 1 or not U.shape[1] == S.shape[0] == Vh.shape[0] >= 1:
+        raise ValueError(f"factors: expected U [N,k], S [k], Vh [k,K], got {_shape(U)}, {_shape(S)}, {_shape(Vh)}")
+    (N, k), K = U.shape, Vh.shape[1]
+    if x.shape[-1] != K:
+        raise ValueError(f"x: expected [..., {K}] for factors.Vh {_shape(Vh)}, got {_shape(x)}")
+    if k > min(N, K):
+        raise ValueError(f"factors: k = {k} directions are more than min(N, K) = {min(N, K)}")
+    if weight is not None:
+        _tensor("weight", weight, x)
+        if weight.shape != (N, K):
+            raise ValueError(f"weight: expected [{N}, {K}] beside these factors, got {_shape(weight)}")
+        if not autocast and weight.dtype is not x.dtype:
+            raise TypeError(f"weight: expected x's dtype {x.dtype}, got {weight.dtype} (outside autocast)")
+    _vector("bias", bias, N, x)
+    _check_z(z, k, mix, x)
+    if mode not in ("auto", "merged", "activation", "delta"):
+        raise ValueError(f"mode: expected 'auto', 'merged', 'activation' or 'delta', got {mode!r}")
+    if mode == "delta" and weight is None:
+        raise ValueError(
+            "mode: 'delta' adds to W; with weight=None the factors stand for it ('activation' or 'merged')"
+        )
+    if mode == "activation" and weight is not None and k < min(N, K):
+        raise ValueError(f"mode: 'activation' would lose what {k} of {min(N, K)} directions do not hold; use 'delta'")
+    if mode == "merged" and mix is not None:
+        raise ValueError("mode: 'merged' is one weight for all rows, which a mix has not; use 'delta' or 'activation'")
+    if normalize not in (None, "nuclear"):
+        raise ValueError(f"normalize: expected None or 'nuclear', got {normalize!r}")
+
+
+def _check_z(z, k: int, mix, x: torch.Tensor) -> None:
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    for name, t in (("z", z), ("mix", mix)):
+        if t is not None or name == "z":
+            _tensor(name, t, x)
+            if t.dtype not in (torch.float32, wide):
+                raise TypeError(f"{name}: expected torch.float32 (16 bits hold six values near 0.5), got {t.dtype}")
+    if mix is None:
+        if z.shape != (k,):
+            raise ValueError(f"z: expected [{k}] for these factors, got {_shape(z)}; experts [E, {k}] need a mix")
+    else:
+        if z.dim() != 2 or z.shape[1] != k or z.shape[0] == 0:
+            raise ValueError(f"z: expected experts [E, {k}] beside a mix, got {_shape(z)}")
+        lead = x.shape[: max(mix.dim() - 1, 0)]
+        if not 1 <= mix.dim() <= x.dim() or mix.shape != (*lead, z.shape[0]):
+            raise ValueError(
+                f"mix: expected [..., {z.shape[0]}] with x's leading dimensions or the first of them, x {_shape(x)}, got"
+                f" {_shape(mix)}"
+            )
+    if z.device.type == "cpu" and type(z) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        for name, t in (("z", z), ("mix", mix)):
+            if t is not None and not bool(torch.isfinite(t.detach()).all()):
+                raise ValueError(f"{name}: holds NaN or infinity")
+
+
 def _tensor(name: str, t, x: torch.Tensor | None = None) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")

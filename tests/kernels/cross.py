@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowrank.kernels import _launch, _reduce, dy_pass, expand, shrink, x_pass
+from lowrank.kernels import _launch, _reduce, dy_pass, expand, materialize, shrink, svf_dy, svf_scale, x_pass
 
 KERNELS = {
     "reduce": (_reduce, "_reduce_kernel"),
@@ -25,6 +25,9 @@ KERNELS = {
     "expand": (expand, "_expand_kernel"),
     "dy_pass": (dy_pass, "_dy_pass_kernel"),
     "x_pass": (x_pass, "_x_pass_kernel"),
+    "svf_dy": (svf_dy, "_svf_dy_kernel"),
+    "svf_scale": (svf_scale, "_svf_scale_kernel"),
+    "materialize": (materialize, "_materialize_kernel"),
 }
 # bytes of shared memory that one program may have
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
@@ -69,7 +72,7 @@ def recorded(sms: int, arch: int | str = 90):
     launches: list[Launch] = []
     undo = [(module, name, getattr(module, name)) for module, name in KERNELS.values()]
     version = torch.version.hip
-    facts = [(m, "device_facts", m.device_facts) for m in (_launch, shrink, dy_pass, x_pass)]
+    facts = [(m, "device_facts", m.device_facts) for m in (_launch, shrink, dy_pass, svf_dy, x_pass)]
     try:
         for (name, (module, attribute)), (_, _, kernel) in zip(KERNELS.items(), undo, strict=True):
             setattr(module, attribute, _Recorder(name, kernel, launches))

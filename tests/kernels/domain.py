@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from lowrank.kernels import thin
+from lowrank.kernels import svf, thin
+from lowrank.kernels.materialize import materialize
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP32)]  # activations, thin products
@@ -34,6 +35,31 @@ def calls(dtype, thin_dtype, M, ranks, shape=SHAPE):
     thin.dy_pass(dY, Bs, scales, none, S, [True] * n, True, thin_dtype)
     thin.dy_pass(dY, Bs, scales, none, S, [True] * n, False, thin_dtype)
     thin.dy_pass(dY, Bs, scales, none, None, [False] * n, True, thin_dtype)
+    if n == 1:
+        svf_calls(dtype, thin_dtype, M, ranks[0], shape)
+    m, changed = empty(ranks[0], dtype=FP32), None if K % 8 else empty(N * K // 32, dtype=torch.int32)
+    for scale in (m, m[:1]):
+        materialize(empty(N, K), As[0], scale, Bs[0], empty(N, K), changed)
+
+
+def svf_calls(dtype, thin_dtype, M, k, shape):
+    """Everything an SVF linear launches beside shrink and x_pass, one expert and several."""
+    _, N = shape
+
+    def empty(*size, dtype=thin_dtype):
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    S, B, dY = empty(M, k), empty(N, k), empty(M, N, dtype=dtype)
+    for scales, mix in (
+        (empty(k, dtype=FP32), None),
+        (empty(4, k, dtype=FP32), empty(M, 4, dtype=FP32)),
+    ):
+        svf.expand(S, B, scales, mix, empty(N, dtype=dtype), dtype)
+        svf.dy_pass(dY, B, scales, mix, S, True, thin_dtype)
+        svf.dy_pass(dY, B, scales, mix, None, True, thin_dtype)
+        if k == max(RANKS)[0]:  # beyond MAX_RANK these two run alone; below, svf_scale is the end of a split dy_pass
+            svf.scale(S, scales, mix)
+            svf.scale_and_dot(S, scales, mix, S, True)
 
 
 def every_call(dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE):

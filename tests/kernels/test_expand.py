@@ -61,6 +61,19 @@ def test_a_scale_per_column_and_strides():
 
 
 @pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "N", "R", "E"), [(1, 33, 8, 1), (37, 130, 24, 3), (70, 65, 200, 5)], ids=str)
+def test_a_scale_per_row_and_column(M, N, R, E, dtype, thin_dtype):
+    S, B, start = randn(M, R, dtype=thin_dtype), randn(N, R, dtype=thin_dtype), randn(N, dtype=dtype)
+    scales, mix = torch.rand(E, R, device=DEVICE), torch.rand(M, E, device=DEVICE)
+    m = mix.double() @ scales.double()
+    truth = (S.double() * m) @ B.double().mT + start.double()
+    same = eager.expand((S * m).to(thin_dtype), [B], [1.0], [None], start, dtype)
+    as_right([expand(S, [B], [1.0], [scales], start, dtype, mix=mix)], [same], [truth], "Y")
+    with pytest.raises(ValueError, match="expected contiguous fp32"):
+        expand(S, [B], [1.0], [scales], start, dtype, mix=mix[1:])
+
+
+@pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("ranks", [(16,), (100, 8)], ids=str)
 def test_masked_sum_is_the_backwards_dx(ranks, dtype, thin_dtype):
     from lowrank.kernels.expand import expand_into

@@ -1,0 +1,118 @@
+"""What torch.ops.lowrank.svf_linear and svf_linear_backward do, and their thin products in PyTorch.
+
+    S  = x Aᵀ                 Y  = (S ∘ m) Bᵀ + start;  Y.addmm_(x, Wᵀ)
+    D  = dY B                 dS = D ∘ m,   h = S ∘ D
+    dX = dS A;  dX.addmm_(dY, W)
+
+m is ``scales`` [k], the same for every row, or ``mix @ scales`` with mix [M,E] and scales [E,k], which is never written to
+memory as a whole.  h is not either: dscales = Σ_t h (or mixᵀ h) and dmix = h scalesᵀ are summed on the way.
+Up to _dispatch.MAX_RANK columns the kernels of kernels/svf.py do both thin products and their scales in one pass over the
+activations each; beyond, the products are GEMMs and only the passes over [M,k] are kernels.
+"""
+
+import torch
+from torch import Tensor
+
+from . import dropout, eager
+from ._dispatch import svf_products
+from .lora_impl import dense, no_autocast, rows_of
+
+
+def forward(x, weight, bias, base, A, B, scales, mix, dtype, thin_dtype):
+    """(y [M,N], S [M,k])."""
+    with no_autocast(x.device):
+        x, scales, mix = rows_of(x, dtype), scales.contiguous(), _contiguous(mix)
+        if base is not None:
+            base = base.reshape(x.shape[0], base.shape[-1])
+        products = svf_products(x, base, A, B, thin_dtype)
+        S = products.shrink(x, [A], thin_dtype, [-1], [], None)[0]
+        start = base if bias is None else bias if base is None else base + bias
+        y = products.expand(S, B, scales, mix, start, dtype if base is None else base.dtype)
+        return y if weight is None else y.addmm_(x, weight.to(dtype).mT), S
+
+
+def backward(dy, x, weight, A, B, scales, mix, S, dtype, thin_dtype, needs):
+    """The gradients of x [M,K], weight, bias, scales and mix that are needed, in that order.  Without S, x gives it."""
+    with no_autocast(dy.device):
+        need_x, need_W, need_b, need_scales, need_mix = needs
+        dy, scales, mix = dense(dy), scales.contiguous(), _contiguous(mix)
+        x = None if x is None else rows_of(x, dtype)
+        products = svf_products(dy, x, A, B, thin_dtype)
+        dots = need_scales or need_mix
+        if dots and S is None:
+            S = products.shrink(x, [A], thin_dtype, [-1], [], None)[0]
+        dS = dscales = dmix = None
+        if need_x or dots:
+            dS, dscales, dmix = products.dy_pass(dy, B, scales, mix, S if dots else None, need_x, thin_dtype)
+        dX = None
+        if need_x:
+            dX = dy.new_empty((dy.shape[0], A.shape[1]), dtype=dtype)
+            products.x_pass(None, [dS], [A], [False], dX, [-1], [])
+            if weight is not None:
+                dX.addmm_(dy, weight.to(dtype))
+        dW = dy.mT @ x if need_W else None
+        db = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_b else None
+        return [grad for grad, need in zip((dX, dW, db, dscales, dmix), needs, strict=True) if need]
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+class Eager:
+    """The products in PyTorch."""
+
+    shrink = staticmethod(eager.shrink)
+    x_pass = staticmethod(eager.x_pass)
+
+    @classmethod
+    def expand(cls, S, B, scales, mix, start, dtype) -> Tensor:
+        """(S ∘ m) Bᵀ + start in ``dtype``."""
+        return eager.expand(cls.scale(S, scales, mix), [B], [1.0], [None], start, dtype)
+
+    @classmethod
+    def dy_pass(cls, dy, B, scales, mix, S, need_dS, dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dS [M,k] if needed, dscales and dmix if S is given; dmix only beside a mix)."""
+        (D,), _ = eager.dy_pass(dy, [B], [1.0], [None], None, [False], True, dtype)
+        return cls.scale_and_dot(D, scales, mix, S, need_dS)
+
+    @staticmethod
+    def scale(S: Tensor, scales: Tensor, mix: Tensor | None) -> Tensor:
+        """S ∘ m in S's dtype, rounded once."""
+        out = torch.empty_like(S)
+        for rows in dropout.row_blocks(*S.shape, S.device):
+            torch.mul(S[rows], scales if mix is None else mix[rows] @ scales, out=out[rows])
+        return out
+
+    @staticmethod
+    def scale_and_dot(D: Tensor, scales: Tensor, mix: Tensor | None, S: Tensor | None, need_dS: bool):
+        """:meth:`dy_pass` from D = dY B on; dS overwrites D."""
+        dscales = None if S is None else torch.zeros_like(scales)
+        dmix = None if S is None or mix is None else torch.empty_like(mix)
+        for rows in dropout.row_blocks(*D.shape, D.device):
+            if S is not None:
+                h = D[rows].to(torch.promote_types(D.dtype, scales.dtype)) * S[rows]
+                if mix is None:
+                    dscales += h.sum(0)
+                else:
+                    dscales += mix[rows].to(h.dtype).mT @ h
+                    dmix[rows] = h @ scales.to(h.dtype).mT
+            if need_dS:
+                torch.mul(D[rows], scales if mix is None else mix[rows] @ scales, out=D[rows])
+        return D if need_dS else None, dscales, dmix
+
+
+class Wide(Eager):
+    """More directions than a kernel accumulates: GEMMs, and one kernel for each pass over [M,k] between them."""
+
+    @staticmethod
+    def scale(S, scales, mix) -> Tensor:
+        from ..kernels import svf
+
+        return svf.scale(S, scales, mix)
+
+    @staticmethod
+    def scale_and_dot(D, scales, mix, S, need_dS):
+        from ..kernels import svf
+
+        return svf.scale_and_dot(D, scales, mix, S, need_dS)
