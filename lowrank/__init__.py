@@ -7,18 +7,26 @@ from . import bits, nn
 from ._stats import FallbackError, stats, strict
 from ._version import __version__
 from .adapters import adapt, load_adapter, save_adapter
-from .ops import lora_linear, lora_linears
+from .ops import lora_linear, lora_linears, materialize, svf_linear
+from .svd import SVDFactors, svd_factors
+from .svf import SVFConfig, expert_mix
 
 __all__ = [
     "FallbackError",
+    "SVDFactors",
+    "SVFConfig",
     "__version__",
     "adapt",
     "bits",
+    "expert_mix",
     "load_adapter",
     "lora_linear",
     "lora_linears",
+    "materialize",
     "nn",
     "save_adapter",
     "stats",
     "strict",
+    "svd_factors",
+    "svf_linear",
 ]

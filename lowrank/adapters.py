@@ -1,6 +1,7 @@
-"""``adapt``, ``save_adapter`` and ``load_adapter``: LoRA adapters on a whole model, in PEFT's files both ways."""
+"""``adapt``, ``save_adapter`` and ``load_adapter``: LoRA on a whole model in PEFT's files both ways, and SVF (svf.py)."""
 
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import svf
 from .nn import LoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -16,51 +18,77 @@ _PREFIX = "base_model.model."  # of every key in a PEFT file
 
 
 def adapt(model: nn.Module, config, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True):
-    """``peft.get_peft_model(model, config)`` whose LoRA layers run on lowrank.
+    """``peft.get_peft_model(model, config)`` whose LoRA layers run on lowrank; or, with an SVFConfig, SVF layers in place.
 
-    What comes back is a PeftModel like any other: Trainer saves, resumes and reloads it, and its files are PEFT's.
+    From a LoraConfig comes a PeftModel like any other: Trainer saves, resumes and reloads it, and its files are PEFT's.
+    From an SVFConfig comes the same model, its linears replaced by :class:`lowrank.nn.SVFLinear` and frozen but for
+    their experts, with methods ``save_pretrained`` (experts only), ``add_expert``, ``set_expert``, ``disable_adapter``,
+    ``merge_and_unload``.
 
     Args:
         model: an nn.Module with linear layers; PEFT freezes it and injects the adapters in place.
-        config: a peft.LoraConfig, with everything it offers (rsLoRA, rank and alpha patterns, initialisations, lm_head).
+        config: a peft.LoraConfig, with everything it offers (rsLoRA, rank and alpha patterns, initialisations, lm_head),
+            or a :class:`lowrank.SVFConfig`.
         autocast_adapter_dtype: PEFT's: adapters in fp32 over a 16-bit base.
 
-    Raises: TypeError for another config; ValueError from PEFT if its target modules match nothing.
+    Raises: TypeError for another config; ValueError if its target modules match nothing.
     """
-    peft = _peft()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(config, svf.SVFConfig):
+        model = svf.adapt(model, config)
+        if adapter_name != "default":
+            for layer in svf.svf_layers(model).values():
+                layer.rename_expert("default", adapter_name)
+        return model
+    peft = _peft()
     if not isinstance(config, peft.LoraConfig):
-        raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
+        raise TypeError(f"config: expected a peft.LoraConfig or a lowrank.SVFConfig, got {type(config).__name__}")
     from .integrations.peft import swap_layers
 
     if not any(isinstance(module, nn.Linear) for module in model.modules()) and config.target_modules == "all-linear":
         raise ValueError(f"model: {type(model).__name__} has no nn.Linear layer to adapt")
     model = peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
     swap_layers(model)
+    if _changes_base(config):
+        tensors = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
+        model.__dict__["_lowrank_initial"] = {key: t.detach().clone() for key, t in tensors.items()}
     return model
 
 
-def save_adapter(model: nn.Module, path, format: str | None = None) -> Path:
-    """Write the adapter of ``model`` to the directory ``path`` as PEFT's two files; nothing is left half-written.
+def save_adapter(model: nn.Module, path, format: str | None = None, *, adapter_name: str | None = None) -> Path:
+    """Write the adapter of ``model`` to the directory ``path``; nothing is left half-written.
 
     Args:
-        model: a PeftModel, or any model with :class:`lowrank.nn.LoRALinear` layers.
+        model: a PeftModel, or any model with :class:`lowrank.nn.LoRALinear` or :class:`lowrank.nn.SVFLinear` layers.
         path: created, or its adapter files replaced.
-        format: None or "lora": LoRA files are PEFT files.
+        format: None: PEFT's two files, or for SVF the experts' vectors in one.  "lora": a plain LoRA of the model as it was
+            before it was adapted, which any LoRA server can run.  That is an SVF expert as the rank-k LoRA it is, A = Vh,
+            B = U diag(σ (z - 1)); and PiSSA and OLoRA starts, which changed the base, as one of twice the rank,
+            A = [A, A_0], B = [B, -B_0].
+        adapter_name: of SVF's experts only: which one; None for all, or for the active one as LoRA.
 
     Raises: ValueError for another format or a model without adapters.
     """
     if format not in (None, "lora"):
         raise ValueError(f"format: expected None or 'lora', got {format!r}")
+    experts = bool(svf.svf_layers(model))
+    if adapter_name is not None and not experts:
+        raise ValueError("adapter_name: only SVF's experts are chosen by name; PEFT's save_pretrained chooses its own")
+    if experts and format is None:
+        return svf.save(model, path, adapter_name)
     peft = _peft()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        if isinstance(model, peft.PeftModel):
+        if experts:
+            svf.write_lora(model, Path(scratch), peft, adapter_name)
+        elif isinstance(model, peft.PeftModel):
             model.save_pretrained(scratch)
+            if format == "lora":
+                _make_plain(model, Path(scratch), peft)
         else:
-            _write_lora_linears(model, Path(scratch), peft)
+            _write_lora_linears(model, Path(scratch), peft, plain=format == "lora")
         written = [file for file in Path(scratch).rglob("*") if file.is_file()]
         # a directory without a configuration is not an adapter: the old one goes first, the new one comes last
         for file in written:
@@ -81,10 +109,15 @@ def load_adapter(model: nn.Module, path, adapter_name: str = "default", *, is_tr
     are checked against the model before anything is changed.  ``path`` may also be what a PeftModel with named adapters was
     saved to: then the folder ``adapter_name`` in it is meant.
 
+    SVF's experts are added to a model with SVF layers, or the model is adapted first, in place.  A single expert is named
+    ``adapter_name``; several keep their names.  Each layer's weight must have the checksum of the one they were trained on.
+
     Raises: FileNotFoundError for a missing file; ValueError for a damaged one, or an adapter of another model.
     """
-    peft = _peft()
     path = Path(path)
+    if (found := svf.read(path)) is not None:
+        return svf.load(model, path, *found, adapter_name, is_trainable)
+    peft = _peft()
     if not (path / CONFIG).is_file() and (path / adapter_name / CONFIG).is_file():
         path = path / adapter_name
     for name in (CONFIG, WEIGHTS):
@@ -104,6 +137,11 @@ def load_adapter(model: nn.Module, path, adapter_name: str = "default", *, is_tr
         model = peft.PeftModel.from_pretrained(model, path, adapter_name, is_trainable=is_trainable)
     swap_layers(model)
     return model
+
+
+def exact_names(names) -> str:
+    """A target_modules that means these layers: PEFT finds a plain name at the end of any longer one too."""
+    return "|".join(map(re.escape, names))
 
 
 def _peft():
@@ -160,7 +198,44 @@ def _lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def _write_lora_linears(model: nn.Module, path: Path, peft) -> None:
+def _changes_base(config) -> bool:
+    init = config.init_lora_weights
+    return isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
+
+
+def _make_plain(model, path: Path, peft) -> None:
+    """Rewrite PEFT's files of a PiSSA or OLoRA start as a LoRA of twice the rank on the model's original weights."""
+    config = model.peft_config[model.active_adapter]
+    if not _changes_base(config):
+        return
+    from safetensors.torch import save_file
+
+    initial = model.__dict__.get("_lowrank_initial")
+    if initial is None:
+        raise ValueError(
+            f"format: 'lora' needs the factors that init_lora_weights={config.init_lora_weights!r} started from, which"
+            " lowrank.adapt keeps; this model was made or loaded otherwise"
+        )
+    file = next(path.rglob(WEIGHTS))
+    tensors = {key: _beside(key, t, initial[key].to(t)) for key, t in _read(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    plain = json.loads((file.parent / CONFIG).read_text())
+    grow = math.sqrt(2) if config.use_rslora else 2
+    plain["init_lora_weights"] = True
+    plain["r"], plain["lora_alpha"] = 2 * plain["r"], grow * plain["lora_alpha"]
+    plain["rank_pattern"] = {name: 2 * r for name, r in plain["rank_pattern"].items()}
+    plain["alpha_pattern"] = {name: grow * alpha for name, alpha in plain["alpha_pattern"].items()}
+    (file.parent / CONFIG).write_text(json.dumps(plain, indent=2))
+
+
+def _beside(key: str, t: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """The factor with the negative of what it started from beside it; other tensors as they are."""
+    if key.endswith(".lora_A.weight"):
+        return torch.cat((t, initial), 0)
+    return torch.cat((t, -initial), 1) if key.endswith(".lora_B.weight") else t
+
+
+def _write_lora_linears(model: nn.Module, path: Path, peft, plain: bool) -> None:
     layers = _lora_linears(model)
     if not layers:
         raise ValueError(f"model: expected a PeftModel or a model with LoRALinear layers, got {type(model).__name__}")
@@ -171,27 +246,32 @@ def _write_lora_linears(model: nn.Module, path: Path, peft) -> None:
         raise ValueError(
             "model: PEFT's files hold one use_rslora and one lora_bias for all layers; these layers differ"
         )
+    if not plain and len({layer.init for layer in layers.values()}) > 1:
+        raise ValueError("model: PEFT's files hold one init for all layers, these differ; format='lora' writes any")
+    doubled = {name: plain and layer.init != "default" for name, layer in layers.items()}
+    grow = math.sqrt(2) if first.use_rslora else 2
+    ranks = {name: layer.r * (2 if doubled[name] else 1) for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha * (grow if doubled[name] else 1) for name, layer in layers.items()}
+    r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = peft.LoraConfig(
-        r=first.r,
-        lora_alpha=first.lora_alpha,
+        r=r,
+        lora_alpha=alpha,
         lora_dropout=first.lora_dropout,
         use_rslora=first.use_rslora,
         lora_bias=first.lora_B["default"].bias is not None,
-        # exact names: PEFT finds a plain name at the end of any longer one too
-        target_modules="|".join(map(re.escape, layers)),
-        rank_pattern={f"^{re.escape(name)}": layer.r for name, layer in layers.items() if layer.r != first.r},
-        alpha_pattern={
-            f"^{re.escape(name)}": layer.lora_alpha
-            for name, layer in layers.items()
-            if layer.lora_alpha != first.lora_alpha
-        },
+        init_lora_weights=True if plain or first.init == "default" else first.init,
+        target_modules=exact_names(layers),
+        rank_pattern={f"^{re.escape(name)}": own for name, own in ranks.items() if own != r},
+        alpha_pattern={f"^{re.escape(name)}": own for name, own in alphas.items() if own != alpha},
         inference_mode=True,
     )
     tensors = {}
     for name, layer in layers.items():
-        for factor, module in (("lora_A", layer.lora_A["default"]), ("lora_B", layer.lora_B["default"])):
-            for kind, parameter in module.named_parameters():
-                tensors[f"{_PREFIX}{name}.{factor}.{kind}"] = parameter.detach().contiguous()
+        for factor, initial in (("lora_A", layer._initial_A), ("lora_B", layer._initial_B)):
+            for kind, parameter in getattr(layer, factor)["default"].named_parameters():
+                key, t = f"{_PREFIX}{name}.{factor}.{kind}", parameter.detach()
+                t = _beside(key, t, initial) if doubled[name] else t
+                tensors[key] = t.contiguous()
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(path)
 
@@ -212,6 +292,12 @@ def _load_lora_linears(model: nn.Module, path: Path, tensors: dict[str, torch.Te
         if parameter.shape != tensors[key].shape:
             raise ValueError(f"{path}: {key} is {list(tensors[key].shape)}, the model's is {list(parameter.shape)}")
     config = json.loads((path / CONFIG).read_text())
+    init = config.get("init_lora_weights", True)
+    init = init if init in ("pissa", "olora") else "default"
+    if odd := [name for name, layer in layers.items() if layer.init != init]:
+        raise ValueError(
+            f"{path}: trained from init={init!r}, which changes the base; {odd[0]} has {layers[odd[0]].init!r}"
+        )
     for name, layer in layers.items():
         layer.lora_alpha = _pattern(config, "alpha_pattern", name, config["lora_alpha"])
         layer.use_rslora = config.get("use_rslora", False)

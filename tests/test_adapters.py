@@ -147,7 +147,7 @@ def test_trainer_saves_resumes_and_reloads_the_best(tmp_path):
 
 
 def test_adapt_refuses():
-    with pytest.raises(TypeError, match=r"config: expected a peft.LoraConfig, got dict"):
+    with pytest.raises(TypeError, match=r"config: expected a peft.LoraConfig or a lowrank.SVFConfig, got dict"):
         lowrank.adapt(llama(), {})
     with pytest.raises(TypeError, match=r"model: expected an nn.Module, got str"):
         lowrank.adapt("llama", LoraConfig())
@@ -246,3 +246,77 @@ def test_a_rank_that_the_configuration_denies(tmp_path):
 def test_adapt_without_a_layer_for_lowrank():
     model = lowrank.adapt(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
     assert lowrank.stats(model)["untouched"] == {"lora.Embedding": 1}
+
+
+def started(init, **options):
+    model = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 12))
+    torch.manual_seed(5)
+    for linear in (model[0], model[2]):
+        nn.init.normal_(linear.weight)
+    plain = [m.weight.detach().clone() for m in (model[0], model[2])]
+    model[0] = LoRALinear.from_linear(model[0], 3, lora_alpha=6, init=init, **options)
+    model[2] = LoRALinear.from_linear(model[2], 2, init=init, **options)
+    return model, plain
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_pissa_and_olora_start_as_the_linear_and_export_as_plain_lora(tmp_path, init, rslora):
+    model, weights = started(init, use_rslora=rslora)
+    x = torch.randn(5, 24)
+    for layer, W in zip((model[0], model[2]), weights, strict=True):
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(layer.weight + layer.scaling * B @ A, W, rtol=1e-5, atol=1e-5)
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        if init == "pissa":
+            torch.testing.assert_close(layer.scaling * B @ A, (U[:, : layer.r] * S[: layer.r]) @ Vh[: layer.r])
+        else:
+            Q, _ = torch.linalg.qr(W)
+            torch.testing.assert_close(B * layer.scaling, Q[:, : layer.r])
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    want = model(x)
+    lowrank.save_adapter(model, tmp_path / "own")
+    lowrank.save_adapter(model, tmp_path / "plain", format="lora")
+    again, _ = started(init, use_rslora=rslora)
+    lowrank.load_adapter(again, tmp_path / "own")
+    again[0].base_layer.bias, again[2].base_layer.bias = model[0].bias, model[2].bias
+    assert torch.equal(again(x), want)
+
+    def original():
+        plain = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 12))
+        for i, W in zip((0, 2), weights, strict=True):
+            plain[i].weight, plain[i].bias = nn.Parameter(W.clone()), model[i].bias
+        return plain
+
+    torch.testing.assert_close(PeftModel.from_pretrained(original(), tmp_path / "plain")(x), want, rtol=1e-4, atol=1e-4)
+    default, _ = started("default", use_rslora=rslora)
+    with pytest.raises(ValueError, match=f"trained from init='{init}'"):
+        lowrank.load_adapter(default, tmp_path / "own")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_own_starts_export_as_plain_lora(tmp_path, init, rslora):
+    model = adapted(init_lora_weights=init, use_rslora=rslora, rank_pattern={"q_proj": 2})
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    want = model(IDS).logits
+    lowrank.save_adapter(model, tmp_path, format="lora")
+    torch.testing.assert_close(PeftModel.from_pretrained(llama(), tmp_path)(IDS).logits, want, rtol=1e-4, atol=1e-4)
+    del model.__dict__["_lowrank_initial"]
+    with pytest.raises(ValueError, match="needs the factors"):
+        lowrank.save_adapter(model, tmp_path, format="lora")
+
+
+def test_refuses_starts_that_cannot_be():
+    with pytest.raises(ValueError, match="init: expected one of default, pissa, olora"):
+        LoRALinear(8, 8, 2, init="gaussian")
+    with pytest.raises(ValueError, match="needs at most min"):
+        LoRALinear(8, 4, 5, init="pissa")
+    with pytest.raises(ValueError, match="needs a positive one"):
+        LoRALinear(8, 4, 2, lora_alpha=0, init="olora")

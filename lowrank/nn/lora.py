@@ -6,6 +6,11 @@ import torch
 from torch import nn
 
 from ..ops import lora_linear
+from ..ops.materialize import MergeReport, materialize, materialize_with_report
+from ..svd import svd_factors
+from .merging import report_merge
+
+INITS = ("default", "pissa", "olora")
 
 
 class LoRALinear(nn.Module):
@@ -24,6 +29,10 @@ class LoRALinear(nn.Module):
         bias, device, dtype: of the base, as nn.Linear's.
         lora_bias: whether lora_B has a bias.
         adapter_dtype: of the adapter; fp32 by default, whatever the base is.
+        init: "default" (lora_B zero); "pissa" (Meng, Wang, Zhang 2024, arXiv 2404.02948): the r largest singular directions
+            of the weight; or "olora" (Büyükakyüz 2024, arXiv 2406.01775): its QR factors.  The last two take
+            ``scaling * B A`` out of the base's weight, in place and rounded once, and train what they took;
+            :func:`lowrank.save_adapter` with format="lora" writes them as a plain LoRA of the weight as it was.
 
     Raises: ValueError for a rank, alpha or dropout outside its range.
     """
@@ -42,6 +51,7 @@ class LoRALinear(nn.Module):
         device=None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype = torch.float32,
+        init: str = "default",
         _base: nn.Linear | None = None,
     ):
         super().__init__()
@@ -52,6 +62,8 @@ class LoRALinear(nn.Module):
             raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha}")
         if not 0 <= lora_dropout <= 1:
             raise ValueError(f"lora_dropout: expected a probability in [0, 1], got {lora_dropout}")
+        if init not in INITS:
+            raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
         self.in_features, self.out_features = in_features, out_features
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.base_layer = _base or nn.Linear(in_features, out_features, bias, device, dtype)
@@ -62,7 +74,12 @@ class LoRALinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.register_buffer("_merged_weight", None, persistent=False)
         self.register_buffer("_merged_bias", None, persistent=False)
+        self.register_buffer("_initial_A", None, persistent=False)  # what the base's weight lacks, of PiSSA and OLoRA
+        self.register_buffer("_initial_B", None, persistent=False)
+        self.init = init
         self.reset_lora_parameters()
+        if init != "default":
+            self._take_from_base()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, r: int, **options) -> "LoRALinear":
@@ -79,6 +96,25 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B["default"].weight)
         if self.lora_B["default"].bias is not None:
             nn.init.zeros_(self.lora_B["default"].bias)
+
+    @torch.no_grad()
+    def _take_from_base(self) -> None:
+        if not 1 <= self.r <= min(self.weight.shape):
+            raise ValueError(f"r: {self.init!r} needs at most min(N, K) = {min(self.weight.shape)}, got {self.r}")
+        if self.scaling <= 0:
+            raise ValueError(f"lora_alpha: {self.init!r} needs a positive one, got {self.lora_alpha}")
+        if self.init == "pissa":
+            U, S, Vh = svd_factors(self.weight, self.r)
+            root = (S / self.scaling).sqrt()
+            B, A = U * root, Vh * root.unsqueeze(1)
+        else:
+            B, A = torch.linalg.qr(self.weight.float())
+            B, A = B[:, : self.r] / self.scaling, A[: self.r]
+        self.lora_A["default"].weight.copy_(A)
+        self.lora_B["default"].weight.copy_(B)
+        self._initial_A = self.lora_A["default"].weight.detach().clone()
+        self._initial_B = self.lora_B["default"].weight.detach().clone()
+        self.weight.copy_(materialize(self.weight, self._initial_A, -self.scaling, self._initial_B))
 
     @property
     def scaling(self) -> float:
@@ -111,20 +147,23 @@ class LoRALinear(nn.Module):
         )
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self) -> MergeReport:
         """Compute ``weight + scaling * lora_B @ lora_A`` once, in fp32 with one rounding, and use it in forward.
 
         Out of place: the base's weight and the state dict stay what they were, bit for bit.  The adapter gets no gradient
-        while it is merged.
+        while it is merged.  Returns what the rounding kept of the update; warns if that is less than half, and raises under
+        :func:`lowrank.strict`.
         """
         A, B = self.lora_A["default"], self.lora_B["default"]
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = B.weight.to(wide) @ A.weight.to(wide) * self.scaling
-        self._merged_weight = (self.weight.to(wide) + delta).to(self.weight.dtype)
+        merged, report = materialize_with_report(self.weight, A.weight, self.scaling, B.weight)
+        report_merge(report, self.weight.dtype)
+        self._merged_weight = merged
         self._merged_bias = None if self.bias is None else self.bias.clone()
         if B.bias is not None:
             shift = B.bias.to(wide) * self.scaling
             self._merged_bias = (shift if self.bias is None else self.bias.to(wide) + shift).to(self.weight.dtype)
+        return report
 
     def unmerge(self) -> None:
         """Forget the merged weight."""

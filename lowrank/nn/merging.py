@@ -1,0 +1,23 @@
+"""What ``merge()`` says about the rounding of a merged weight."""
+
+import warnings
+
+import torch
+
+from .. import _stats
+from ..ops.materialize import MergeReport
+
+LEAST = 0.5
+
+
+def report_merge(report: MergeReport, dtype: torch.dtype) -> None:
+    """Warn if the rounding kept less than half of the update; ValueError under ``lowrank.strict()``."""
+    if report.kept >= LEAST:
+        return
+    message = (
+        f"merge: rounding to {dtype} keeps {report.kept:.0%} of the update ({report.changed} of {report.numel} weights"
+        " change); unmerged, or in a wider weight, nothing is lost"
+    )
+    if _stats.is_strict():
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)

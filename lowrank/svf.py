@@ -1,0 +1,366 @@
+"""SVF on a whole model: ``adapt`` with an SVFConfig, experts, mixtures, and their files.
+
+A file holds what was trained, one fp32 vector per layer and expert, and in its metadata the config, k, the order of the
+directions and a checksum of each layer's weight: vectors are refused by a model whose weights are others.  It is called
+``model.safetensors`` because that is the name under which transformers' Trainer looks for what it saved.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ._version import __version__
+from .factors import dense_weight, is_conv1d, load_factors, target_layers, weight_checksum, weight_shape
+from .nn import SVFLinear
+from .nn.svf import PARAMETRIZATIONS
+
+FILE = "model.safetensors"
+_FORMAT = "lowrank svf 1"
+
+
+@dataclass(frozen=True)
+class SVFConfig:
+    """What :func:`lowrank.adapt` scales, and how (Transformer², arXiv 2501.06252).
+
+    Args:
+        k: how many of each weight's largest singular values; None for all.
+        target_modules: "all-linear" (the output head not included), a list of names or endings of names as PEFT matches
+            them, or a regular expression that matches whole names.
+        parametrization, normalize, mode, factors_dtype: :class:`lowrank.nn.SVFLinear`'s; factors_dtype by torch name.
+        method: :func:`lowrank.svd_factors`'s.
+        factors: a file of ``lowrank tools factors``; without one the factors are computed by ``adapt``.
+    """
+
+    k: int | None = None
+    target_modules: str | list[str] = "all-linear"
+    parametrization: str = "free"
+    normalize: str | None = None
+    mode: str = "auto"
+    factors_dtype: str | None = None
+    method: str = "auto"
+    factors: str | None = None
+
+    def __post_init__(self):
+        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
+            raise ValueError(f"k: expected None or an integer of at least 1, got {self.k!r}")
+        if self.parametrization not in PARAMETRIZATIONS:
+            raise ValueError(
+                f"parametrization: expected one of {', '.join(PARAMETRIZATIONS)}, got {self.parametrization!r}"
+            )
+        if self.factors_dtype is not None and not isinstance(getattr(torch, self.factors_dtype, None), torch.dtype):
+            raise ValueError(f"factors_dtype: expected a torch dtype's name, got {self.factors_dtype!r}")
+
+
+def adapt(model: nn.Module, config: SVFConfig, ks: dict[str, int] | None = None) -> nn.Module:
+    """Replace the model's linears by :class:`lowrank.nn.SVFLinear`, in place, and freeze everything but the experts.
+
+    The model stays what it was and gains methods: ``save_pretrained`` (experts only), ``add_expert``, ``set_expert``,
+    ``disable_adapter`` and ``merge_and_unload``.  ``ks``: k of each layer where they differ.
+    """
+    if svf_layers(model):
+        raise ValueError("model: has SVF layers already; add_expert adds to them")
+    layers = target_layers(model, config.target_modules)
+    ks = ks or dict.fromkeys(layers, config.k)
+    for name, layer in layers.items():
+        least = min(weight_shape(layer))
+        if ks[name] is not None and ks[name] > least:
+            raise ValueError(f"k: {ks[name]} is more than the {least} singular values of {name}")
+    known = {} if config.factors is None else load_factors(config.factors, model)
+    if config.factors is not None and (missing := [name for name in layers if name not in known]):
+        raise ValueError(f"factors: {config.factors} has none for {missing[0]} ({len(missing)} layers are missing)")
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        factors, k = known.get(name), ks[name]
+        if factors is not None and k is not None:
+            if factors.S.shape[0] < k:
+                raise ValueError(f"k: {config.factors} has {factors.S.shape[0]} directions of {name}, {k} are asked")
+            factors = type(factors)(factors.U[:, :k], factors.S[:k], factors.Vh[:k])
+        new = SVFLinear.from_linear(
+            layer,
+            k,
+            mode=config.mode,
+            parametrization=config.parametrization,
+            normalize=config.normalize,
+            factors=factors,
+            method=config.method,
+            factors_dtype=None if config.factors_dtype is None else getattr(torch, config.factors_dtype),
+        )
+        new.train(layer.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    model.__class__ = _with_experts(type(model))
+    model.svf_config = config
+    return model
+
+
+def svf_layers(model: nn.Module) -> dict[str, SVFLinear]:
+    """The SVF layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SVFLinear)}
+
+
+@contextlib.contextmanager
+def expert_mix(model: nn.Module, alpha, experts: list[str] | None = None):
+    """Inside, every row sees its own mixture: z = Σ_e alpha_e z_e, all rows in one batch and W untouched.
+
+    Args:
+        alpha: [E] for everything, [B,E] per sequence, [B,T,E] per token; or a dict of those by layer name, where layers it
+            does not name use the active expert.  It may require grad.
+        experts: names, in alpha's order; by default all, in the order they were added.
+
+    Raises: ValueError or TypeError on what does not fit the model; in forward, if alpha's rows are not the batch's.
+    """
+    layers = svf_layers(model)
+    if not layers:
+        raise ValueError("model: has no SVF layers; adapt it with an SVFConfig")
+    given = alpha if isinstance(alpha, dict) else dict.fromkeys(layers, alpha)
+    if unknown := given.keys() - layers.keys():
+        raise ValueError(f"alpha: {sorted(unknown)[0]} is no SVF layer of this model")
+    for name, weights in given.items():
+        names = layers[name].experts if experts is None else list(experts)
+        if missing := [e for e in names if e not in layers[name].z]:
+            raise ValueError(f"experts: no expert {missing[0]!r}; {name} has {', '.join(layers[name].z)}")
+        if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
+            raise TypeError(f"alpha: expected a float tensor [..., {len(names)}], got {type(weights).__name__}")
+        if weights.dim() == 0 or weights.shape[-1] != len(names):
+            raise ValueError(f"alpha: expected [..., {len(names)}] for {', '.join(names)}, got {list(weights.shape)}")
+        if layers[name].merged:
+            raise ValueError(f"model: {name} is merged; unmerge it, a mixture has no single weight")
+    before = {name: layers[name]._mix for name in given}
+    try:
+        for name, weights in given.items():
+            layers[name]._mix = weights, tuple(layers[name].experts if experts is None else experts)
+        yield model
+    finally:
+        for name, mix in before.items():
+            layers[name]._mix = mix
+
+
+class _Experts:
+    """What a model gains by :func:`adapt`."""
+
+    def add_expert(self, name: str) -> None:
+        """An expert at z = 1 in every layer, made active."""
+        for layer in svf_layers(self).values():
+            layer.add_expert(name)
+
+    def set_expert(self, name: str) -> None:
+        """Switch every layer to this expert, and let it alone train."""
+        layers = svf_layers(self)
+        if missing := [where for where, layer in layers.items() if name not in layer.z]:
+            raise ValueError(f"name: no expert {name!r} in {missing[0]}, which has {', '.join(layers[missing[0]].z)}")
+        for layer in layers.values():
+            layer.set_expert(name)
+
+    @property
+    def active_expert(self) -> str:
+        """The expert that runs and trains."""
+        return next(iter(svf_layers(self).values())).active_expert
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        """Inside, the model is the one that was adapted."""
+        layers = list(svf_layers(self).values())
+        before = [(layer.disabled, layer._merged_weight) for layer in layers]
+        try:
+            for layer in layers:
+                layer.disabled, layer._merged_weight = True, None
+            yield self
+        finally:
+            for layer, (disabled, merged) in zip(layers, before, strict=True):
+                layer.disabled, layer._merged_weight = disabled, merged
+
+    def merge_and_unload(self) -> nn.Module:
+        """The model with plain linears again, holding W' of the active expert: W itself is overwritten."""
+        for name, layer in svf_layers(self).items():
+            layer.merge()
+            base = layer.base_layer
+            merged = layer._merged_weight.mT.contiguous() if is_conv1d(base) else layer._merged_weight
+            base.weight = nn.Parameter(merged, requires_grad=False)
+            parent, _, child = name.rpartition(".")
+            setattr(self.get_submodule(parent), child, base)
+        self.__class__ = type(self).__mro__[2]
+        del self.svf_config
+        return self
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **_) -> None:
+        """Write the experts alone (:func:`lowrank.save_adapter`), a few kilobytes; the base model is not saved."""
+        if is_main_process:
+            save(self, save_directory)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """nn.Module's; a dict of experts alone is complete."""
+        own = {f"{name}.z.{e}" for name, layer in svf_layers(self).items() for e in layer.z}
+        if state_dict and state_dict.keys() <= own:
+            found = super().load_state_dict(state_dict, False, assign)
+            found.missing_keys[:] = sorted(own - state_dict.keys())
+            if strict and found.missing_keys:
+                raise RuntimeError(f"Missing key(s) in state_dict: {', '.join(found.missing_keys)}")
+            return found
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+_classes: dict[type, type] = {}
+
+
+def _with_experts(cls: type) -> type:
+    if cls not in _classes:
+        names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _classes[cls] = type(cls.__name__, (_Experts, cls), names)
+    return _classes[cls]
+
+
+def save(model: nn.Module, path, expert: str | None = None) -> Path:
+    """Write the experts (or one) to ``path``/model.safetensors; complete, or not there."""
+    from safetensors.torch import save_file
+
+    layers = svf_layers(model)
+    if not layers:
+        raise ValueError(f"model: expected SVF layers, got a {type(model).__name__} without")
+    tensors, described = {}, {}
+    for name, layer in layers.items():
+        if expert is not None and expert not in layer.z:
+            raise ValueError(f"adapter_name: no expert {expert!r}; {name} has {', '.join(layer.z)}")
+        for e, p in layer.z.items():
+            if expert in (None, e):
+                tensors[f"{name}.z.{e}"] = p.detach().cpu().contiguous()
+        described[name] = {"k": layer.k, "weight": _checksum(layer)}
+    first = next(iter(layers.values()))
+    config = getattr(model, "svf_config", None)
+    if config is None:
+        options = dict(parametrization=first.parametrization, normalize=first.normalize, mode=first.mode)
+        config = SVFConfig(k=None, target_modules=list(layers), **options)
+    metadata = {
+        "format": "pt",
+        "lowrank": json.dumps({
+            "format": _FORMAT,
+            "version": __version__,
+            "config": dataclasses.asdict(config),
+            "order": "descending singular values",
+            "sign": "the entry of largest magnitude of each column of U is positive",
+            "active": first.active_expert if expert is None else expert,
+            "layers": described,
+        }),
+    }  # fmt: skip
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path, prefix=".lowrank-") as scratch:
+        save_file(tensors, Path(scratch) / FILE, metadata=metadata)
+        os.replace(Path(scratch) / FILE, path / FILE)
+    return path
+
+
+def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]] | None:
+    """(description, vectors) of a directory that :func:`save` wrote; None if it holds something else."""
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path) / FILE
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            text = (opened.metadata() or {}).get("lowrank")
+            description = None if text is None else json.loads(text)
+            if description is None or description.get("format") != _FORMAT:
+                return None
+            return description, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({file.stat().st_size} bytes): {error}") from error
+
+
+def load(model: nn.Module, path, description: dict, vectors: dict, name: str, trainable: bool) -> nn.Module:
+    """Put what :func:`read` found into the model, adapting it first if need be; nothing changes if it does not fit."""
+    from .adapters import exact_names
+
+    config = SVFConfig(**description["config"])
+    wanted, layers = description["layers"], svf_layers(model)
+    experts = sorted({key.rpartition(".z.")[2] for key in vectors}, key=lambda e: (e != description["active"], e))
+    expected = {f"{layer}.z.{e}" for layer in wanted for e in experts}
+    if vectors.keys() != expected:
+        odd = sorted(expected ^ vectors.keys())
+        raise ValueError(f"{path}: damaged: {len(odd)} vectors missing or unknown, such as {odd[0]}")
+    plain = layers or target_layers(model, exact_names(wanted))
+    if plain.keys() != wanted.keys():
+        odd = sorted(plain.keys() ^ wanted.keys())
+        raise ValueError(f"{path}: experts of another model: {odd[0]} is on one side only")
+    for layer, facts in wanted.items():
+        for e in experts:
+            if vectors[f"{layer}.z.{e}"].shape != (facts["k"],):
+                raise ValueError(f"{path}: {layer}.z.{e} is {list(vectors[f'{layer}.z.{e}'].shape)}, k is {facts['k']}")
+        if layers and (layers[layer].k, layers[layer].parametrization, layers[layer].normalize) != (
+            facts["k"],
+            config.parametrization,
+            config.normalize,
+        ):
+            raise ValueError(
+                f"{path}: {layer} has k={facts['k']}, {config.parametrization}, normalize={config.normalize}; the"
+                f" model's has k={layers[layer].k}, {layers[layer].parametrization}, {layers[layer].normalize}"
+            )
+        found = _checksum(layers[layer]) if layers else weight_checksum(dense_weight(plain[layer]))
+        if found != facts["weight"]:
+            raise ValueError(
+                f"{path}: experts of another weight: {layer} has checksum {found[:12]}, the file {facts['weight'][:12]}"
+                " (another model, or the same in another dtype)"
+            )
+    if not layers:
+        ks = {layer: facts["k"] for layer, facts in wanted.items()}
+        model = adapt(model, dataclasses.replace(config, target_modules=exact_names(wanted)), ks)
+        model.svf_config, layers = config, svf_layers(model)
+        for layer in layers.values():
+            del layer.z["default"]
+    alone = len(experts) == 1
+    for e in experts:
+        for layer, module in layers.items():
+            target = name if alone else e
+            if target in module.z:
+                with torch.no_grad():
+                    module.z[target].copy_(vectors[f"{layer}.z.{e}"])
+            else:
+                p = vectors[f"{layer}.z.{e}"].to(module.S.device)
+                module.z[target] = nn.Parameter(p)
+    active = name if alone or name in experts else experts[0]
+    for module in layers.values():
+        module.set_expert(active)
+        module.z[active].requires_grad_(trainable)
+    return model
+
+
+def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
+    """The expert (the active one) as the rank-k LoRA it is: A = Vh, B = U diag(σ (z - 1)), in PEFT's two files, fp32."""
+    from safetensors.torch import save_file
+
+    from .adapters import WEIGHTS, exact_names
+
+    layers, tensors = svf_layers(model), {}
+    for name, layer in layers.items():
+        with torch.no_grad():
+            A, m, B = layer.update(expert)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = A.float().cpu().contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = (B.float() * m).cpu().contiguous()
+    first = next(iter(layers.values()))
+    names = {f"^{exact_names([name])}$": layer.k for name, layer in layers.items() if layer.k != first.k}
+    config = peft.LoraConfig(
+        r=first.k,
+        lora_alpha=first.k,
+        target_modules=exact_names(layers),
+        rank_pattern=names,
+        alpha_pattern=names,
+        inference_mode=True,
+    )
+    save_file(tensors, Path(path) / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(path)
+
+
+def _checksum(layer: SVFLinear) -> str:
+    """Of the frozen weight, computed once."""
+    key = layer.weight, layer.weight._version
+    known = layer.__dict__.get("_checksum_key")
+    if known is None or known[0] is not key[0] or known[1] != key[1]:
+        layer._checksum_key, layer._checksum = key, weight_checksum(dense_weight(layer.base_layer))
+    return layer._checksum

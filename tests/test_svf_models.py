@@ -1,0 +1,376 @@
+"""SVF on whole models: adapt, experts, mixtures, files, Trainer."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import lowrank
+from lowrank import SVFConfig
+from lowrank.factors import dense_weight, save_factors
+from lowrank.nn import SVFLinear
+from lowrank.svf import svf_layers
+
+IDS = torch.arange(48).view(3, 16) * 7 % 100
+
+
+def llama(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    sizes = dict(intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    return LlamaForCausalLM(LlamaConfig(hidden_size=64, num_key_value_heads=2, **sizes)).to(dtype)
+
+
+def adapted(dtype=torch.float32, experts=("default",), **config):
+    model = lowrank.adapt(llama(dtype), SVFConfig(**{"k": 8} | config))
+    for name in experts[1:]:
+        model.add_expert(name)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".z." in name:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapt_starts_as_the_model_and_trains_one_vector_per_layer(dtype):
+    plain, model = llama(dtype), lowrank.adapt(llama(dtype), SVFConfig(k=8))
+    assert torch.equal(logits(model), logits(plain))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 14
+    assert {(p.shape, p.dtype) for p in trained.values()} == {((8,), torch.float32)}
+    assert isinstance(model, LlamaForCausalLM)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not isinstance(model.lm_head, SVFLinear)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in trained.values())
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("normalize", [None, "nuclear"])
+@pytest.mark.parametrize("mode", ["auto", "delta", "merged", "activation"])
+def test_every_mode_is_the_merged_model(mode, normalize):
+    config = dict(k=8 if mode in ("auto", "delta") else None, mode=mode, normalize=normalize)
+    model = adapted(**config)
+    want = logits(model)
+    merged = adapted(**config).merge_and_unload()
+    assert type(merged) is LlamaForCausalLM
+    assert not svf_layers(merged)
+    torch.testing.assert_close(logits(merged), want, rtol=1e-3, atol=1e-4)
+
+
+def test_target_modules():
+    model = lowrank.adapt(llama(), SVFConfig(k=4, target_modules=["q_proj", "down_proj"]))
+    assert {name.rpartition(".")[2] for name in svf_layers(model)} == {"q_proj", "down_proj"}
+    model = lowrank.adapt(llama(), SVFConfig(k=4, target_modules=r".*\.1\.mlp\..*_proj"))
+    assert len(svf_layers(model)) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(k=33), "k: 33 is more than the 32 singular values of .*k_proj"),
+        (dict(target_modules=["nothing"]), "target_modules"),
+        (dict(parametrization="square"), "parametrization"),
+        (dict(k=0), "k: expected"),
+        (dict(factors_dtype="float99"), "factors_dtype"),
+    ],
+)
+def test_adapt_refuses_and_leaves_the_model_alone(config, message):
+    model = llama()
+    with pytest.raises(ValueError, match=message):
+        lowrank.adapt(model, SVFConfig(**config))
+    assert not svf_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_adapt_twice_and_other_configs():
+    model = adapted()
+    with pytest.raises(ValueError, match="has SVF layers already"):
+        lowrank.adapt(model, SVFConfig(k=8))
+    with pytest.raises(TypeError, match=r"LoraConfig or a lowrank\.SVFConfig"):
+        lowrank.adapt(llama(), {"k": 8})
+    assert lowrank.adapt(llama(), SVFConfig(k=8), "math").active_expert == "math"
+
+
+@pytest.mark.parametrize("mode", ["delta", "activation"])
+@pytest.mark.parametrize("normalize", [None, "nuclear"])
+def test_a_batch_of_mixtures_is_a_loop_over_them(mode, normalize):
+    model = adapted(experts=("a", "b", "c"), k=8 if mode == "delta" else None, mode=mode, normalize=normalize)
+    for layer in svf_layers(model).values():
+        layer.rename_expert("default", "a")
+    alpha = torch.tensor([[1.0, 0, 0], [0.2, 0.5, 0.3], [0, 0.9, 0.4]])
+    with lowrank.expert_mix(model, alpha):
+        together = logits(model)
+    for i in range(3):
+        with lowrank.expert_mix(model, alpha[i]):
+            torch.testing.assert_close(logits(model, IDS[i : i + 1]), together[i : i + 1], rtol=1e-3, atol=1e-4)
+    model.set_expert("a")
+    torch.testing.assert_close(logits(model, IDS[:1]), together[:1], rtol=1e-3, atol=1e-4)
+    per_token = alpha[:, None].expand(3, 16, 3).contiguous()
+    with lowrank.expert_mix(model, per_token):
+        torch.testing.assert_close(logits(model), together, rtol=1e-3, atol=1e-4)
+    with lowrank.expert_mix(model, alpha[:, [2, 0]], experts=["c", "a"]):
+        last = logits(model)[0]
+    torch.testing.assert_close(last, together[0], rtol=1e-3, atol=1e-4)
+    with lowrank.expert_mix(model, dict.fromkeys(svf_layers(model), alpha)):
+        assert torch.equal(logits(model), together)
+    model.set_expert("b")
+    assert not torch.allclose(logits(model), together, atol=1e-3)
+
+
+def test_mixing_weights_get_their_gradient():
+    model = adapted(experts=("default", "b"))
+    alpha = torch.full((3, 2), 0.5, requires_grad=True)
+    with lowrank.expert_mix(model, alpha):
+        loss = model(IDS, labels=IDS).loss
+    (dalpha,) = torch.autograd.grad(loss, alpha)
+    steps = torch.zeros_like(alpha)
+    steps[1, 0] = 1e-2
+    with torch.no_grad():
+        losses = []
+        for sign in (1, -1):
+            with lowrank.expert_mix(model, alpha.detach() + sign * steps):
+                losses.append(float(model(IDS, labels=IDS).loss))
+    assert float(dalpha[1, 0]) == pytest.approx((losses[0] - losses[1]) / 2e-2, rel=0.05)
+
+
+def test_generate_under_a_mixture():
+    model = adapted(experts=("default", "b"))
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    with lowrank.expert_mix(model, torch.eye(2)):
+        together = model.generate(IDS[:2], **options)
+    for i, name in enumerate(("default", "b")):
+        model.set_expert(name)
+        assert torch.equal(model.generate(IDS[i : i + 1], **options)[0], together[i])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "experts", "error", "message"),
+    [
+        (torch.ones(3, 3), None, ValueError, r"alpha: expected \[..., 2\]"),
+        (torch.ones(3, 2).long(), None, TypeError, "alpha: expected a float tensor"),
+        ([0.5, 0.5], None, TypeError, "alpha: expected a float tensor"),
+        (torch.ones(3, 2), ["default", "z"], ValueError, "no expert 'z'"),
+        ({"model.lm_head": torch.ones(2)}, None, ValueError, "is no SVF layer"),
+        (torch.ones(2, 2), None, ValueError, r"alpha: \[2, 2\] does not fit a batch \[3, 16, 64\]"),
+    ],
+)
+def test_mixtures_that_do_not_fit(alpha, experts, error, message):
+    model = adapted(experts=("default", "b"))
+    with pytest.raises(error, match=message), lowrank.expert_mix(model, alpha, experts):
+        model(IDS)
+    model(IDS)  # and nothing stays behind
+    with pytest.raises(ValueError, match="no SVF layers"), lowrank.expert_mix(llama(), torch.ones(2)):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalize", [None, "nuclear"])
+def test_a_reloaded_expert_gives_the_same_bits(tmp_path, dtype, normalize):
+    model = adapted(dtype, normalize=normalize, parametrization="sigmoid")
+    want = logits(model)
+    lowrank.save_adapter(model, tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").stat().st_size < 10_000
+    again = lowrank.load_adapter(llama(dtype), tmp_path)
+    assert torch.equal(logits(again), want)
+    assert not any(p.requires_grad for p in again.parameters())
+    added = lowrank.load_adapter(
+        lowrank.adapt(llama(dtype), SVFConfig(k=8, normalize=normalize, parametrization="sigmoid")),
+        tmp_path, "math", is_trainable=True,
+    )  # fmt: skip
+    assert torch.equal(logits(added), want)
+    assert sum(p.requires_grad for p in added.parameters()) == 14
+    added.set_expert("default")
+    assert torch.equal(logits(added), logits(llama(dtype)))
+
+
+def test_several_experts_in_a_file_and_one_of_them(tmp_path):
+    model = adapted(experts=("default", "b"))
+    lowrank.save_adapter(model, tmp_path / "both")
+    lowrank.save_adapter(model, tmp_path / "one", adapter_name="b")
+    again = lowrank.load_adapter(llama(), tmp_path / "both")
+    assert again.active_expert == "default"
+    for name in ("default", "b"):
+        model.set_expert(name)
+        again.set_expert(name)
+        assert torch.equal(logits(again), logits(model))
+    single = lowrank.load_adapter(llama(), tmp_path / "one", "math")
+    assert torch.equal(logits(single), logits(model))
+    assert single.active_expert == "math"
+    with pytest.raises(ValueError, match="no expert 'c'"):
+        lowrank.save_adapter(model, tmp_path / "one", adapter_name="c")
+
+
+def test_files_say_what_they_are_of(tmp_path):
+    lowrank.save_adapter(adapted(), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["lowrank"])
+    name = "model.layers.0.self_attn.q_proj"
+    assert facts["layers"][name]["k"] == 8
+    assert len(facts["layers"][name]["weight"]) == 64
+    assert facts["order"] == "descending singular values"
+
+
+def test_files_of_other_models_are_refused(tmp_path):
+    lowrank.save_adapter(adapted(), tmp_path)
+    for model in (llama(seed=1), llama(torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"experts of another weight: model\.layers\.0"):
+            lowrank.load_adapter(model, tmp_path)
+        assert not svf_layers(model)
+    with pytest.raises(ValueError, match="has k=8, free"):
+        lowrank.load_adapter(lowrank.adapt(llama(), SVFConfig(k=4)), tmp_path)
+    with pytest.raises(ValueError, match="on one side only"):
+        lowrank.load_adapter(lowrank.adapt(llama(), SVFConfig(k=8, target_modules=["q_proj"])), tmp_path)
+    with pytest.raises(ValueError, match="target_modules"):
+        lowrank.load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        lowrank.load_adapter(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("normalize", [None, "nuclear"])
+def test_exported_as_the_lora_it_is(tmp_path, normalize):
+    peft = pytest.importorskip("peft")
+    model = adapted(normalize=normalize, experts=("default", "b"), target_modules=["q_proj", "gate_proj"])
+    want = logits(model)
+    lowrank.save_adapter(model, tmp_path, format="lora")
+    plain = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(logits(plain), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(lowrank.load_adapter(llama(), tmp_path)), want, rtol=1e-4, atol=1e-5)
+    full = adapted(k=None, normalize=normalize)
+    lowrank.save_adapter(full, tmp_path, format="lora", adapter_name="default")
+    plain = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(logits(plain), logits(full), rtol=1e-3, atol=1e-4)
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        ids = (torch.arange(16) * (i % 3 + 3) + i) % 100
+        return {"input_ids": ids, "labels": ids}
+
+
+def trainer(model, out, steps, **options):
+    arguments = dict(
+        max_steps=steps, per_device_train_batch_size=4, learning_rate=0.05, report_to=[], use_cpu=True, seed=3,
+        save_steps=4, logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant",
+    ) | options  # fmt: skip
+    arguments = TrainingArguments(str(out), **arguments)
+    return Trainer(model, arguments, train_dataset=Data(), eval_dataset=Data())
+
+
+def test_trainer_saves_resumes_and_reloads_the_best(tmp_path):
+    whole = adapted()
+    trainer(whole, tmp_path / "a", 8).train()
+    assert not (tmp_path / "a/checkpoint-4/config.json").exists()
+    assert (tmp_path / "a/checkpoint-4/model.safetensors").stat().st_size < 10_000
+    resumed = adapted()
+    trainer(resumed, tmp_path / "b", 8).train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-4"))
+    assert torch.equal(logits(resumed), logits(whole))
+    best = adapted()
+    options = dict(eval_strategy="steps", eval_steps=4, load_best_model_at_end=True, learning_rate=3.0)
+    run = trainer(best, tmp_path / "c", 8, **options)
+    run.train()
+    best_step = run.state.best_model_checkpoint
+    assert torch.equal(logits(best), logits(lowrank.load_adapter(llama(), best_step)))
+
+
+def test_save_pretrained_and_state_dicts(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    other, z = lowrank.adapt(llama(), SVFConfig(k=8)), {k: v for k, v in model.state_dict().items() if ".z." in k}
+    found = other.load_state_dict(z)
+    assert not found.missing_keys
+    assert torch.equal(logits(other), logits(model))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(dict(list(z.items())[:3]))
+    other.load_state_dict(model.state_dict())
+
+
+def test_layers_put_in_by_hand(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    plain = [m for m in model if isinstance(m, nn.Linear)]
+    model[0] = SVFLinear.from_linear(plain[0], 3)
+    with torch.no_grad():
+        model[0].z["default"].mul_(2)
+    x = torch.randn(5, 8)
+    want = model(x)
+    lowrank.save_adapter(model, tmp_path)
+    again = lowrank.load_adapter(nn.Sequential(plain[0], nn.ReLU(), plain[1]), tmp_path)
+    assert torch.equal(again(x), want)
+
+
+@pytest.mark.slow
+def test_a_4_bit_base():
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 64, bias=True, compute_dtype=torch.float32, quant_type="nf4"))
+    model[0].weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4")
+    model = model.to("cpu")
+    x = torch.randn(5, 64, requires_grad=True)
+    plain = model(x)
+    adapted = lowrank.adapt(model, SVFConfig(k=8))
+    torch.testing.assert_close(adapted(x), plain)
+    with torch.no_grad():
+        adapted[0].z["default"].mul_(1.5)
+    dense = dense_weight(adapted[0].base_layer)
+    want = torch.nn.functional.linear(x, dense + adapted[0].get_delta_weight(), adapted[0].bias)
+    torch.testing.assert_close(adapted(x), want, rtol=1e-3, atol=1e-3)
+    adapted(x).sum().backward()
+    assert adapted[0].z["default"].grad is not None
+    with pytest.raises(ValueError, match="requantising"):
+        adapted[0].merge()
+
+
+def test_conv1d_models(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=100, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    plain = GPT2LMHeadModel(config).eval()
+    want = logits(plain)
+    state = {name: t.clone() for name, t in plain.state_dict().items()}
+    model = lowrank.adapt(plain, SVFConfig(k=8))
+    assert torch.equal(logits(model), want)
+    with torch.no_grad():
+        for layer in svf_layers(model).values():
+            layer.z["default"].mul_(1.5)
+    tuned = logits(model)
+    assert not torch.allclose(tuned, want, atol=1e-3)
+    lowrank.save_adapter(model, tmp_path)
+    other = GPT2LMHeadModel(config).eval()
+    other.load_state_dict(state)
+    assert torch.equal(logits(lowrank.load_adapter(other, tmp_path)), tuned)
+    torch.testing.assert_close(logits(model.merge_and_unload()), tuned, rtol=1e-3, atol=1e-4)
+
+
+def test_factors_from_a_file(tmp_path):
+    file = tmp_path / "factors.safetensors"
+    save_factors(llama(), file, progress=False)
+    model = lowrank.adapt(llama(), SVFConfig(k=8, factors=str(file)))
+    S = lowrank.svd_factors(llama().model.layers[0].mlp.up_proj.weight).S
+    assert torch.equal(model.model.layers[0].mlp.up_proj.S, S[:8])
+    with pytest.raises(ValueError, match="factors of another weight"):
+        lowrank.adapt(llama(seed=1), SVFConfig(k=8, factors=str(file)))
+    save_factors(llama(), file, k=4, target_modules=["q_proj"], progress=False)
+    with pytest.raises(ValueError, match="has none for"):
+        lowrank.adapt(llama(), SVFConfig(k=4, factors=str(file)))
+    with pytest.raises(ValueError, match=r"has 4 directions of .*, 8 are asked"):
+        lowrank.adapt(llama(), SVFConfig(k=8, target_modules=["q_proj"], factors=str(file)))
