@@ -50,14 +50,16 @@ time_ 50 lora_linear $(shapes "$linear") --label compiled --dropouts 0 --modes f
     --peers frozen,lowrank,peft-compiled
 # 4. One Llama-8B layer: frozen, PEFT, PEFT patched
 time_ 30 llama_layer $(shapes "$layer") --sets 1 --seconds 20
-# 5. From which M on do kernels pay?
+# 5. SVF: each mode against the reference algorithm and the frozen linear, and what the cost rule says
+time_ 40 svf_linear svf_dy materialize $(shapes "$layer") --ranks "${ranks%%,*}",64 --seconds 12
+# 6. From which M on do kernels pay?
 time_ 20 small $(shapes "$small") --seconds 15
-# 6. The tuning sweeps: compile on all cores, then time
+# 7. The tuning sweeps: compile on all cores, then time
 warm() { for i in $(seq 0 $((shards - 1))); do "$python" bench/tune.py $tune --compile-only --shard "$i/$shards" & done; wait; }
 export -f warm; export python tune shards
 part 45 bash -c warm
 part 50 "$python" bench/tune.py $tune --out "$OUT/tune.json"
-# 7. What the host pays, tables and figure, and the comparison of methods
+# 8. What the host pays, tables and figure, and the comparison of methods
 part 20 "$python" -m pytest bench/test_host_overhead.py -q --benchmark-only --benchmark-json="$OUT/host_overhead.json"
 part 20 "$python" bench/report.py "$OUT"
 # (not in a dry run: it pretrains a model first, minutes on a CPU; tests/compare runs it at toy size)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import llama_layer
 import peers
+import svf
 import torch
 
 from lowrank.bench import Problem, passes, tensors
@@ -248,7 +249,20 @@ def _llama_calls(p, inputs, options) -> Calls:
     return _by_pass(found, [t.dY for t in inputs])
 
 
+# SVF.
+
+
+def _svf_calls(p, inputs, options) -> Calls:
+    return _by_pass(svf.methods(p, inputs), [one.dY for one in inputs])
+
+
 OPS = ("tests/ops/test_dropout.py", "tests/ops/test_lora.py", "tests/ops/test_lora_gpu.py")
+SVF = (
+    "tests/ops/test_svf.py",
+    "tests/nn/test_svf.py",
+    "tests/kernels/test_svf_dy.py",
+    "tests/kernels/test_svf_scale.py",
+)
 KERNELS = tuple(f"tests/kernels/test_{name}.py" for name in _THIN_BYTES)
 
 
@@ -274,6 +288,16 @@ REGISTRY = {
         Benchmark(
             "llama_layer", llama_layer.inputs, _llama_calls, llama_layer.bytes_of, llama_layer.flops, "frozen",
             OPS + KERNELS + ("tests/integrations/test_peft.py",), (0.0, 0.1),
+        ),
+        Benchmark("svf_linear", svf.inputs, _svf_calls, svf.bytes_of, svf.flops, "frozen", SVF),
+        Benchmark(
+            "svf_dy", svf.dy_inputs, lambda p, inputs, options: svf.dy_calls(p, inputs), lambda p, mode: svf.dy_bytes(p),
+            lambda p, mode: 2 * p.M * p.N * p.r, "copy", SVF,
+        ),
+        Benchmark(
+            "materialize", svf.materialize_inputs, lambda p, inputs, options: svf.materialize_calls(p, inputs),
+            lambda p, mode: 2 * p.N * p.K * _sizes(p)[0] + p.r * (p.N + p.K) * _sizes(p)[1],
+            lambda p, mode: 2 * p.N * p.K * p.r, "copy", ("tests/ops/test_materialize.py", "tests/kernels/test_materialize.py"),
         ),
     )
 }  # fmt: skip

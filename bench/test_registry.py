@@ -82,6 +82,32 @@ def test_thin_products_are_the_formulas():
     assert error(x_pass[""]["eager"][1], t["dS"].double() @ t["A"].double()) < 1e-5
 
 
+def test_svf_modes_are_the_formulas():
+    p, inputs, outputs = run("svf_linear")
+    s = inputs[0]
+    (U, S, Vh), z = s.full, s.z.detach()
+    composed = (U * (S * z)) @ Vh
+    added = s.W + (U * (S * (z - 1))) @ Vh
+    top = s.W + (s.top.U * (s.top.S * (z[: p.r] - 1))) @ s.top.Vh
+    weights = {"activation": composed, "delta": top, "delta-full": added, "merged": added, "merged-layer": added}
+    for name, W in weights.items():
+        y, *_ = outputs["forward"][f"lowrank-{name}"]
+        assert error(y, s.x.detach().double() @ W.double().mT) < 1e-5, name
+        dx, dz = outputs["backward"][f"lowrank-{name}"]
+        assert error(dx, s.dY.double() @ W.double()) < 1e-5, name
+        h = ((s.x @ Vh.mT) * (s.dY @ U)).sum(0) * S
+        assert error(dz, (h[: len(dz)]).double().detach()) < 1e-4, name
+    scale = S.sum() / (S * z).sum()
+    assert error(outputs["forward"]["reference"][0], s.x.detach().double() @ (scale * composed).double().mT) < 1e-5
+    _, inputs, dy = run("svf_dy")
+    t = inputs[0]
+    assert error(dy[""]["eager"][0], (t["dY"].double() @ t["B"].double()) * t["scales"].double()) < 1e-5
+    m = t["mixed"]["mix"].double() @ t["mixed"]["scales"].double()
+    assert error(dy["4 experts"]["eager"][0], (t["dY"].double() @ t["B"].double()) * m) < 1e-5
+    _, inputs, found = run("materialize")
+    assert error(found[""]["lowrank"][0], found[""]["eager"][0].double()) < 1e-6
+
+
 def test_addmm_adds():
     p = Problem(**TOY)
     benchmark = REGISTRY["addmm"]
@@ -114,6 +140,10 @@ def test_bytes_and_flops_as_counted_by_hand():
     sides = 2 * 128 + 2 * 80 + 3 * 96
     assert count["llama_layer"][1] == 2 * 8 * (linears + 2 * sides) + 2 * 8 * 8 * 64
     assert count["llama_layer"][0] == 2 * (linears + 2 * sides + 2 * 8 * 64)
+    # one dtype for the factors of the whole SVF linear: A 256 bytes, B 128, S 32
+    assert count["svf_linear"] == (1024 + 4096 + 512 + 256 + 128 + 32, 2 * 8 * 64 * 32 + 2 * 8 * 2 * 96)
+    assert count["svf_dy"] == (512 + 256 + 2 * 64, 2 * 8 * 32 * 2)
+    assert count["materialize"] == (2 * 4096 + 512 + 256, 2 * 64 * 32 * 2)
     assert floor_us(linear, p, "forward", copy_rate=6400, matmul_rate=1e12) == 1e6  # 6400 bytes
     assert floor_us(linear, p, "forward", copy_rate=1e12, matmul_rate=2 * 8 * 64 * 32 + 2 * 8 * 2 * 96) == 1e6
 

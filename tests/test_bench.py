@@ -60,7 +60,7 @@ def test_runner_and_reports(tmp_path, capsys):
     with (tmp_path / "report.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == report.LIGER + report.OURS
-    assert len(rows) == sum(len(result["rows"]) for result in results.values())
+    assert len(rows) == 2 * sum(len(result["rows"]) for result in results.values())  # a time and a peak each
     first = results["addmm"]["rows"][0]
     assert float(rows[0]["y_value_50"]) == first["us"] / 1e3
     assert json.loads(rows[0]["extra_benchmark_config_str"])["K"] == first["K"]

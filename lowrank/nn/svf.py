@@ -27,7 +27,7 @@ class SVFLinear(nn.Module):
         k: how many of the largest singular values; None for all min(N, K).
         mode: :func:`lowrank.svf_linear`'s.  "merged" keeps W' for as long as z stays the same, and its backward adds up
             dW in fp32 (4 N K bytes) and projects it onto z once (:func:`defer_projection`: once for several backwards).
-            A base that trains or is quantised, and a mixture in mode "merged", are computed in mode "delta".
+            A base that trains or is quantised is computed in mode "delta" whatever is asked, and a mixture never in "merged".
         parametrization: z of what is trained, p: "free" p, "sigmoid" 2 sigmoid(p), "exp" exp(p).
         normalize: None or "nuclear", :func:`lowrank.svf_linear`'s.
         factors: of this weight, if they are known; otherwise they are computed here, by ``method``.
@@ -201,8 +201,11 @@ class SVFLinear(nn.Module):
         N, K = self.out_features, self.in_features
         if not self.is_dense or self.weight.requires_grad:
             return "delta"
-        if self.mode != "auto" and not (mixed and self.mode == "merged"):
+        compiling = torch.compiler.is_compiling()  # a cache is no graph, and a rule on rows would be a graph per length
+        if self.mode != "auto" and not (self.mode == "merged" and (mixed or compiling)):
             return self.mode
+        if compiling:
+            return "delta" if self.k < min(N, K) else "activation"
         rows = x.numel() // K
         training = torch.is_grad_enabled() and (x.requires_grad or self.z[self.active_expert].requires_grad)
         return cheapest(N, K, self.k, rows, mixed=mixed, training=training, cached=True)
@@ -210,9 +213,9 @@ class SVFLinear(nn.Module):
     def _through_merged(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         m, _ = column_scales(self.S, z, None, self.normalize, False, ())
         p = self.z[self.active_expert]
-        key = (self.active_expert, p, p._version, self.weight._version)
-        if self._cache is None or not all(a is b or a == b for a, b in zip(self._cache[0], key, strict=True)):
-            self._cache = key, materialize(self._dense(), self.Vh, m.detach(), self.U)
+        versions = p._version, self.weight._version
+        if self._cache is None or self._cache[0] is not p or self._cache[2] != versions:
+            self._cache = p, materialize(self._dense(), self.Vh, m.detach(), self.U), versions
         handle = _Projection.apply(m, self) if m.requires_grad and torch.is_grad_enabled() else None
         return _MergedLinear.apply(x, self._cache[1], self.bias, handle, self)
 

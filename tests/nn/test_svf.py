@@ -145,6 +145,28 @@ def test_z_and_sigma_stay_fp32_wherever_the_model_goes():
     assert moved.to("meta").z["default"].device.type == "meta"
 
 
+def test_merged_weight_follows_a_parameter_that_is_replaced():
+    svf = trained(layer(mode="merged"))
+    x = torch.randn(9, 40)
+    with torch.no_grad():
+        first = svf(x)
+        svf.z["default"] = torch.nn.Parameter(torch.ones(30))
+        assert not torch.allclose(svf(x), first)
+        torch.testing.assert_close(svf(x), svf.base_layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [*MODES, "auto"])
+def test_compiles_to_one_graph(mode):
+    svf = trained(layer(mode=mode))
+    compiled = torch.compile(svf, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (3, 7, 11):
+        x = torch.randn(2, T, 40)
+        torch.testing.assert_close(compiled(x), svf(x), rtol=1e-4, atol=1e-4)
+    compiled(x).sum().backward()
+    assert svf.z["default"].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("mode", ["delta", "activation", "auto", "merged"])
 def test_experts_switch_without_touching_the_weight(mode):
     svf = layer(mode=mode)
