@@ -66,6 +66,21 @@ def _peft_lora(model: nn.Module, rank: int) -> nn.Module:
     return peft.get_peft_model(model, lora_config(rank))
 
 
+def _svf(model: nn.Module, rank: int) -> nn.Module:
+    """The largest singular values of every linear layer, four per rank."""
+    import lowrank
+    from lowrank.factors import target_layers, weight_shape
+
+    k = min(4 * rank, *(min(weight_shape(layer)) for layer in target_layers(model).values()))
+    return lowrank.adapt(model, lowrank.SVFConfig(k=k))
+
+
+def _svf_full(model: nn.Module, rank: int) -> nn.Module:
+    import lowrank
+
+    return lowrank.adapt(model, lowrank.SVFConfig())
+
+
 METHODS = {
     "full": Method("every weight trains", 1.0, (Phase(1.0, _full),)),
     "lora": Method("lowrank LoRA on all linear layers", 10.0, (Phase(1.0, _lora),)),
@@ -78,4 +93,8 @@ METHODS = {
         10.0,
         (Phase(0.5, _full, rate=0.1), Phase(0.5, _lora)),
     ),
+    "svf": Method(
+        "the largest singular values of all linear layers scaled (SVF), four per rank", 30.0, (Phase(1.0, _svf),)
+    ),
+    "svf-full": Method("every singular value of all linear layers scaled (SVF)", 30.0, (Phase(1.0, _svf_full),)),
 }

@@ -38,7 +38,7 @@ def test_writes_three_files_and_nothing_else(reported):
 
 def test_json_holds_every_measurement(reported):
     result = json.loads((reported / "compare.json").read_text())
-    assert list(result["methods"]) == ["full", "lora", "lora-attention", "peft-lora", "full→lora"]
+    assert list(result["methods"]) == ["full", "lora", "lora-attention", "peft-lora", "full→lora", "svf", "svf-full"]
     assert result["model"]["config"]["hidden_size"] == 32
     assert result["settings"] | {"batch": 4, "length": 32, "dtype": "float32", "seeds": 2} == result["settings"]
     for name, method in result["methods"].items():
@@ -60,6 +60,10 @@ def test_methods_train_what_they_say(reported):
     assert full["trainable_parameters"] == 259 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
     assert lora["trainable_parameters"] == methods["peft-lora"]["trainable_parameters"] == 2 * 2 * (4 * 64 + 3 * 96)
     assert attention["trainable_parameters"] == 2 * 2 * 4 * 64
+    assert methods["svf"]["trainable_parameters"] == 2 * 7 * 8
+    assert methods["svf-full"]["trainable_parameters"] == 2 * 7 * 32
+    assert methods["svf"]["checkpoint_bytes"] < attention["checkpoint_bytes"]
+    assert methods["svf"]["stable_rank"]["most"] <= 8.01
     assert attention["share_changed"] < lora["share_changed"] < full["share_changed"]
     assert lora["stable_rank"]["most"] <= 2.001
     assert lora["checkpoint_bytes"] < full["checkpoint_bytes"] < methods["full→lora"]["checkpoint_bytes"]
