@@ -15,7 +15,7 @@ SHAPE = 4096, 1024  # K, N of k_proj in an 8B model; M and the ranks are what co
 RAGGED = 300, 77
 
 
-def calls(dtype, thin_dtype, M, ranks, shape=SHAPE):
+def calls(dtype, thin_dtype, M, ranks, shape=SHAPE, with_svf=True):
     """Everything a LoRA linear launches forward and backward at these sizes, with and without dropout."""
     K, N = shape
 
@@ -35,7 +35,7 @@ def calls(dtype, thin_dtype, M, ranks, shape=SHAPE):
     thin.dy_pass(dY, Bs, scales, none, S, [True] * n, True, thin_dtype)
     thin.dy_pass(dY, Bs, scales, none, S, [True] * n, False, thin_dtype)
     thin.dy_pass(dY, Bs, scales, none, None, [False] * n, True, thin_dtype)
-    if n == 1:
+    if n == 1 and with_svf:
         svf_calls(dtype, thin_dtype, M, ranks[0], shape)
     m, changed = empty(ranks[0], dtype=FP32), None if K % 8 else empty(N * K // 32, dtype=torch.int32)
     for scale in (m, m[:1]):
@@ -62,6 +62,6 @@ def svf_calls(dtype, thin_dtype, M, k, shape):
             svf.scale_and_dot(S, scales, mix, S, True)
 
 
-def every_call(dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE):
+def every_call(dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE, svf_ranks=RANKS):
     for (dtype, thin_dtype), M, r in itertools.product(dtypes, rows, ranks):
-        calls(dtype, thin_dtype, M, r, shape)
+        calls(dtype, thin_dtype, M, r, shape, r in svf_ranks)
