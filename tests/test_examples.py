@@ -26,6 +26,17 @@ def model_and_text(tmp_path):
     return tmp_path / "model", tmp_path / "data.txt"
 
 
+@pytest.fixture
+def one_thread():
+    """Of a model this small: more of them wait for one another, on a busy machine for most of the time."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def load(name):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -39,3 +50,47 @@ def test_finetune_with_trainer(model_and_text, tmp_path, capsys):
     load("finetune_with_trainer").main([str(option) for option in options])
     assert "'fallback': {}, 'untouched': {}" in capsys.readouterr().out
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_transformer2(one_thread, tmp_path, capsys):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    import lowrank
+
+    example = load("transformer2")
+    sizes = dict(
+        hidden=48, pretrain_steps=60, steps=20, rate=0.3, rl_steps=4, rl_batch=16, population=6, iterations=2, shots=2
+    )
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+    found = example.main(["--out", str(tmp_path), *options])
+    assert "reinforce" in capsys.readouterr().out
+    model, losses, picks = found["model"], found["losses"], found["picks"]
+    for domain in ("prose", "counting"):
+        assert losses[domain][domain].mean() < losses[domain]["base"].mean() - 0.01
+    for domain, rows in losses.items():
+        by_expert = torch.stack([rows[name] for name in example.EXPERTS])
+        picked = by_expert.gather(0, picks[domain][None])[0]
+        torch.testing.assert_close(rows["picked"], picked, rtol=0, atol=1e-4)
+    assert (picks["prose"] == 0).double().mean() > 0.9
+    assert (picks["counting"] == 1).double().mean() > 0.9
+
+    assert found["kls"][0] == 0
+    assert all(kl > 0 for kl in found["kls"][1:])
+
+    shots, alphas = found["held_out"]["prose"][0][:3], torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
+    batches = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: batches.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    together = example.population_losses(model, shots, alphas)
+    hook.remove()
+    assert batches == [15]
+    alone = torch.stack([example.mixed_losses(model, shots, alpha).mean() for alpha in alphas])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+    assert together.std() > 1e-2
+
+    for name in example.EXPERTS:
+        again = lowrank.load_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / name, name)
+        test = found["held_out"]["prose"][1]
+        assert torch.equal(example.evaluate(again, test, len(test)), losses["prose"][name])
