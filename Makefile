@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 
 # Kernels run in Triton's interpreter, so they need a process of their own: it is decided when triton is imported.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	TRITON_INTERPRET=1 LOWRANK_BACKEND=triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" \
 	    tests/kernels tests/ops tests/nn tests/integrations/test_peft.py tests/integrations/test_siblings.py
 
