@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import dropout
 from ._dispatch import thin_products
-from .eager import times
+from .eager import add_product_, times
 
 
 def forward(
@@ -88,8 +88,10 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
             dA = thin.x_pass(x if any(need_A) else None, dS, As, need_A, dX, masks, keeps)
         if need_x:
             for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
-                if weight is not None:
-                    dX.addmm_(dy, weight.to(dtype), beta=1 if a or i else 0)
+                if weight is not None and (a or i):
+                    add_product_(dX, dy, weight.to(dtype))
+                elif weight is not None:
+                    dX.addmm_(dy, weight.to(dtype), beta=0)
         return [grad for grad, need in zip([dX, *dW, *db, *dA, *dB, *dlb], needs, strict=True) if need]
 
 

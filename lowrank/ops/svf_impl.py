@@ -49,7 +49,7 @@ def backward(dy, x, weight, A, B, scales, mix, S, dtype, thin_dtype, needs):
             dX = dy.new_empty((dy.shape[0], A.shape[1]), dtype=dtype)
             products.x_pass(None, [dS], [A], [False], dX, [-1], [])
             if weight is not None:
-                dX.addmm_(dy, weight.to(dtype))
+                eager.add_product_(dX, dy, weight.to(dtype))
         dW = dy.mT @ x if need_W else None
         db = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_b else None
         return [grad for grad, need in zip((dX, dW, db, dscales, dmix), needs, strict=True) if need]
