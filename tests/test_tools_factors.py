@@ -223,6 +223,10 @@ def test_damaged_checkpoints_are_named(tmp_path, checkpoint, capsys):
     file.write_bytes(file.read_bytes()[:-7])
     assert run(checkpoint, "--out", tmp_path / "f") == 2
     assert "model.safetensors: not a whole safetensors file" in capsys.readouterr().err
+    for text in ("{", "[]", '{"weight_map": 3}'):
+        (checkpoint / "model.safetensors.index.json").write_text(text)
+        assert run(checkpoint, "--out", tmp_path / "f") == 2
+        assert "model.safetensors.index.json: no safetensors index" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -109,7 +109,11 @@ def checkpoint_weights(model: str, target_modules="all-linear") -> dict[str, Wei
 def _files(folder: Path) -> dict[str, Path]:
     """The safetensors file of each tensor in a checkpoint; empty if it has none."""
     if (folder / _INDEX).is_file():
-        return {key: folder / file for key, file in json.loads((folder / _INDEX).read_text())["weight_map"].items()}
+        try:
+            index = json.loads((folder / _INDEX).read_text())["weight_map"]
+            return {key: folder / file for key, file in index.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / _INDEX}: no safetensors index ({type(error).__name__}: {error})") from error
     if not (folder / _SINGLE).is_file():
         return {}
     with _open(folder / _SINGLE) as file:
