@@ -41,8 +41,8 @@ def problems(benchmark: Benchmark, shapes, ranks, dropouts, toy=False, **setting
         (M, *rest) for M in benchmark.rows[: 2 if toy else None] for rest in dict.fromkeys(s[1:] for s in shapes)
     ] or shapes
     ranks = ranks[:1] if benchmark.name == "addmm" else ranks
-    dropouts = [p for p in benchmark.dropouts if p in dropouts] if dropouts else benchmark.dropouts
-    return [Problem(M, K, N, r, dropout=p, **settings) for M, K, N in shapes for r in ranks for p in dropouts or (0.0,)]
+    dropouts = dropouts if dropouts and len(benchmark.dropouts) > 1 else benchmark.dropouts
+    return [Problem(M, K, N, r, dropout=p, **settings) for M, K, N in shapes for r in ranks for p in dropouts]
 
 
 def measure(

@@ -1,5 +1,7 @@
 """What each experiment decides, said in one line from its rows."""
 
+from lowrank.ops.svf import cheapest
+
 ADDMM_LIMIT = 1.02  # above it, writing the thin term first and adding the big GEMM to it costs more than it saves
 COPY_TARGET = 0.85  # of a copy's bytes per second
 
@@ -8,7 +10,7 @@ def verdict(name: str, rows: list[dict]) -> str:
     """One line.  Figures from a CPU decide nothing about a GPU, and it says so."""
     if not rows:
         return "nothing was timed"
-    said = {"addmm": _addmm, "small": _small}.get(
+    said = {"addmm": _addmm, "small": _small, "svf_linear": _svf}.get(
         name, _thin if rows[0]["provider"] in ("triton", "eager") else _ratio
     )(rows)
     return said if rows[0]["device"].startswith("cuda") else f"{said} [{rows[0]['device']}: says nothing about a GPU]"
@@ -85,6 +87,33 @@ def _small(rows):
                 start = M
             said.append(f"{mode} {K}x{N}: {'eager throughout' if start is None else f'triton from M = {start}'}")
     return "; ".join(said) or "only eager runs here: no crossover"
+
+
+def _svf(rows):
+    """Time and peak memory of each form, and for all singular values the form that ``cheapest`` picks against the fastest."""
+    said = [_against(rows, "lowrank-delta", "frozen"), _against(rows, "lowrank-activation", "reference")]
+    for case, of in cases(rows).items():
+        mode, M, K, N = case[:4]
+        merged = "lowrank-merged-layer" if mode == "both" else "lowrank-merged"  # forward alone, a layer's W' is cached
+        us = {n: of[n]["us"] for n in ("lowrank-activation", "lowrank-delta-full", merged) if n in of}
+        if mode == "backward" or len(us) < 2:
+            continue
+        rule = cheapest(N, K, min(N, K), M, training=mode == "both", cached=mode == "both")
+        picked, fastest = merged if rule == "merged" else f"lowrank-{rule}", min(us, key=us.get)
+        over = "" if picked == fastest else f", {us[picked] / us[fastest]:.2f}× of {fastest[8:]}"
+        said.append(f"{mode} {M}x{K}x{N}: the cost rule says {picked[8:]}{over or ', the fastest'}")
+    return "; ".join(filter(None, said)) or "nothing to compare"
+
+
+def _against(rows, name, other):
+    """Forward and backward together: time, and bytes if both have a figure."""
+    both = [of for case, of in cases(rows).items() if case[0] == "both"]
+    pairs = [(of[name], of[other]) for of in both if {name, other} <= of.keys()]
+    if not pairs:
+        return ""
+    said = f"{name} {_range([a['us'] / b['us'] for a, b in pairs])}× of {other}'s time"
+    peaks = [a["peak"] / b["peak"] for a, b in pairs if a.get("peak") and b.get("peak")]
+    return said + (f", {_range(peaks)}× of its peak memory" if peaks else "")
 
 
 def _range(found: list[float], form: str = ".2f") -> str:

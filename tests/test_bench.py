@@ -133,6 +133,33 @@ def test_verdicts():
     assert verdict("addmm", [row("mm", 1, device="cpu")]).endswith("says nothing about a GPU]")
 
 
+def test_verdict_of_the_svf_forms():
+    """The cost rule for N = K = k = 4, forward and backward: "activation" up to M = 8, then "merged"."""
+    names = ("frozen", "reference", "lowrank-delta", "lowrank-delta-full", "lowrank-activation", "lowrank-merged-layer")
+
+    def said(M, *times, mode="both"):
+        rows = [{**row(name, us, mode=mode, M=M), "peak": 10 * us} for name, us in zip(names, times, strict=True)]
+        return verdict("svf_linear", rows)
+
+    text = said(8, 100, 400, 110, 300, 200, 250)
+    assert "lowrank-delta 1.10× of frozen's time, 1.10× of its peak memory" in text
+    assert "lowrank-activation 0.50× of reference's time" in text
+    assert "both 8x4x4: the cost rule says activation, the fastest" in text
+    assert "both 9x4x4: the cost rule says merged-layer, 1.25× of activation" in said(9, 100, 400, 110, 300, 200, 250)
+    assert verdict("svf_linear", [row("frozen", 1)]) == "nothing to compare"
+    assert "cost rule" not in said(8, 100, 400, 110, 300, 200, 250, mode="backward")
+
+
+def test_dropouts_are_those_asked_for():
+    shapes, settings = [(4, 4, 4)], dict(dtype="float32", thin_dtype="float32")
+    todo = {name: run.problems(benchmark, shapes, [2], [0.05], **settings) for name, benchmark in run.REGISTRY.items()}
+    of = {name: [p.dropout for p in found] for name, found in todo.items()}
+    assert of["lora_linear"] == of["shrink"] == [0.05]
+    assert of["expand"] == [0.0]  # has no dropout
+    default = run.problems(run.REGISTRY["lora_linear"], shapes, [2], [], **settings)
+    assert [p.dropout for p in default] == [0.0, 0.1]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_peers_that_are_not_installed_are_absent_and_those_that_are_get_the_same_tensors(monkeypatch, dropout):
     """Stand-ins in PyTorch with the signatures of Unsloth's and LoRAFusion's functions."""
