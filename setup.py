@@ -21,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path(__file__).resolve().parent / "csrc"
+STEMS = sorted(path.stem for path in CSRC.glob("*.cu"))  # of each: STEM.cu, STEM_cpu.cpp, STEM_rows.cpp
 ARCHS = os.environ.get("LOWRANK_ARCHS", "80;90a;100a")
 # The same bits from every compiler: nothing is fused or reordered.  The two -fno allow fmaf and selects in vectors.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -Wall -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
@@ -88,7 +89,7 @@ def ninja_file(library: str, target: Path, folder: Path) -> str:
             f"  command = {nvcc()} -shared -cudart=static $in -o $out -Xlinker={','.join(libraries.split())}",
         ]
         rules[-1] = rules[-1].replace("-Wl,", "")
-        objects = [(folder / "rank_update.cuda.o", "rank_update.cu", "")]
+        objects = [(folder / f"{stem}.cuda.o", f"{stem}.cu", "") for stem in STEMS]
     else:
         rules = [
             "rule compile",
@@ -96,9 +97,12 @@ def ninja_file(library: str, target: Path, folder: Path) -> str:
             "rule link",
             f"  command = {compiler()} -shared $in -o $out {libraries}",
         ]
-        objects = [(folder / "rank_update_cpu.o", "rank_update_cpu.cpp", f"{STABLE_ABI} {includes}")]
-        for isa, flags in ISAS.items():
-            objects.append((folder / f"rank_update_{isa}.o", "rank_update_rows.cpp", f"-DISA={isa} {flags}"))
+        objects = [(folder / f"{stem}_cpu.o", f"{stem}_cpu.cpp", f"{STABLE_ABI} {includes}") for stem in STEMS]
+        objects += [
+            (folder / f"{stem}_{isa}.o", f"{stem}_rows.cpp", f"-DISA={isa} {flags}")
+            for stem in STEMS
+            for isa, flags in ISAS.items()
+        ]
     rules[2:2] = ["  depfile = $out.d", "  deps = gcc"]
     for output, source, flags in objects:
         rules += [f"build {output}: compile {CSRC / source}", f"  flags = {flags}"]

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "rank_update_op.h"
+#include "vector.cuh"
 
 namespace lowrank {
 namespace {
@@ -23,28 +24,6 @@ __device__ __forceinline__ int column(int lane, int c) {
 template <bool VECTOR>
 __device__ __forceinline__ int slot(int lane, int c) {
   return VECTOR ? (c / 4) * (TILE_COLUMNS / 2) + 4 * lane + c % 4 : lane + LANES * c;
-}
-
-template <class Bits>
-struct alignas(16) Vector {
-  Bits of[COLUMNS];
-};
-
-// 8 numbers by 16-byte loads that no store of this kernel can have changed.
-template <class Bits>
-__device__ __forceinline__ Vector<Bits> load_vector(const Bits* p) {
-  Vector<Bits> v;
-#pragma unroll
-  for (int i = 0; i < int(sizeof(v) / 16); ++i)
-    reinterpret_cast<uint4*>(&v)[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
-  return v;
-}
-
-template <class Bits>
-__device__ __forceinline__ void store_vector(Bits* p, const Vector<Bits>& v) {
-#pragma unroll
-  for (int i = 0; i < int(sizeof(v) / 16); ++i)
-    __stcs(reinterpret_cast<uint4*>(p) + i, reinterpret_cast<const uint4*>(&v)[i]);
 }
 
 template <class T, bool VECTOR>
