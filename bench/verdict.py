@@ -11,7 +11,7 @@ def verdict(name: str, rows: list[dict]) -> str:
     if not rows:
         return "nothing was timed"
     said = {"addmm": _addmm, "small": _small, "svf_linear": _svf}.get(
-        name, _thin if rows[0]["provider"] in ("triton", "eager") else _ratio
+        name, _thin if any(row["provider"] == "copy" for row in rows) else _ratio
     )(rows)
     return said if rows[0]["device"].startswith("cuda") else f"{said} [{rows[0]['device']}: says nothing about a GPU]"
 
