@@ -94,7 +94,7 @@ METHODS = {
         (Phase(0.5, _full, rate=0.1), Phase(0.5, _lora)),
     ),
     "svf": Method(
-        "the largest singular values of all linear layers scaled (SVF), four per rank", 30.0, (Phase(1.0, _svf),)
+        "the largest singular values of all linear layers scaled (SVF), four per rank", 90.0, (Phase(1.0, _svf),)
     ),
-    "svf-full": Method("every singular value of all linear layers scaled (SVF)", 30.0, (Phase(1.0, _svf_full),)),
+    "svf-full": Method("every singular value of all linear layers scaled (SVF)", 90.0, (Phase(1.0, _svf_full),)),
 }

@@ -24,6 +24,8 @@ def listed(names: list[str]) -> str:
 
 
 def megabytes(count: int) -> str:
+    if count < 1e5:
+        return f"{count / 1e3:.1f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
