@@ -3,7 +3,7 @@
 Importing this imports torch and nothing heavier: no triton, no transformers, no device is touched.
 """
 
-from . import bits, nn
+from . import bits, nn, optim
 from ._stats import FallbackError, stats, strict
 from ._version import __version__
 from .adapters import adapt, load_adapter, save_adapter
@@ -24,6 +24,7 @@ __all__ = [
     "lora_linears",
     "materialize",
     "nn",
+    "optim",
     "save_adapter",
     "stats",
     "strict",

@@ -1,0 +1,353 @@
+"""AdamW as one stream over the weights: masks, stochastic rounding, compact state, and a map of what changed."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from . import bits
+from .ops import adamw
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_POLICIES = ("raise", "skip", "propagate")
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient has infinities or NaN; nothing was written."""
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) in one pass over p, g and the moments.
+
+    Args:
+        params, lr, betas, eps, weight_decay: torch.optim.AdamW's; fp32, bf16 or fp16 parameters (fp64 in PyTorch), also as
+            (name, parameter) pairs.  Moments are fp32 whatever the parameters' dtype.
+        master_weights: keep an fp32 copy of each 16-bit parameter and step that.
+        stochastic_rounding: round 16-bit parameters up or down at random, so that small updates are right on average.  Drawn
+            from Philox by (seed, step, position of the parameter, element), so that a replay gives the same bits.
+        seed: of that, an integer.
+        masks: {parameter or its name: words} (:mod:`lowrank.bits`): where a bit is 0, the weight, its moments and its decay
+            are left alone.  Parameters without an entry train whole.
+        compact: keep moments of active elements only; by default where a mask has less than half of its bits set.
+        track_changes: keep a bit per element of what changed in the stored dtype since :meth:`zero_changes`.  A write by
+            others in place is noticed and sets all bits of its parameter; who writes through ``.data`` calls
+            :meth:`mark_all_changed`.
+        offsets: {parameter or its name: index of its first element in the whole} for shards, in multiples of 8: shards of
+            one parameter then draw what the whole would have drawn.
+        nonfinite: on a gradient with infinities or NaN in active elements: "raise" :class:`NonFiniteGradientError`, "skip"
+            the step and count it in ``skipped_steps``, both before anything is written; or "propagate", without looking
+            (which saves a pass over the gradients and a synchronisation).
+
+    Raises: ValueError or TypeError that names the parameter.
+    """
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, master_weights=False,
+        stochastic_rounding=False, seed=0, masks=None, compact=None, track_changes=False, offsets=None, nonfinite="raise",
+    ):  # fmt: skip
+        for name, value, fits in (
+            ("lr", lr, lr >= 0),
+            ("eps", eps, eps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas)),
+            ("nonfinite", nonfinite, nonfinite in _POLICIES),
+            ("seed", seed, isinstance(seed, int) and -(2**63) <= seed < 2**63),
+        ):
+            if not fits:
+                raise ValueError(f"AdamW: {name} does not fit, got {value!r}")
+        if master_weights and stochastic_rounding:
+            raise ValueError("AdamW: expected master_weights or stochastic_rounding, got both")
+        self.master_weights, self.stochastic_rounding, self.seed = master_weights, stochastic_rounding, seed
+        self.compact, self.track_changes, self.nonfinite, self.skipped_steps = compact, track_changes, nonfinite, 0
+        self._masks: dict[Tensor, Tensor] = {}
+        self._prefixes: dict[Tensor, Tensor] = {}
+        self._firsts: dict[Tensor, int] = {}
+        self._changes: dict[Tensor, Tensor] = {}
+        self._versions: dict[Tensor, int] = {}
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        for p, words in self._by_parameter(masks, "masks"):
+            self._set_mask(p, words)
+        for p, first in self._by_parameter(offsets, "offsets"):
+            if not isinstance(first, int) or first < 0 or first % 8:
+                raise ValueError(f"AdamW: expected offsets in multiples of 8, got {first!r} for {self._name(p)}")
+            self._firsts[p] = first
+
+    # what is stepped
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if type(p).__name__ == "DTensor":
+                raise TypeError(f"AdamW: {self._name(p)} is a DTensor, which is not supported")
+            if p.dtype not in _DTYPES:
+                raise TypeError(f"AdamW: expected fp32, bf16, fp16 or fp64, got {p.dtype} for {self._name(p)}")
+            self._refuse_overlap(p)
+            if self.track_changes:
+                self._changes[p] = torch.zeros(-(-p.numel() // 32), dtype=torch.int32, device=p.device)
+                self._versions[p] = p._version
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _name(self, p: Tensor) -> str:
+        for n, group in enumerate(self.param_groups):
+            for i, q in enumerate(group["params"]):
+                if p is q:
+                    return group["param_names"][i] if "param_names" in group else f"parameter {i} of group {n}"
+        return f"a parameter {list(p.shape)}"
+
+    def _by_parameter(self, given, what: str):
+        """(parameter, value) of a dict keyed by parameters or their names."""
+        names = {}
+        for group in self.param_groups:
+            names.update(zip(group.get("param_names", ()), group["params"], strict=False))
+        known = set(self._parameters())
+        for key, value in (given or {}).items():
+            p = names.get(key) if isinstance(key, str) else key
+            if p is None or p not in known:
+                shown = repr(key) if isinstance(key, str) else f"a tensor {list(key.shape)}"
+                raise ValueError(f"AdamW: {what} has {shown}, which is none of the parameters")
+            yield p, value
+
+    def _refuse_overlap(self, p: Tensor) -> None:
+        def extent(t):
+            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+        if p.is_meta or p.numel() == 0:
+            return
+        first, end = extent(p)
+        for q in self._parameters():
+            if q is not p and q.numel() and q.device == p.device:
+                other, other_end = extent(q)
+                if first < other_end and other < end:
+                    raise ValueError(f"AdamW: {self._name(p)} and {self._name(q)} overlap in memory")
+
+    def _set_mask(self, p: Tensor, words) -> None:
+        expected = -(-p.numel() // 32)
+        if not isinstance(words, Tensor) or words.dtype is not torch.int32:
+            got = getattr(words, "dtype", type(words).__name__)
+            raise TypeError(f"AdamW: expected masks as int32 words, got {got}")
+        if words.shape != (expected,) or words.device != p.device:
+            raise ValueError(
+                f"AdamW: expected a mask of {expected} words on {p.device} for {self._name(p)} {list(p.shape)},"
+                f" got {list(words.shape)} on {words.device}"
+            )
+        words = words.contiguous().clone()
+        if tail := p.numel() % 32:
+            words[-1] &= (1 << tail) - 1 if tail < 31 else 0x7FFFFFFF
+        self._masks[p] = words
+        offsets = adamw.block_offsets(words, p.numel())
+        if self.compact or (self.compact is None and 2 * int(offsets[-1]) < p.numel()):
+            self._prefixes[p] = offsets
+
+    # the step
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of every parameter that has a gradient.  Returns the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work, streams = [], {p: i for i, p in enumerate(self._parameters())}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise TypeError(f"AdamW: {self._name(p)} has a sparse gradient")
+                    work.append((group, p))
+        if self.nonfinite != "propagate" and (bad := self._first_nonfinite([p for _, p in work])) is not None:
+            if self.nonfinite == "raise":
+                raise NonFiniteGradientError(f"the gradient of {self._name(bad)} is not finite; nothing was written")
+            self.skipped_steps += 1
+            return loss
+        calls: dict[tuple, list] = {}
+        for group, p in work:
+            state = self._state(p)
+            state["step"] += 1
+            g = p.grad if p.grad.dtype is p.dtype else p.grad.float()
+            key = (p.device, p.dtype, g.dtype, id(group), float(state["step"]))
+            calls.setdefault(key, [group]).append((p, g))
+        for (_, dtype, _, _, step), (group, *pairs) in calls.items():
+            self._call(group, pairs, int(step), streams, self.stochastic_rounding and dtype.itemsize == 2)
+        return loss
+
+    def _call(self, group, pairs, step, streams, stochastic) -> None:
+        none = torch.empty(0)
+        params, back = [], []
+        for p, _ in pairs:
+            if self.track_changes:
+                self._see_foreign_writes(p)
+            params.append(p if p.is_contiguous() else p.contiguous())
+            if params[-1] is not p:
+                back.append((p, params[-1]))
+        states = [self.state[p] for p, _ in pairs]
+
+        def all_or_none(values):
+            return [none if t is None else t for t in values] if any(t is not None for t in values) else []
+
+        beta1, beta2 = group["betas"]
+        lr = float(group["lr"])
+        scalars = [
+            1.0, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"], lr / (1 - beta1**step),
+            math.sqrt(1 - beta2**step), group["eps"],
+        ]  # fmt: skip
+        adamw.step(
+            params,
+            [g.contiguous() for _, g in pairs],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            all_or_none([s.get("master") for s in states]),
+            all_or_none([self._masks.get(p) for p, _ in pairs]),
+            all_or_none([self._prefixes.get(p) for p, _ in pairs]),
+            all_or_none([self._changes.get(p) for p, _ in pairs]),
+            [self._firsts.get(p, 0) for p, _ in pairs],
+            [streams[p] for p, _ in pairs],
+            scalars,
+            self.seed,
+            step,
+            stochastic,
+        )
+        for p, copy in back:
+            p.copy_(copy)
+        if self.track_changes:
+            for p, _ in pairs:
+                self._versions[p] = p._version
+
+    def _state(self, p: Tensor) -> dict:
+        state = self.state[p]
+        if not state:
+            wide = torch.float64 if p.dtype is torch.float64 else torch.float32
+            size = p.shape if p not in self._prefixes else (int(self._prefixes[p][-1]),)
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros(size, dtype=wide, device=p.device)
+            state["exp_avg_sq"] = torch.zeros(size, dtype=wide, device=p.device)
+            if self.master_weights and p.dtype.itemsize == 2:
+                state["master"] = p.detach().float().contiguous()
+        return state
+
+    # gradients
+
+    def _active_gradient(self, p: Tensor) -> Tensor:
+        g = p.grad
+        return g if p not in self._masks else g.masked_fill(~bits.unpack(self._masks[p], p.shape), 0)
+
+    def _first_nonfinite(self, params: list[Tensor]) -> Tensor | None:
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for p in params:
+            if p.numel():
+                by_device.setdefault(p.device, []).append(p)
+        for found in by_device.values():
+            largest = torch._foreach_norm([p.grad for p in found], math.inf)
+            for p, finite in zip(found, torch.stack([n.float() for n in largest]).isfinite().tolist(), strict=True):
+                if not finite and not self._active_gradient(p).isfinite().all():
+                    return p
+        return None
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of all gradients together, over active elements only; 0-d, fp32."""
+        norms = [
+            torch.linalg.vector_norm(self._active_gradient(p), dtype=torch.float32).cpu()
+            for p in self._parameters()
+            if p.grad is not None
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """torch.nn.utils.clip_grad_norm_ with :meth:`grad_norm`; returns the norm before."""
+        norm = self.grad_norm()
+        scale = float((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        if scale < 1:
+            torch._foreach_mul_(grads, scale)
+        return norm
+
+    # changes
+
+    def changes(self) -> dict[Tensor, Tensor]:
+        """{parameter: int32 words}: what changed since :meth:`zero_changes`, bit by bit (:mod:`lowrank.bits`)."""
+        self._need_tracking()
+        for p in self._changes:
+            self._see_foreign_writes(p)
+        return dict(self._changes)
+
+    def zero_changes(self) -> None:
+        """From here on."""
+        self._need_tracking()
+        for p, words in self._changes.items():
+            words.zero_()
+            self._versions[p] = p._version
+
+    def mark_all_changed(self, p: Tensor | None = None) -> None:
+        """Of one parameter, or of all: for writes that PyTorch does not count (``p.data``, other processes)."""
+        self._need_tracking()
+        for q, words in self._changes.items():
+            if p is None or p is q:
+                words.fill_(-1)
+                if tail := q.numel() % 32:
+                    words[-1] = (1 << tail) - 1 if tail < 31 else 0x7FFFFFFF
+                self._versions[q] = q._version
+
+    def _need_tracking(self) -> None:
+        if not self.track_changes:
+            raise RuntimeError("AdamW: made without track_changes=True")
+
+    def _see_foreign_writes(self, p: Tensor) -> None:
+        if p._version != self._versions[p]:
+            self.mark_all_changed(p)
+
+    # files
+
+    def state_dict(self):
+        """torch.optim.Optimizer's, with the masks in it: {index of the parameter: words}."""
+        found = super().state_dict()
+        index = {p: i for i, p in enumerate(self._parameters())}
+        found["masks"] = {index[p]: words for p, words in self._masks.items()}
+        return found
+
+    def load_state_dict(self, state_dict) -> None:
+        """What :meth:`state_dict` gave, or torch.optim.AdamW's; moments stay fp32, and all is marked as changed."""
+        params = list(self._parameters())
+        given = {
+            params[i]: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            for i, state in self._in_order(state_dict).items()
+        }
+        masks = {params[i]: words.to(params[i].device) for i, words in state_dict.get("masks", {}).items()}
+        before = dict(self._masks), dict(self._prefixes)
+        if "masks" in state_dict:
+            self._masks.clear(), self._prefixes.clear()
+            for p, words in masks.items():
+                self._set_mask(p, words)
+        try:
+            for p, state in given.items():
+                expected = p.numel() if p not in self._prefixes else int(self._prefixes[p][-1])
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name not in state or state[name].numel() != expected:
+                        got = state[name].numel() if name in state else "none"
+                        raise ValueError(
+                            f"AdamW: expected {name} with {expected} elements for {self._name(p)}, got {got}: another mask?"
+                        )
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "masks"})
+        except Exception:
+            self._masks, self._prefixes = before
+            raise
+        for p, state in given.items():  # the base class has cast it to the parameter's dtype
+            wide = torch.float64 if p.dtype is torch.float64 else torch.float32
+            self.state[p] = {
+                name: value if name == "step" or not isinstance(value, Tensor) else value.to(p.device, wide)
+                for name, value in state.items()
+            }
+            step = state.get("step", 0.0)
+            self.state[p]["step"] = torch.as_tensor(float(step))
+        if self.track_changes:
+            self.mark_all_changed()
+
+    @staticmethod
+    def _in_order(state_dict) -> dict[int, dict]:
+        """state by position among all parameters."""
+        ids = (i for group in state_dict["param_groups"] for i in group["params"])
+        return {n: state_dict["state"][i] for n, i in enumerate(ids) if i in state_dict["state"]}

@@ -1,0 +1,614 @@
+"""lowrank.optim.AdamW: against torch's, against fp64, in each native form and in PyTorch."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+from lowrank import _native, bits
+from lowrank.ops import adamw
+from lowrank.optim import AdamW, NonFiniteGradientError
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+FORMS = ["baseline", "avx2", "avx512", "torch"]
+SIZES = [0, 1, 7, 8, 9, 1023, 1024, 1025, 5000]
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Each instruction set of csrc/adamw, and PyTorch."""
+    if request.param == "torch":
+        monkeypatch.setenv("LOWRANK_BACKEND", "eager")
+    elif not _native.available("cpu"):
+        pytest.skip(str(_native.why_not("cpu")))
+    else:
+        monkeypatch.setenv("LOWRANK_ISA", request.param)
+        try:
+            AdamW([parameter(torch.ones(1))]).step()
+            one = parameter(torch.ones(1))
+            one.grad = torch.ones(1)
+            AdamW([one]).step()
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    return request.param
+
+
+def parameter(t):
+    return torch.nn.Parameter(t.detach().clone())
+
+
+def with_grads(sizes, dtype, grad_dtype=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    params = [parameter(torch.randn(n, generator=generator).to(dtype)) for n in sizes]
+    new_grads(params, grad_dtype or dtype, generator)
+    return params, generator
+
+
+def new_grads(params, dtype, generator):
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(dtype).to(p.dtype)
+
+
+def raw(t):
+    return t.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def same_bits(a, b):
+    return torch.equal(raw(a), raw(b))
+
+
+def ulps(a, b):
+    """Distance in the order of fp32 numbers."""
+    a, b = (torch.where(x < 0, -(x & 0x7FFFFFFF), x) for x in (raw(a).long(), raw(b).long()))
+    return (a - b).abs()
+
+
+# against torch.optim.AdamW
+
+
+def test_one_step_is_torchs_to_an_ulp(form):
+    """From equal states, which 20 steps of torch.optim.AdamW made."""
+    params, generator = with_grads(SIZES, FP32)
+    theirs = torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1, foreach=False, fused=False)
+    for _ in range(20):
+        new_grads(params, FP32, generator)
+        theirs.step()
+    copies = [parameter(p) for p in params]
+    for p, q in zip(params, copies, strict=True):
+        q.grad = p.grad.clone()
+    ours = AdamW(copies, lr=3e-3, weight_decay=0.1)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    before = [p.detach().clone() for p in params]
+    theirs.step()
+    ours.step()
+    far = 0
+    for p, q, old in zip(params, copies, before, strict=True):
+        m, v = (theirs.state[p][name] for name in ("exp_avg", "exp_avg_sq"))
+        assert ulps(m, ours.state[q]["exp_avg"]).le(1).all()
+        assert ulps(v, ours.state[q]["exp_avg_sq"]).le(1).all()
+        assert float(ours.state[q]["step"]) == 21
+        # torch's sqrt (MKL's) is off by one in a fifth of all numbers; with one that rounds correctly its bits are ours
+        denominator = v.double().sqrt().float().div_(math.sqrt(1 - 0.999**21)).add_(1e-8)
+        exact = old.mul(1 - 3e-3 * 0.1).addcdiv_(m, denominator, value=-3e-3 / (1 - 0.9**21))
+        assert form == "torch" or same_bits(q, exact)
+        assert ulps(p, q).le(2).all()
+        far += int(ulps(p, q).gt(1).sum())
+    assert far <= 1e-3 * sum(SIZES)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("master", [False, True])
+def test_a_run_is_fp64s(form, dtype, master):
+    """Masters follow fp64's run; without, a 16-bit parameter is off by its own rounding."""
+    params, generator = with_grads([257], dtype)
+    wide = parameter(params[0].double())
+    reference = torch.optim.AdamW([wide], lr=1e-2, foreach=False)
+    optimizer = AdamW(params, lr=1e-2, master_weights=master)
+    for _ in range(10):
+        new_grads(params, dtype, generator)
+        wide.grad = params[0].grad.double()
+        optimizer.step()
+        reference.step()
+    if master and dtype is not FP32:
+        assert (optimizer.state[params[0]]["master"] - wide).abs().max() < 1e-6
+        assert same_bits(params[0], optimizer.state[params[0]]["master"].to(dtype))
+    limit = {FP32: 1e-6, BF16: 10 * 2**-8 * 4, FP16: 10 * 2**-11 * 4}[dtype]
+    assert (params[0].double() - wide).abs().max() < limit
+
+
+def test_native_forms_give_the_same_bits(monkeypatch):
+    """Instruction sets exactly; PyTorch to an ulp of the moments (it fuses nothing)."""
+    if not _native.available("cpu"):
+        pytest.skip(str(_native.why_not("cpu")))
+    found = {}
+    for isa in ("baseline", "avx2", "avx512"):
+        monkeypatch.setenv("LOWRANK_ISA", isa)
+        try:
+            found[isa] = run_everything()
+        except RuntimeError:
+            continue
+    assert len(found) > 1
+    first = found.pop("baseline")
+    for values in found.values():
+        assert all(same_bits(a, b) for a, b in zip(first, values, strict=True))
+    monkeypatch.delenv("LOWRANK_ISA")
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        assert all(same_bits(a, b) for a, b in zip(first, run_everything(), strict=True))
+    torch.set_num_threads(threads)
+
+
+def run_everything():
+    tensors = []
+    for dtype, (stochastic, master) in itertools.product([FP32, BF16, FP16], [(0, 0), (1, 0), (0, 1)]):
+        params, generator = with_grads([*SIZES, 70_000], dtype)
+        masks = {p: bits.pack(torch.rand(p.shape, generator=generator) < 0.3) for p in params[2::2]}
+        optimizer = AdamW(
+            params, masks=masks, stochastic_rounding=bool(stochastic), master_weights=bool(master), track_changes=True
+        )
+        for _ in range(3):
+            new_grads(params, dtype, generator)
+            optimizer.step()
+        tensors += [*params, *optimizer.changes().values()]
+        tensors += [v for p in params for v in optimizer.state[p].values() if v.dim()]
+    return tensors
+
+
+def test_special_values(form):
+    """NaN and infinities behave as torch's; zeros keep their sign where nothing moves them."""
+    values = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-42, -1e-42, 3e38] * 3)
+    grads = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1e-40, -1e38] * 2 + [math.inf, math.nan, 0.0, -0.0] * 2)
+    p, q = parameter(values), parameter(values)
+    p.grad, q.grad = grads.clone(), grads.clone()
+    torch.optim.AdamW([p], lr=0.1, foreach=False).step()
+    AdamW([q], lr=0.1, nonfinite="propagate").step()
+    assert torch.equal(p.isnan(), q.isnan())
+    assert torch.equal(p.signbit()[~p.isnan()], q.signbit()[~p.isnan()])
+    torch.testing.assert_close(p, q, equal_nan=True)
+
+
+# stochastic rounding
+
+
+def test_philox_is_salmons():
+    """Known answers of Random123 for philox4x32-10 with zeros, and with all bits set."""
+    found = adamw.random_bits(8, 0, 0, 0, 0)
+    words = [int(found[2 * i]) | int(found[2 * i + 1]) << 16 for i in range(4)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    want = philox(0, 0, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
+    found = adamw.random_bits(8, 0, 0x13198A2E, 0x299F31D0A4093822, 0x03707344)
+    assert [int(found[2 * i]) | int(found[2 * i + 1]) << 16 for i in range(4)] == want
+    assert philox(0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0) == [
+        0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1,
+    ]  # fmt: skip
+
+
+def philox(c0, c1, c2, c3, k0, k1):
+    """Salmon et al. 2011, in Python's integers."""
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return [c0, c1, c2, c3]
+
+
+def rounded(values, dtype, seed, step=1, first=0):
+    """``values`` stored by one step that moves nothing: lr 0 on a 16-bit parameter would keep its bits, so by the formula."""
+    return adamw.round_stochastically(values, dtype, first, 0, seed, step)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_stochastic_rounding_is_unbiased(dtype):
+    """The mean over 4,096 seeds is x within 4 sigma, and every result is one of x's two neighbours."""
+    x = torch.tensor([1.0 + 2**-12, -1.7, 3e-3, 0.1, 1e-7, -3e-6, 5.97e-8, 100.3])
+    found = torch.stack([rounded(x, dtype, seed).double() for seed in range(4096)])
+    nearest = x.to(dtype).double()
+    step = torch.tensor([2.0**-24]) if dtype is FP16 else torch.tensor([0.0])
+    for i, value in enumerate(x.double()):
+        outcomes = found[:, i].unique()
+        assert len(outcomes) <= 2
+        assert nearest[i] in outcomes
+        if len(outcomes) == 2:
+            low, high = outcomes.tolist()
+            assert low < value < high
+            share = float((value - low) / (high - low))
+            sigma = (high - low) * math.sqrt(share * (1 - share) / 4096)
+            assert abs(found[:, i].mean() - value) < 4 * sigma + (high - low) * 2**-16
+        else:
+            assert abs(outcomes[0] - value) <= max(abs(value) * 2**-16, float(step[0]) * 2**-16)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_what_stochastic_rounding_leaves(dtype):
+    """Representable numbers, infinities and NaN are themselves; the largest number does not become infinite."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for seed in range(3):
+        found = rounded(every.float(), dtype, seed)
+        finite = ~every.isnan()
+        assert same_bits(found[finite], every[finite])
+        assert found[~finite].isnan().all()
+    top = torch.finfo(dtype).max
+    assert rounded(torch.full((64,), top * (1 + 2**-12)), dtype, 1).float().eq(top).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_native_rounding_is_the_formula(form, dtype):
+    """A step of fp32 masters beside a step of 16-bit parameters: what is stored is the formula of what was computed."""
+    if form == "torch":
+        pytest.skip("it is the formula")
+    params, _ = with_grads([5000], dtype)
+    values = params[0].detach().clone()
+    grad = params[0].grad.clone()
+    AdamW(params, lr=0.01, stochastic_rounding=True, seed=-5).step()
+    wide = parameter(values.float())
+    wide.grad = grad.float()
+    AdamW([wide], lr=0.01).step()
+    assert same_bits(params[0], adamw.round_stochastically(wide.detach(), dtype, 0, 0, -5, 1))
+
+
+def test_small_updates_survive_on_average():
+    """1,000 updates of a thousandth of bf16's spacing: lost to the nearest, kept stochastically."""
+    moved = {}
+    for stochastic in (False, True):
+        p = parameter(torch.ones(4096, dtype=BF16))
+        optimizer = AdamW([p], lr=2**-8 / 1000, weight_decay=0, stochastic_rounding=stochastic)
+        for _ in range(1000):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved[stochastic] = 1 - float(p.float().mean())
+    assert moved[False] == 0
+    assert moved[True] == pytest.approx(2**-8, rel=0.05)
+
+
+def test_shards_draw_what_the_whole_would(form):
+    whole, _ = with_grads([5000], BF16)
+    cut = 1608
+    parts = [parameter(whole[0][:cut]), parameter(whole[0][cut:])]
+    for part, grad in zip(parts, whole[0].grad.split([cut, 5000 - cut]), strict=True):
+        part.grad = grad.clone()
+    AdamW(whole, stochastic_rounding=True, seed=3).step()
+    AdamW(parts[:1], stochastic_rounding=True, seed=3).step()
+    AdamW(parts[1:], stochastic_rounding=True, seed=3, offsets={parts[1]: cut}).step()
+    assert same_bits(whole[0], torch.cat([p.detach() for p in parts]))
+
+
+def test_parameters_seeds_and_steps_draw_apart():
+    def run(seed, steps=1):
+        params = [parameter(torch.full((4096,), 1.001).to(BF16)) for _ in range(2)]
+        optimizer = AdamW(params, lr=1e-4, weight_decay=0, stochastic_rounding=True, seed=seed)
+        for _ in range(steps):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        return [p.detach().clone() for p in params]
+
+    (a, b), (c, _) = run(0), run(1)
+    assert same_bits(a, run(0)[0])
+    assert not same_bits(a, b)
+    assert not same_bits(a, c)
+
+
+# masks
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_masked_elements_are_left_alone(form, dtype, compact):
+    """Active ones go as without a mask; NaN where nothing may be read."""
+    whole, generator = with_grads(SIZES, dtype)
+    masked = [parameter(p) for p in whole]
+    active = [torch.rand(p.shape, generator=generator) < 0.4 for p in whole]
+    masks = dict(zip(masked, map(bits.pack, active), strict=True))
+    ours = AdamW(masked, masks=masks, compact=compact, track_changes=True)
+    plain = AdamW(whole)
+    before = [p.detach().clone() for p in masked]
+    for _ in range(3):
+        new_grads(whole, dtype, generator)
+        for p, q, on in zip(whole, masked, active, strict=True):
+            q.grad = torch.where(on, p.grad, math.nan)
+        plain.step()
+        ours.step()
+    for p, q, on, old in zip(whole, masked, active, before, strict=True):
+        assert same_bits(q[on], p[on])
+        assert same_bits(q[~on], old[~on])
+        state = ours.state[q]
+        assert state["exp_avg"].shape == ((int(on.sum()),) if compact else p.shape)
+        for name in ("exp_avg", "exp_avg_sq"):
+            found = state[name] if compact else state[name][on]
+            assert same_bits(found, plain.state[p][name][on])
+            assert compact or (state[name][~on] == 0).all()
+        changed = bits.unpack(ours.changes()[q], q.shape)  # some of them back again
+        assert not (changed & ~on).any()
+        assert changed[raw(q) != raw(old)].all()
+
+
+def test_compact_state_is_chosen_by_density():
+    p, q = parameter(torch.ones(64)), parameter(torch.ones(64))
+    sparse, dense = torch.arange(64) < 20, torch.arange(64) < 40
+    optimizer = AdamW([("p", p), ("q", q)], masks={"p": bits.pack(sparse), "q": bits.pack(dense)})
+    p.grad, q.grad = torch.ones(64), torch.ones(64)
+    optimizer.step()
+    assert [optimizer.state[t]["exp_avg"].numel() for t in (p, q)] == [20, 64]
+
+
+def test_gradient_norm_is_of_active_elements():
+    p, q = parameter(torch.ones(40)), parameter(torch.ones(3))
+    p.grad, q.grad = torch.full((40,), 2.0), torch.full((3,), 3.0)
+    optimizer = AdamW([p, q], masks={p: bits.pack(torch.arange(40) < 4)})
+    p.grad[10:] = math.nan
+    assert float(optimizer.grad_norm()) == pytest.approx(math.sqrt(4 * 4 + 3 * 9))
+    assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(math.sqrt(43))
+    assert float(optimizer.grad_norm()) == pytest.approx(1.0, rel=1e-5)
+    before = q.grad.clone()
+    optimizer.clip_grad_norm_(5.0)
+    assert torch.equal(q.grad, before)
+
+
+# changes
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+def test_changes_are_what_changed(form, dtype):
+    params, generator = with_grads(SIZES, dtype)
+    optimizer = AdamW(params, lr=1e-4, track_changes=True)
+    start = [p.detach().clone() for p in params]
+    ever = [torch.zeros(p.shape, dtype=torch.bool) for p in params]
+    for _ in range(4):
+        before = [p.detach().clone() for p in params]
+        new_grads(params, dtype, generator)
+        optimizer.step()
+        for seen, p, old in zip(ever, params, before, strict=True):
+            seen |= raw(p) != raw(old)
+    for p, seen in zip(params, ever, strict=True):
+        words = optimizer.changes()[p]
+        assert torch.equal(bits.unpack(words, p.shape), seen)
+        assert same_bits(words, bits.pack(seen))  # no bit after the last element
+    if dtype is not FP32:
+        assert not all(seen.all() for seen in ever if seen.numel() > 100)
+    optimizer.zero_changes()
+    assert not any(words.any() for words in optimizer.changes().values())
+    assert not all(same_bits(p, old) for p, old in zip(params, start, strict=True))
+
+
+def test_foreign_writes_are_seen():
+    p, q = parameter(torch.ones(40)), parameter(torch.ones(40))
+    optimizer = AdamW([p, q], track_changes=True)
+    all_of_40 = bits.pack(torch.ones(40, dtype=torch.bool))
+    with torch.no_grad():
+        p.mul_(2)
+    assert torch.equal(optimizer.changes()[p], all_of_40)
+    assert not optimizer.changes()[q].any()
+    optimizer.zero_changes()
+    q.data.mul_(2)
+    assert not optimizer.changes()[q].any()  # PyTorch does not count it
+    optimizer.mark_all_changed(q)
+    assert torch.equal(optimizer.changes()[q], all_of_40)
+    optimizer.zero_changes()
+    with torch.no_grad():
+        p.add_(1)
+    p.grad = torch.zeros(40)
+    optimizer.step()  # before the step, not only between it and changes()
+    assert torch.equal(optimizer.changes()[p], all_of_40)
+    with pytest.raises(RuntimeError, match="track_changes"):
+        AdamW([p]).changes()
+
+
+# torch.optim.Optimizer
+
+
+def test_groups_schedulers_and_closures():
+    params, generator = with_grads([30, 40, 50], FP32)
+    copies = [parameter(p) for p in params]
+    both = []
+    for cls, ps in ((torch.optim.AdamW, params), (AdamW, copies)):
+        optimizer = cls([{"params": ps[:1], "lr": 0.1}, {"params": ps[1:], "weight_decay": 0.0, "betas": (0.8, 0.9)}])
+        both.append((optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)))
+    for _ in range(10):
+        new_grads(params, FP32, generator)
+        for p, q in zip(params, copies, strict=True):
+            q.grad = p.grad.clone()
+        for optimizer, scheduler in both:
+            optimizer.step()
+            scheduler.step()
+    for p, q in zip(params, copies, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+    def closure():
+        both[1][0].zero_grad()
+        loss = (copies[0] ** 2).sum()
+        loss.backward()
+        return loss
+
+    both[1][0].param_groups[0]["lr"] = 0.1
+    loss = both[1][0].step(closure)
+    assert float(loss) > float((copies[0] ** 2).sum())
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("master", [False, True])
+def test_state_dict_round_trip(tmp_path, dtype, master):
+    """Moments stay fp32, masks and compact state come along, and the run goes on bit for bit."""
+
+    def make():
+        params, generator = with_grads([100, 3000, 7], dtype)
+        masks = {params[1]: bits.pack(torch.rand(3000, generator=generator) < 0.1)}
+        return params, generator, masks
+
+    params, generator, masks = make()
+    optimizer = AdamW(params, masks=masks, master_weights=master, track_changes=True)
+    for _ in range(3):
+        new_grads(params, dtype, generator)
+        optimizer.step()
+    torch.save({"model": params, "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=False)
+    loaded = [parameter(p) for p in saved["model"]]
+    again = AdamW(loaded, master_weights=master, track_changes=True)
+    again.load_state_dict(saved["optimizer"])
+    assert all(words.any() for words in again.changes().values())
+    for _ in range(3):
+        new_grads(params, dtype, generator)
+        for p, q in zip(params, loaded, strict=True):
+            q.grad = p.grad.clone()
+        optimizer.step()
+        again.step()
+    for p, q in zip(params, loaded, strict=True):
+        assert same_bits(p, q)
+        assert again.state[q]["exp_avg"].dtype is FP32
+        assert all(same_bits(v, again.state[q][k]) for k, v in optimizer.state[p].items() if v.dim())
+    other = AdamW([parameter(p) for p in params], masks={}, master_weights=master)
+    wrong = {k: v for k, v in optimizer.state_dict().items() if k != "masks"}
+    with pytest.raises(ValueError, match="another mask"):
+        other.load_state_dict(wrong)
+
+
+def test_grad_scaler(monkeypatch):
+    """Unscaled gradients with infinities: the scaler skips the step itself."""
+    p = parameter(torch.ones(10))
+    optimizer = AdamW([p], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale((p * torch.inf).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(p.detach(), torch.ones(10))
+    assert scaler.get_scale() == 2.0
+    optimizer.zero_grad()
+    scaler.scale((p * 3).sum()).backward()
+    scaler.step(optimizer)
+    assert float(p[0]) < 1
+
+
+def test_shapes_strides_and_many_small_tensors(form):
+    """Non-contiguous parameters and gradients; 300 tensors of a few elements in one call."""
+    weight = torch.randn(6, 10).mT
+    p, q = torch.nn.Parameter(weight.clone(memory_format=torch.preserve_format)), parameter(weight.contiguous())
+    assert not p.is_contiguous()
+    small, _ = with_grads([n % 5 + 1 for n in range(300)], FP32)
+    copies = [parameter(t) for t in small]
+    grad = torch.randn(10, 6)
+    p.grad, q.grad = grad.mT.contiguous().mT, grad
+    for t, u in zip(small, copies, strict=True):
+        u.grad = t.grad.clone()
+    AdamW([p, *small]).step()
+    torch.optim.AdamW([q, *copies], foreach=False).step()
+    for a, b in zip([p, *small], [q, *copies], strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+def test_nothing_else_is_written(form, dtype):
+    """Everything lies at odd addresses in the middle of poisoned memory."""
+    guarded = []
+
+    def guard(t):
+        buffer = torch.full((t.numel() + 42,), 77, dtype=t.dtype)
+        guarded.append((buffer, t.numel()))
+        inside = buffer[21 : 21 + t.numel()]
+        return inside.copy_(t.reshape(-1))
+
+    for n in (1, 7, 8, 1023, 1025, 3000):
+        values, active = torch.randn(n), torch.rand(n) < 0.3
+        p, q = (torch.nn.Parameter(guard(values.to(dtype))) for _ in range(2))
+        p.grad, q.grad = guard(values.to(dtype)), guard(values.to(dtype))
+        masks = {q: bits.pack(active)}
+        optimizer = AdamW([p, q], lr=0.1, masks=masks, compact=True, track_changes=True, master_weights=True)
+        for t in (p, q):
+            state = optimizer._state(t)
+            optimizer.state[t] = {k: guard(v) if v.dim() else v for k, v in state.items()}
+            optimizer._changes[t] = guard(optimizer._changes[t])
+        optimizer.step()
+        assert not torch.equal(p, values.to(dtype))
+        for buffer, count in guarded:
+            assert (buffer[:21] == 77).all()
+            assert (buffer[21 + count :] == 77).all()
+
+
+def test_versions_are_counted():
+    p = parameter(torch.ones(10))
+    y = (p * p).sum()
+    p.grad = torch.ones(10)
+    AdamW([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+# bad input
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradients_that_are_not_finite(value):
+    p, q = parameter(torch.ones(40)), parameter(torch.ones(3))
+    p.grad, q.grad = torch.ones(40), torch.ones(3)
+    p.grad[7] = value
+    optimizer = AdamW([("p", p), ("q", q)])
+    with pytest.raises(NonFiniteGradientError, match="the gradient of p is not finite; nothing was written"):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(q.detach(), torch.ones(3))
+    skipping = AdamW([p, q], nonfinite="skip")
+    skipping.step()
+    assert skipping.skipped_steps == 1
+    assert torch.equal(q.detach(), torch.ones(3))
+    masked = AdamW([p, q], masks={p: bits.pack(torch.arange(40) != 7)})
+    masked.step()
+    assert p.isfinite().all()
+    assert p[0] < 1
+
+
+def test_bad_arguments():
+    p = parameter(torch.ones(40))
+    words = torch.zeros(2, dtype=torch.int32)
+    for options, error in (
+        (dict(masks={p: words[:1]}), "expected a mask of 2 words"),
+        (dict(masks={p: words.long()}), "masks as int32 words"),
+        (dict(masks={p: "x"}), "masks as int32 words"),
+        (dict(masks={"nobody": words}), "'nobody', which is none of the parameters"),
+        (dict(masks={parameter(torch.ones(40)): words}), "none of the parameters"),
+        (dict(offsets={p: 4}), "multiples of 8"),
+        (dict(lr=-1), "lr does not fit"),
+        (dict(betas=(0.9, 1.0)), "betas does not fit"),
+        (dict(nonfinite="ignore"), "nonfinite does not fit"),
+        (dict(seed=2**63), "seed does not fit"),
+        (dict(master_weights=True, stochastic_rounding=True), "got both"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=error):
+            AdamW([p], **options)
+    storage = torch.ones(50)
+    overlapping = [torch.nn.Parameter(storage[:30]), torch.nn.Parameter(storage[20:])]
+    with pytest.raises(ValueError, match="parameter 0 of group 0 and parameter 1 of group 0 overlap"):
+        AdamW(overlapping)
+    with pytest.raises(TypeError, match=r"expected fp32, bf16, fp16 or fp64, got torch\.complex64"):
+        AdamW([parameter(torch.ones(3, dtype=torch.complex64))])
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="sparse gradient"):
+        AdamW(embedding.parameters()).step()
+
+
+def test_the_op_checks_what_it_writes():
+    """A direct call with what does not fit raises instead of writing past an end."""
+    if not _native.available("cpu"):
+        pytest.skip(str(_native.why_not("cpu")))
+    t, scalars = torch.ones(40), [1.0, 0.1, 0.9, 0.1, 1.0, 0.1, 1.0, 1e-8]
+    lists = [[t.clone()], [t.clone()], [t.clone()], [t.clone()], [], [], [], []]
+    numbers = [[0], [0], scalars, 0, 1, False]
+    torch.ops.lowrank.adamw(*lists, *numbers)
+    for i, wrong in ((1, [t[:39].clone()]), (2, [t[:8].clone()]), (5, [torch.zeros(1, dtype=torch.int32)]), (1, [])):
+        with pytest.raises(RuntimeError, match="adamw"):
+            torch.ops.lowrank.adamw(*[wrong if j == i else each for j, each in enumerate(lists)], *numbers)
+    with pytest.raises(RuntimeError, match="adamw"):
+        torch.ops.lowrank.adamw(*lists, [4], *numbers[1:])
+
+
+def test_without_native_code_it_says_so_once(monkeypatch):
+    from lowrank import stats
+
+    monkeypatch.setattr(_native, "why_not", lambda library: "not built")
+    p = parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    before = stats()["fallback"].get("adamw: not built", 0)
+    with pytest.warns(UserWarning, match=r"adamw: not built"):
+        AdamW([p]).step()
+    assert stats()["fallback"]["adamw: not built"] == before + 1
