@@ -40,7 +40,7 @@ def parameter(t):
 
 
 def with_grads(sizes, dtype, grad_dtype=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU whatever the device
     params = [parameter(torch.randn(n, generator=generator).to(dtype)) for n in sizes]
     new_grads(params, grad_dtype or dtype, generator)
     return params, generator
@@ -48,7 +48,7 @@ def with_grads(sizes, dtype, grad_dtype=None, seed=0):
 
 def new_grads(params, dtype, generator):
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(dtype).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(dtype).to(p.device, p.dtype)
 
 
 def raw(t):
@@ -141,11 +141,14 @@ def test_native_forms_give_the_same_bits(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def run_everything():
+def run_everything(device="cpu"):
     tensors = []
     for dtype, (stochastic, master) in itertools.product([FP32, BF16, FP16], [(0, 0), (1, 0), (0, 1)]):
         params, generator = with_grads([*SIZES, 70_000], dtype)
         masks = {p: bits.pack(torch.rand(p.shape, generator=generator) < 0.3) for p in params[2::2]}
+        if device != "cpu":
+            moved = {p: torch.nn.Parameter(p.detach().to(device)) for p in params}
+            params, masks = list(moved.values()), {moved[p]: words.to(device) for p, words in masks.items()}
         optimizer = AdamW(
             params, masks=masks, stochastic_rounding=bool(stochastic), master_weights=bool(master), track_changes=True
         )
@@ -155,6 +158,14 @@ def run_everything():
         tensors += [*params, *optimizer.changes().values()]
         tensors += [v for p in params for v in optimizer.state[p].values() if v.dim()]
     return tensors
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_cpus_bits():
+    if not (_native.available("cpu") and _native.available("cuda")):
+        pytest.skip(f"{_native.why_not('cpu')}; {_native.why_not('cuda')}")
+    found = zip(run_everything(), run_everything("cuda"), strict=True)
+    assert all(same_bits(a, b.cpu()) for a, b in found)
 
 
 def test_special_values(form):

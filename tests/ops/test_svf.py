@@ -86,7 +86,7 @@ def compare(draw, call, plain):
             torch.stack([values[i].detach() for values in of]) for of in zip(*runs, strict=True)
         )
         few = dy.shape[0] * factors.S.shape[0] <= 16 or truth[0].numel() <= 16
-        few |= INTERPRETED and leaves[0].dtype is torch.float32  # summed row after row there, without FMA
+        few |= INTERPRETED and factors.U.dtype is torch.float32  # summed row after row there, without FMA
         assert_as_right(ours, eager, truth, bound if few else None, name)
 
 
