@@ -71,12 +71,12 @@ __device__ double block_sum(double x, double* shared) {
 }
 
 template <class T, bool VECTOR, bool REPORT>
-__global__ void __launch_bounds__(THREADS, REPORT ? 1 : 2) rank_update_kernel(const RankUpdate u, const int64_t tiles_k) {
+__global__ void __launch_bounds__(THREADS, REPORT ? 1 : 2) rank_update_kernel(const RankUpdate u, const unsigned tiles_k) {
   __shared__ alignas(16) float a[RANKS][TILE_COLUMNS];
   __shared__ alignas(16) float bm[RANKS][TILE_ROWS + 4];  // + 4: see below
   using Bits = typename T::Bits;
   const int lane = threadIdx.x % LANES, first_row = threadIdx.x / LANES * ROWS;
-  const int64_t n0 = blockIdx.x / tiles_k * TILE_ROWS, k0 = blockIdx.x % tiles_k * TILE_COLUMNS;
+  const int64_t n0 = int64_t(blockIdx.x / tiles_k) * TILE_ROWS, k0 = int64_t(blockIdx.x % tiles_k) * TILE_COLUMNS;
 
   // W is on its way to the L2 while the sums are made; registers for it are not to be had
   if constexpr (VECTOR) {
@@ -178,7 +178,7 @@ void launch(const RankUpdate& u, cudaStream_t stream) {
   STD_TORCH_CHECK(tiles < (int64_t(1) << 31), "rank_update: too many tiles for one launch");
   const auto kernel = vector ? (u.stats ? rank_update_kernel<T, true, true> : rank_update_kernel<T, true, false>)
                              : (u.stats ? rank_update_kernel<T, false, true> : rank_update_kernel<T, false, false>);
-  kernel<<<tiles, THREADS, 0, stream>>>(u, tiles_k);
+  kernel<<<tiles, THREADS, 0, stream>>>(u, unsigned(tiles_k));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (u.changed && !vector) {
     const int64_t blocks = tiles_of(tiles_of(u.N * u.K, 8), THREADS);
