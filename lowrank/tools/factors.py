@@ -6,7 +6,6 @@ The checkpoint's safetensors are read one weight at a time.  Where its tensors a
 
 import argparse
 import copy
-import json
 import re
 import sys
 from itertools import groupby
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from .._shapes import BUILT_IN, load_config
+from ..checkpoints import open_tensors, tensor_files
 from ..factors import (
     Weight,
     WrittenLayer,
@@ -27,8 +27,6 @@ from ..factors import (
 from ..svd import METHODS
 
 SUMMARY = "write the SVD factors of a checkpoint's linear layers to one safetensors file"
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +87,7 @@ def checkpoint_weights(model: str, target_modules="all-linear") -> dict[str, Wei
     except ValueError as error:  # transformers lists every class it knows, over many lines
         raise ValueError(f"transformers builds no causal language model: {str(error).splitlines()[0]}") from error
     layers = target_layers(skeleton, target_modules)
-    files = _files(folder)
+    files = tensor_files(folder)
     reason = _why_not_as_stored(config, skeleton, layers, files)
     if reason is None:
         return {name: _stored(layer, *_locate(name, skeleton, files), config.dtype) for name, layer in layers.items()}
@@ -104,20 +102,6 @@ def checkpoint_weights(model: str, target_modules="all-linear") -> dict[str, Wei
             f"MODEL: {model} lacks the weights of {len(lost)} layers, or has others in their place, such as {lost[0]}"
         )
     return module_weights(layers)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The safetensors file of each tensor in a checkpoint; empty if it has none."""
-    if (folder / _INDEX).is_file():
-        try:
-            index = json.loads((folder / _INDEX).read_text())["weight_map"]
-            return {key: folder / file for key, file in index.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / _INDEX}: no safetensors index ({type(error).__name__}: {error})") from error
-    if not (folder / _SINGLE).is_file():
-        return {}
-    with _open(folder / _SINGLE) as file:
-        return dict.fromkeys(file.keys(), folder / _SINGLE)
 
 
 def _locate(layer: str, skeleton, files: dict[str, Path]) -> tuple[str, Path] | None:
@@ -144,7 +128,7 @@ def _why_not_as_stored(config, skeleton, layers, files: dict[str, Path]) -> str 
         if found is None:
             return f"the files have no {name}.weight"
         key, path = found
-        with _open(path) as file:
+        with open_tensors(path) as file:
             stored = file.get_slice(key)
             shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
         if shape != tuple(layer.weight.shape) or dtype not in ("F16", "BF16", "F32", "F64"):
@@ -154,20 +138,11 @@ def _why_not_as_stored(config, skeleton, layers, files: dict[str, Path]) -> str 
 
 def _stored(layer, key: str, path: Path, dtype: torch.dtype) -> Weight:
     def read() -> torch.Tensor:
-        with _open(path) as file:
+        with open_tensors(path) as file:
             weight = file.get_tensor(key).to(dtype)
         return weight.mT if is_conv1d(layer) else weight
 
     return Weight(weight_shape(layer), read)
-
-
-def _open(path: Path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({path.stat().st_size} bytes): {error}") from error
 
 
 def _targets(names: list[str]) -> str | list[str]:
