@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(THREADS, REPORT ? 1 : 2) rank_update_kernel(co
   }
 
   double sums[3] = {};
-  constexpr int BATCH = 8 / sizeof(Bits);  // rows whose loads are under way together
+  constexpr int BATCH = VECTOR || !REPORT ? 8 / sizeof(Bits) : 1;  // rows whose loads are under way together
 #pragma unroll
   for (int i0 = 0; i0 < ROWS; i0 += BATCH) {
     Vector<Bits> w[BATCH];
@@ -134,7 +134,12 @@ __global__ void __launch_bounds__(THREADS, REPORT ? 1 : 2) rank_update_kernel(co
       Vector<Bits> v;
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) v.of[c] = add_to_weight<T>(w[i].of[c], row[c]);
+      Vector<Bits> back = v;
       if constexpr (REPORT) {
+        if (u.back) {
+#pragma unroll
+          for (int c = 0; c < COLUMNS; ++c) back.of[c] = add_to_weight<T>(v.of[c], -row[c]);
+        }
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
           if (n < u.N && k0 + column<VECTOR>(lane, c) < u.K)
@@ -143,12 +148,16 @@ __global__ void __launch_bounds__(THREADS, REPORT ? 1 : 2) rank_update_kernel(co
       if constexpr (VECTOR) {
         if (n < u.N && k0 + COLUMNS * lane < u.K) {
           store_vector(out + COLUMNS * lane, v);
-          if (u.changed) u.changed[at / 8 + lane] = changed_bits(w[i].of, v.of, COLUMNS);
+          if (REPORT && u.back) store_vector(static_cast<Bits*>(u.back) + at + COLUMNS * lane, back);
+          if (u.changed) u.changed[at / 8 + lane] = changed_bits(w[i].of, back.of, COLUMNS);
         }
       } else {
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
-          if (n < u.N && k0 + column<VECTOR>(lane, c) < u.K) out[column<VECTOR>(lane, c)] = v.of[c];
+          if (n < u.N && k0 + column<VECTOR>(lane, c) < u.K) {
+            out[column<VECTOR>(lane, c)] = v.of[c];
+            if (REPORT && u.back) static_cast<Bits*>(u.back)[at + column<VECTOR>(lane, c)] = back.of[c];
+          }
       }
     }
   }
@@ -167,13 +176,14 @@ template <class Bits>
 __global__ void changed_kernel(const RankUpdate u) {
   const int64_t e = 8 * (int64_t(blockIdx.x) * THREADS + threadIdx.x), end = u.N * u.K;
   if (e < end)
-    u.changed[e / 8] = changed_bits(static_cast<const Bits*>(u.w) + e, static_cast<const Bits*>(u.out) + e, end - e);
+    u.changed[e / 8] = changed_bits(static_cast<const Bits*>(u.w) + e,
+                                    static_cast<const Bits*>(u.back ? u.back : u.out) + e, end - e);
 }
 
 template <class T>
 void launch(const RankUpdate& u, cudaStream_t stream) {
   const int64_t tiles_k = tiles_of(u.K, TILE_COLUMNS), tiles = tiles_of(u.N, TILE_ROWS) * tiles_k;
-  const uintptr_t addresses = uintptr_t(u.w) | uintptr_t(u.out) | uintptr_t(u.a);
+  const uintptr_t addresses = uintptr_t(u.w) | uintptr_t(u.out) | uintptr_t(u.a) | uintptr_t(u.back);
   const bool vector = u.K % COLUMNS == 0 && addresses % 16 == 0;
   STD_TORCH_CHECK(tiles < (int64_t(1) << 31), "rank_update: too many tiles for one launch");
   const auto kernel = vector ? (u.stats ? rank_update_kernel<T, true, true> : rank_update_kernel<T, true, false>)
@@ -191,8 +201,9 @@ void launch(const RankUpdate& u, cudaStream_t stream) {
 }  // namespace
 
 void rank_update(const Tensor& weight, const Tensor& A, const Tensor& m, const Tensor& B, const Tensor& out,
-                 const std::optional<Tensor>& changed, const std::optional<Tensor>& stats) {
-  const RankUpdate u = arguments(weight, A, m, B, out, changed, stats);
+                 const std::optional<Tensor>& changed, const std::optional<Tensor>& stats,
+                 const std::optional<Tensor>& back) {
+  const RankUpdate u = arguments(weight, A, m, B, out, changed, stats, back);
   if (u.N == 0 || u.K == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
   void* stream = nullptr;

@@ -18,7 +18,8 @@ struct RankUpdate {
   const void *w, *a, *b;
   const float* m;
   void* out;
-  uint8_t* changed;  // null, or bit i % 8 of byte i / 8: whether element i of the row-major out is not w, bit for bit
+  void* back;        // null, or what out becomes when the same update is taken off it; only beside stats
+  uint8_t* changed;  // null, or bit i % 8 of byte i / 8: whether element i of the row-major out (or of back) is not w's bits
   double* stats;     // null, or zeros [tiles(), 3] to fill with partial sums of: delta², delta (out − w), changed elements
   int64_t N, K, r, m_stride;
   Dtype w_type, a_type, b_type;

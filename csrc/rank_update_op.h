@@ -22,7 +22,8 @@ inline Dtype dtype_of(const Tensor& t) {
 }
 
 inline RankUpdate arguments(const Tensor& weight, const Tensor& A, const Tensor& m, const Tensor& B, const Tensor& out,
-                            const std::optional<Tensor>& changed, const std::optional<Tensor>& stats) {
+                            const std::optional<Tensor>& changed, const std::optional<Tensor>& stats,
+                            const std::optional<Tensor>& back) {
   STD_TORCH_CHECK(weight.dim() == 2 && A.dim() == 2 && B.dim() == 2 && m.dim() == 1 && out.dim() == 2,
                   "rank_update: expected weight [N, K], A [r, K], m [r] or [1], B [N, r] and out [N, K]");
   const int64_t N = weight.size(0), K = weight.size(1), r = A.size(0);
@@ -36,7 +37,10 @@ inline RankUpdate arguments(const Tensor& weight, const Tensor& A, const Tensor&
                   "rank_update: changed must hold ", tiles_of(N * K, 32), " int32 words");
   STD_TORCH_CHECK(!stats || (stats->scalar_type() == ScalarType::Double && stats->numel() == 3 * tiles),
                   "rank_update: stats must be float64 [", tiles, ", 3]");
-  for (const Tensor* t : {&weight, &A, &m, &B, &out, changed ? &*changed : &out, stats ? &*stats : &out}) {
+  STD_TORCH_CHECK(!back || (stats && back->scalar_type() == weight.scalar_type() && back->numel() == N * K),
+                  "rank_update: back must be like weight, beside stats");
+  for (const Tensor* t :
+       {&weight, &A, &m, &B, &out, changed ? &*changed : &out, stats ? &*stats : &out, back ? &*back : &out}) {
     STD_TORCH_CHECK(t->is_contiguous(), "rank_update: every tensor must be contiguous");
     STD_TORCH_CHECK(t->device() == weight.device(), "rank_update: every tensor must be on weight's device");
   }
@@ -45,6 +49,7 @@ inline RankUpdate arguments(const Tensor& weight, const Tensor& A, const Tensor&
           B.data_ptr(),
           static_cast<const float*>(m.data_ptr()),
           out.data_ptr(),
+          back ? back->data_ptr() : nullptr,
           changed ? static_cast<uint8_t*>(changed->data_ptr()) : nullptr,
           stats ? static_cast<double*>(stats->data_ptr()) : nullptr,
           N,

@@ -55,6 +55,10 @@ inline void rows(const RankUpdate& u, int64_t first, const float* bm, const floa
     const auto* w = static_cast<const typename T::Bits*>(u.w) + first + i * u.K;
     auto* __restrict out = static_cast<typename T::Bits*>(u.out) + first + i * u.K;
     for (int k = 0; k < columns; ++k) out[k] = add_to_weight<T>(w[k], delta[i][k]);
+    if (u.back) {
+      auto* __restrict back = static_cast<typename T::Bits*>(u.back) + first + i * u.K;
+      for (int k = 0; k < columns; ++k) back[k] = add_to_weight<T>(out[k], -delta[i][k]);
+    }
     if (u.stats) sums.add<T>(delta[i], w, out, columns);
   }
 }
@@ -92,7 +96,7 @@ void tile(const RankUpdate& u, int64_t index, float* scratch) {
   }
   if (u.changed) {
     const auto* w = static_cast<const typename T::Bits*>(u.w);
-    const auto* out = static_cast<const typename T::Bits*>(u.out);
+    const auto* out = static_cast<const typename T::Bits*>(u.back ? u.back : u.out);
     const int64_t end = (n0 + count) * u.K;
     for (int64_t e = n0 * u.K; e < end; e += 8) u.changed[e / 8] = changed_bits(w + e, out + e, end - e);
   }

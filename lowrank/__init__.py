@@ -7,12 +7,13 @@ from . import bits, delta, nn, optim
 from ._stats import FallbackError, stats, strict
 from ._version import __version__
 from .adapters import adapt, load_adapter, save_adapter
-from .ops import lora_linear, lora_linears, materialize, svf_linear
+from .ops import Receipt, fold_, lora_linear, lora_linears, materialize, svf_linear, unfold_
 from .svd import SVDFactors, svd_factors
 from .svf import SVFConfig, expert_mix
 
 __all__ = [
     "FallbackError",
+    "Receipt",
     "SVDFactors",
     "SVFConfig",
     "__version__",
@@ -20,6 +21,7 @@ __all__ = [
     "bits",
     "delta",
     "expert_mix",
+    "fold_",
     "load_adapter",
     "lora_linear",
     "lora_linears",
@@ -31,4 +33,5 @@ __all__ = [
     "strict",
     "svd_factors",
     "svf_linear",
+    "unfold_",
 ]

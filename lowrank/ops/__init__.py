@@ -1,7 +1,8 @@
 """torch.ops.lowrank.*: schema, fake, dispatch and autograd of every op, and the public functions over them."""
 
+from .fold import Receipt, fold_, unfold_
 from .lora import lora_linear, lora_linears
 from .materialize import materialize
 from .svf import svf_linear
 
-__all__ = ["lora_linear", "lora_linears", "materialize", "svf_linear"]
+__all__ = ["Receipt", "fold_", "lora_linear", "lora_linears", "materialize", "svf_linear", "unfold_"]

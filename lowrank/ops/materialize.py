@@ -25,9 +25,10 @@ TILE = 64, 256  # rows and columns of W per row of stats: csrc/rank_update.h's
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
 # m is fp32 [r] or [1].  stats: zeros, fp64 [tiles, 3], to fill with partial sums of Δ², Δ (out − W) and changed elements.
-_SCHEMA = "(Tensor weight, Tensor A, Tensor m, Tensor B, Tensor(a!) out, Tensor(b!)? changed, Tensor(c!)? stats) -> ()"
-_lib.define("materialize" + _SCHEMA)
-_lib.define("rank_update" + _SCHEMA)  # csrc/'s; every tensor contiguous
+_SCHEMA = "(Tensor weight, Tensor A, Tensor m, Tensor B, Tensor(a!) out, Tensor(b!)? changed, Tensor(c!)? stats"
+_lib.define(f"materialize{_SCHEMA}) -> ()")
+# csrc/'s; every tensor contiguous.  back: what out becomes when the update is taken off again; changed is then its map
+_lib.define(f"rank_update{_SCHEMA}, Tensor(d!)? back=None) -> ()")
 
 
 class MergeReport(NamedTuple):
@@ -73,12 +74,43 @@ def materialize(weight, A, m, B, *, out=None, changed=None):
 
 def materialize_with_report(weight, A, m, B) -> tuple[torch.Tensor, MergeReport]:
     """:func:`materialize` of one matrix, and how much of the update the rounding kept.  Waits for the device."""
-    call = _check(weight, A, m, B, None, None)
+    out, sums = materialize_with_sums(*_check(weight, A, m, B, None, None))
+    return out, report(sums, weight.numel())
+
+
+def materialize_with_sums(weight, A, m, B, out=None, changed=None) -> tuple[torch.Tensor, list[float]]:
+    """Checked arguments -> (out, [Σ Δ², Σ Δ (out − W), changed elements])."""
+    stats = _stats_of(weight)
+    return _run(weight, A, m, B, out, changed, stats), _sums(stats)
+
+
+def there_and_back(weight, A, m, B) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[float]]:
+    """Checked arguments of a form with fixed bits -> (out, out − Δ, the map of where that is not weight, the sums)."""
+    if _form(weight, A.shape[0]) != "native" or weight.numel() == 0:
+        out, sums = materialize_with_sums(weight, A, m, B)
+        back, words = _run(out, A, -m, B, None, None), weight.new_zeros(-(-weight.numel() // 32), dtype=torch.int32)
+        if weight.numel():
+            _map_changes(weight, back, words)
+        return out, back, words, sums
+    out, back, stats = torch.empty_like(weight), torch.empty_like(weight), _stats_of(weight)
+    words = weight.new_empty(-(-weight.numel() // 32), dtype=torch.int32)
+    words[-1:].zero_()
+    torch.ops.lowrank.rank_update.default(weight, A.contiguous(), m, B.contiguous(), out, words, stats, back)
+    return out, back, words, _sums(stats)
+
+
+def _stats_of(weight) -> torch.Tensor:
     tiles = math.prod(-(-size // tile) for size, tile in zip(weight.shape, TILE, strict=True))
-    stats = torch.zeros((tiles, 3), dtype=torch.float64, device=weight.device)
-    out = _run(*call, stats)
-    square, kept, changed = (sum(column) for column in stats.mT.tolist())  # on the host: in one order
-    return out, MergeReport(kept / square if square else 1.0, int(changed), weight.numel())
+    return torch.zeros((tiles, 3), dtype=torch.float64, device=weight.device)
+
+
+def _sums(stats: torch.Tensor) -> list[float]:
+    return [sum(column) for column in stats.mT.tolist()]  # on the host: in one order
+
+
+def report(sums: list[float], numel: int) -> MergeReport:
+    square, kept, changed = sums
+    return MergeReport(kept / square if square else 1.0, int(changed), numel)
 
 
 def _check(weight, A, m, B, out, changed):
@@ -255,5 +287,5 @@ def _(weight, A, m, B, out, changed, stats):
 
 
 @torch.library.register_fake("lowrank::rank_update", lib=_lib)
-def _(weight, A, m, B, out, changed, stats):
+def _(weight, A, m, B, out, changed, stats, back=None):
     pass
