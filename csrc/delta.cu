@@ -44,7 +44,10 @@ __global__ void __launch_bounds__(GROUPS) delta_fingerprint(const Delta d) {
   if (at < d.n) {
     const int count = d.n - at < 8 ? int(d.n - at) : 8;
     const Vector<Bits> data = read_some(static_cast<const Bits*>(d.data) + at, count);
-    sum = delta_sum(data.of, at, count, d.changed ? d.changed[group] : 0);
+    const unsigned skipped = d.changed ? d.changed[group] : 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < count && !(skipped >> i & 1)) sum += delta_hash(at + i, data.of[i]);
   }
   for (int lane = 16; lane; lane /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lane);
   if (threadIdx.x % 32 == 0) atomicAdd(&total, sum);

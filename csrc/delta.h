@@ -47,14 +47,6 @@ LOWRANK_HD int lowest_bit(uint32_t word) {
 #endif
 }
 
-LOWRANK_HD int highest_bit(uint32_t word) {
-#ifdef __CUDA_ARCH__
-  return 31 - __clz(int(word));
-#else
-  return 31 - __builtin_clz(word);
-#endif
-}
-
 LOWRANK_HD int ones(uint32_t word) {
 #ifdef __CUDA_ARCH__
   return __popc(word);
@@ -78,8 +70,23 @@ LOWRANK_HD uint32_t changed_word(const Delta& d, int64_t block, int i, int lengt
 template <class Visit>
 LOWRANK_HD void each_changed(const Delta& d, int64_t block, Visit visit) {
   const int length = block_length(d, block);
+#ifdef __CUDA_ARCH__
   for (int i = 0; i < length; i += 32)
     for (uint32_t word = changed_word(d, block, i, length); word; word &= word - 1) visit(i + lowest_bit(word));
+#else  // first all of them, two per word whatever it is: a branch on each sparse word would be mispredicted
+  constexpr uint32_t SENTINEL = 1u << 31;
+  uint16_t at[DELTA_BLOCK + 2];
+  int n = 0;
+  for (int i = 0; i < length; i += 32) {
+    uint32_t word = changed_word(d, block, i, length);
+    const int count = ones(word);
+    at[n] = uint16_t(i + lowest_bit(word | SENTINEL)), word &= word - 1;
+    at[n + 1] = uint16_t(i + lowest_bit(word | SENTINEL)), word &= word - 1;
+    for (int j = 2; j < count; ++j) at[n + j] = uint16_t(i + lowest_bit(word)), word &= word - 1;
+    n += count;
+  }
+  for (int j = 0; j < n; ++j) visit(int(at[j]));
+#endif
 }
 
 // The place of a number among all of its dtype, NaN at both ends; and back.
@@ -107,13 +114,7 @@ template <class Bits>
 LOWRANK_HD uint16_t delta_size(const Delta& d, int64_t block) {
   const int length = block_length(d, block);
   int n = 0, escapes = 0, next = 0;
-  for (int i = 0; i < length; i += 32) {
-    const uint32_t word = changed_word(d, block, i, length);
-    if (word == 0) continue;
-    n += ones(word);
-    escapes += (i + lowest_bit(word) - next) / ESCAPE;  // within a word there are none
-    next = i + highest_bit(word) + 1;
-  }
+  each_changed(d, block, [&](int i) { escapes += (i - next) / ESCAPE, next = i + 1, ++n; });
   int kind = GAPS, bytes = n + escapes;
   if (2 * n < bytes) kind = INDICES, bytes = 2 * n;
   if ((length + 7) / 8 < bytes) kind = BITMAP, bytes = (length + 7) / 8;
@@ -215,18 +216,6 @@ LOWRANK_HD uint64_t delta_hash(uint64_t place, uint64_t bits) {
   x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
   x = (x ^ x >> 27) * 0x94D049BB133111EB;
   return x ^ x >> 31;
-}
-
-// The sum of up to 8 elements' hashes, without those whose bit in ``changed`` is set.
-template <class Bits>
-LOWRANK_HD uint64_t delta_sum(const Bits* data, uint64_t place, int count, unsigned changed) {
-  uint64_t sum = 0;
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
-  for (int i = 0; i < 8; ++i)
-    if (i < count) sum += delta_hash(place + i, data[i]) & (uint64_t(changed >> i & 1) - 1);
-  return sum;
 }
 
 }  // namespace

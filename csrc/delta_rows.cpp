@@ -20,10 +20,8 @@ inline int64_t sum_block(const Delta& d, int64_t block) {
   const auto* const data = static_cast<const Bits*>(d.data) + at;
   const int length = block_length(d, block);
   uint64_t sum = 0;
-  for (int i = 0; i < length; i += 8) {
-    const unsigned changed = d.changed ? d.changed[(at + i) / 8] : 0;
-    sum += length - i >= 8 ? delta_sum(data + i, at + i, 8, changed) : delta_sum(data + i, at + i, length - i, changed);
-  }
+  for (int i = 0; i < length; ++i) sum += delta_hash(at + i, data[i]);
+  if (d.changed) each_changed(d, block, [&](int i) { sum -= delta_hash(at + i, data[i]); });
   return int64_t(sum);
 }
 
