@@ -1,9 +1,19 @@
-"""Checkpoints on disk: which safetensors file holds which tensor, opened one at a time."""
+"""Checkpoints on disk: which safetensors file holds which tensor, opened one at a time; files written piece by piece."""
 
 import json
+import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+STEP, JOURNAL = "lowrank.step.json", "lowrank.apply.json"  # lowrank tools apply's, in a checkpoint's folder
+CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.uint16: "U16", torch.uint8: "U8",
+}  # fmt: skip
 
 
 def tensor_files(folder) -> dict[str, Path]:
@@ -33,3 +43,66 @@ def open_tensors(path: Path):
         return safe_open(path, "pt")
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({path.stat().st_size} bytes): {error}") from error
+
+
+def write_tensors(
+    path: Path,
+    unfinished: Path,
+    entries: dict[str, tuple[torch.dtype, list[int]]],
+    chunks: Iterable,
+    metadata: dict[str, str],
+) -> None:
+    """A safetensors file of ``chunks``, the bytes of all tensors in ``entries`` one after the other, not all in memory.
+
+    It is written as ``unfinished``, on the same file system, and published as ``path``.  The larger dtypes come first,
+    or what follows an odd number of bytes is not aligned.
+    """
+    header, end = {"__metadata__": metadata}, 0
+    for name, (dtype, shape) in entries.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(unfinished, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for chunk in chunks:
+            out.write(chunk)
+        if out.tell() != 8 + len(text) + end:
+            raise RuntimeError(f"{unfinished}: {out.tell()} bytes, expected {8 + len(text) + end}")
+    publish(unfinished, path)
+
+
+def as_bytes(t: torch.Tensor):
+    """A CPU tensor's memory, for a file or a hash."""
+    return t.detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Give a written file its final name, both on the disk when this returns."""
+    with open(unfinished, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: dict) -> None:
+    unfinished = path.with_name(f".{path.name}.new")
+    unfinished.write_text(json.dumps(value))
+    publish(unfinished, path)
+
+
+def read_json(path: Path) -> dict | None:
+    """None if there is no such file; ValueError for one that :func:`write_json` did not write."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, got {type(found).__name__}")
+    return found

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checkpoints import as_bytes
 from .ops import delta as op
 
 FORMAT = "lowrank delta 1"
@@ -61,7 +62,7 @@ def encode(
     if old is None:
         given = _by_name(new, changes)
     else:
-        _same_names("delta.encode: old", old, new)
+        same_names("delta.encode: old", old, new, of="new")
         for name, t in new.items():
             check_tensor(f"delta.encode: {name} in old", old[name], list(t.shape), t.dtype, t.device)
     tensors, parts = {}, {}
@@ -102,7 +103,7 @@ def apply_(
     loaded = _load(blob)
     check_parts("delta.apply_", description, loaded, loaded.get)
     facts = description["tensors"]
-    _same_names("delta.apply_: tensors", tensors, facts)
+    same_names("delta.apply_: tensors", tensors, facts)
     ready = []
     for name, t in tensors.items():
         where = f"delta.apply_: {name}"
@@ -159,10 +160,13 @@ def describe_parts(tensors: dict[str, dict], stream: str, base_step: int, step: 
 
 
 def checksum(description: dict, parts: Iterable[Tensor]) -> str:
-    """sha256, in hexadecimal, of all parts in the order of their names, then of the description without it."""
+    """sha256, in hexadecimal, of all parts in the order of their names, then of the description without it.
+
+    The description is read last, so that what makes the parts may fill it in.
+    """
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.view(torch.uint8).numpy())
+        digest.update(as_bytes(part))
     described = {key: value for key, value in description.items() if key != "sha256"}
     digest.update(json.dumps(described, sort_keys=True, separators=(",", ":")).encode())
     return digest.hexdigest()
@@ -187,6 +191,13 @@ def parse(text: str) -> dict:
     return found
 
 
+def share(description: dict) -> str:
+    """How much of it changed, for people."""
+    tensors = description["tensors"].values()
+    changed, numel = sum(facts["changed"] for facts in tensors), sum(math.prod(facts["shape"]) for facts in tensors)
+    return f"{changed:,} of {numel:,} elements changed ({changed / max(numel, 1):.2%})"
+
+
 def check_steps(where: str, stream, base_step, step) -> None:
     if not isinstance(stream, str):
         raise TypeError(f"{where}: expected stream as a string, got {type(stream).__name__}")
@@ -196,10 +207,11 @@ def check_steps(where: str, stream, base_step, step) -> None:
         raise ValueError(f"{where}: expected step > base_step >= 0, got {step} and {base_step}")
 
 
-def check_order(where: str, description: dict, stream: str | None, step: int | None) -> None:
+def check_order(where: str, description: dict, stream: str | None, step: int | None, again: bool = True) -> None:
+    """ValueError unless the receiver, of that stream, is at ``base_step``, or with ``again`` at ``step`` already."""
     if stream is not None and stream != description["stream"]:
         raise ValueError(f"{where}: expected a delta of stream {stream!r}, got {description['stream']!r}")
-    if step is not None and step not in (description["base_step"], description["step"]):
+    if step is not None and step != description["base_step"] and not (again and step == description["step"]):
         expected = f"{description['base_step']} to {description['step']}"
         raise ValueError(f"{where}: out of order: the delta is from step {expected}, the receiver at {step}")
 
@@ -229,6 +241,13 @@ def check_tensor(where: str, t: Any, shape: list[int] | None = None, dtype=None,
         raise ValueError(f"{where}: expected {dtype}, got {t.dtype}")
     if device is not None and t.device != device:
         raise ValueError(f"{where}: expected on {device}, got {t.device}")
+
+
+def same_names(where: str, given: Mapping, expected: Mapping, of: str = "the delta") -> None:
+    if missing := sorted(expected.keys() - given.keys()):
+        raise ValueError(f"{where}: lacks {missing[0]!r}")
+    if extra := sorted(given.keys() - expected.keys()):
+        raise ValueError(f"{where}: has {extra[0]!r}, which is not in {of}")
 
 
 def check_target(where: str, t: Tensor, facts: dict, parts: list[Tensor], verify: bool) -> None:
@@ -264,13 +283,6 @@ def _load(blob: bytes) -> dict[str, Tensor]:
         return load(bytes(blob))
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"delta: not a whole delta ({type(error).__name__}: {error})") from error
-
-
-def _same_names(where: str, given: Mapping, expected: Mapping) -> None:
-    if missing := sorted(expected.keys() - given.keys()):
-        raise ValueError(f"{where}: lacks {missing[0]!r}")
-    if extra := sorted(given.keys() - expected.keys()):
-        raise ValueError(f"{where}: has {extra[0]!r}, which is not in the delta")
 
 
 def _by_name(new: Mapping[str, Tensor], changes: Mapping[str | Tensor, Tensor]) -> dict[str, Tensor]:

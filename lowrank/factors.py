@@ -6,7 +6,6 @@ as JSON, what they are factors of: per layer k, the weight's shape, dtype and ch
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -21,11 +20,11 @@ import torch
 from torch import nn
 
 from ._version import __version__
+from .checkpoints import as_bytes, open_tensors, publish, write_tensors
 from .svd import WEIGHT_DTYPES, FactorErrors, SVDFactors, resolve_method, svd_factors
 
 _FORMAT = "lowrank factors 1"
 _SIGN = "the entry of largest magnitude in each column of U is positive"
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float64: "F64"}
 
 
 def save_factors(
@@ -275,7 +274,7 @@ def write_factors(
     path = Path(path)
     if path.is_dir() or not path.name:
         raise IsADirectoryError(f"{path}: expected a file name to write to, got a directory")
-    if dtype not in _SAFETENSORS_NAMES:
+    if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     largest = max((weight.shape for weight in weights.values()), key=min)
     resolve_method(method, largest, k, dtype)  # raises for k and method before anything is computed
@@ -329,7 +328,7 @@ def _shard(work: Path, name: str, source: Weight, k, method, dtype, device) -> t
     save_file(
         {part: t.cpu() for part, t in factors._asdict().items()}, unfinished, metadata={"lowrank": json.dumps(facts)}
     )
-    _publish(unfinished, shard)
+    publish(unfinished, shard)
     return shard, facts, time.perf_counter() - start
 
 
@@ -344,36 +343,23 @@ def _facts(shard: Path) -> dict | None:
 
 
 def _assemble(path: Path, work: Path, shards: dict[str, tuple[Path, dict]], dtype: torch.dtype) -> None:
-    """Copy the layers into one file.  Written by hand, because safetensors' save_file wants every tensor in memory:
-    8 bytes with the header's length, little-endian; the header, JSON padded to 8 bytes; the data."""
-    from safetensors import safe_open
-
+    """Copy the layers into one file: safetensors' save_file wants every tensor in memory."""
     layers = {name: facts for name, (_, facts) in shards.items()}
     description = {"format": _FORMAT, "lowrank": __version__, "order": "descending", "sign": _SIGN, "layers": layers}
-    header, end = {"__metadata__": {"format": "pt", "lowrank": json.dumps(description)}}, 0
+    entries = {}
     for name, facts in layers.items():
         (N, K), k = facts["shape"], facts["k"]
         for part, shape in zip(SVDFactors._fields, ([N, k], [k], [k, K]), strict=True):
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-            header[f"{name}.{part}"] = entry
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    unfinished = work / f"{path.name}.{os.getpid()}"
-    with open(unfinished, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+            entries[f"{name}.{part}"] = dtype, shape
+
+    def chunks():
         for shard, _ in shards.values():
-            with safe_open(shard, "pt") as file:
+            with open_tensors(shard) as file:
                 for part in SVDFactors._fields:
-                    out.write(file.get_tensor(part).reshape(-1).view(torch.uint8).numpy())
-    _publish(unfinished, path)
+                    yield as_bytes(file.get_tensor(part))
 
-
-def _publish(unfinished: Path, path: Path) -> None:
-    """Give a written file its final name once it is on the disk."""
-    with open(unfinished, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    metadata = {"format": "pt", "lowrank": json.dumps(description)}
+    write_tensors(path, work / f"{path.name}.{os.getpid()}", entries, chunks(), metadata)
 
 
 def _name(dtype: torch.dtype) -> str:

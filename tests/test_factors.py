@@ -111,19 +111,20 @@ KILLED = """
 import os, signal, sys, torch
 sys.path[:0] = {path!r}
 from test_factors import model
-from lowrank import factors
+from lowrank import checkpoints, factors
 real, calls = getattr(factors, {where!r}), []
 
 def until_killed(*args, **kwargs):
     calls.append(args)
     if len(calls) == {call}:
-        if {where!r} == "_publish":
+        if {where!r} == "publish":
             with open(args[0], "rb+") as file:
                 file.truncate(file.seek(0, 2) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 
-setattr(factors, {where!r}, until_killed)
+for module in (factors, checkpoints):
+    setattr(module, {where!r}, until_killed)
 factors.save_factors(model(), {out!r}, k=5, progress=False)
 """
 
@@ -135,7 +136,7 @@ def kill(out, where, call):
 
 @pytest.mark.parametrize(
     ("where", "call", "left"),
-    [("svd_factors", 3, 2), ("_publish", 2, 3), ("_publish", 5, 0), ("_assemble", 1, 0)],
+    [("svd_factors", 3, 2), ("publish", 2, 3), ("publish", 5, 0), ("_assemble", 1, 0)],
     ids=["while computing", "while writing a layer", "while writing the file", "before the file"],
 )
 def test_killed_and_resumed(tmp_path, computed, where, call, left):
@@ -165,7 +166,7 @@ def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path):
     out = save_factors(model(), tmp_path / "m.safetensors", k=2, progress=False)
     before = out.read_bytes()
     mapped = load_factors(out)
-    kill(out, "_publish", 5)
+    kill(out, "publish", 5)
     assert out.read_bytes() == before
     save_factors(model(), out, k=5, progress=False)
     assert load_factors(out)["head"].S.shape == (5,)

@@ -3,9 +3,13 @@
 import argparse
 import importlib
 
-SUMMARY = "SVD factors of a checkpoint"
+SUMMARY = "SVD factors of a checkpoint; deltas between two, and applying them in place"
 
-TOOLS = {"factors": "lowrank.tools.factors"}
+TOOLS = {
+    "factors": "lowrank.tools.factors",
+    "delta": "lowrank.tools.delta",
+    "apply": "lowrank.tools.apply",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
