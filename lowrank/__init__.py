@@ -3,7 +3,7 @@
 Importing this imports torch and nothing heavier: no triton, no transformers, no device is touched.
 """
 
-from . import bits, delta, nn, optim
+from . import analysis, bits, delta, nn, optim
 from ._stats import FallbackError, stats, strict
 from ._version import __version__
 from .adapters import adapt, load_adapter, save_adapter
@@ -18,6 +18,7 @@ __all__ = [
     "SVFConfig",
     "__version__",
     "adapt",
+    "analysis",
     "bits",
     "delta",
     "expert_mix",

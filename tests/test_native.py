@@ -115,6 +115,7 @@ def test_a_library_that_is_not_there_or_does_not_load(reason, tmp_path, monkeypa
 
 KERNELS = {
     "adamw": 18,  # dtypes of parameter and gradient, stochastic or not, masked or not
+    "analysis": 10,  # three of each dtype; overlap
     "delta": 12,  # 16 or 32 bits; size, encode, apply, map, fingerprint; check, mark
     "rank_update": 14,  # dtypes, aligned or not, with or without report; and the map of changes
 }

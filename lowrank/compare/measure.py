@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank._version import __version__
+from lowrank.analysis import stable_rank
 
 from .methods import is_linear
 
@@ -91,12 +92,6 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield plain, module.get_base_layer().weight.float() + delta
         elif is_linear(module):
             yield plain, module.weight.float()
-
-
-def stable_rank(delta: Tensor) -> float:
-    """‖Δ‖_F² / ‖Δ‖_2² of a matrix: between 1 and its rank.  The top singular value by a randomized SVD."""
-    values = torch.svd_lowrank(delta, q=min(16, *delta.shape), niter=4)[1]
-    return float(delta.square().sum() / values[0].square())
 
 
 @torch.no_grad()
