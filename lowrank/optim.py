@@ -142,6 +142,11 @@ class AdamW(torch.optim.Optimizer):
         if self.compact or (self.compact is None and 2 * int(offsets[-1]) < p.numel()):
             self._prefixes[p] = offsets
 
+    @property
+    def masks(self) -> dict[Tensor, Tensor]:
+        """{parameter: words} of those that train in part."""
+        return dict(self._masks)
+
     # the step
 
     @torch.no_grad()

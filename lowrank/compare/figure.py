@@ -10,6 +10,7 @@ COLOURS = (
     "#009E73",
     "#E69F00",
     "#56B4E9",
+    "#999999",
 )  # Okabe and Ito: safe for the colour-blind
 PARTS = {"weights": "#4C566A", "gradients": "#81A1C1", "optimizer": "#D08770", "activations": "#D8DEE9"}
 

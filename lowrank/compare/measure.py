@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank._version import __version__
-from lowrank.analysis import stable_rank
+from lowrank.analysis import diff_stats, stable_rank, total
 
 from .methods import is_linear
+
+TOLERANCE = 1e-5  # what "RL finetunes small subnetworks" (arXiv 2505.11711) counts as equal
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class SavedActivations:
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int, device: torch.device) -> Memory:
     """Call between backward and the dropping of the gradients, from the second step on: by then there is state."""
     parameters = list(model.parameters())
-    state = (v for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
+    state = [v for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
+    state += getattr(optimizer, "masks", {}).values()
     parts = (
         storage_bytes((*parameters, *model.buffers())),
         storage_bytes(p.grad for p in parameters if p.grad is not None),
@@ -96,19 +99,20 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def weight_changes(base: nn.Module, model: nn.Module) -> dict:
-    """Share of linear weights whose stored value (base's dtype) differs; stable ranks of the layers that changed."""
-    changed = total = 0
-    ranks = []
+    """Shares of linear weights whose stored value (base's dtype) differs in any bit, and by more than TOLERANCE; stable
+    ranks of the layers that changed."""
+    found, ranks = {}, []
     for name, weight in linear_weights(model):
         before = base.get_submodule(name).weight.to(weight.device)
-        changed += int((weight.to(before.dtype) != before).sum())
-        total += before.numel()
+        found[name] = diff_stats(before, weight.to(before.dtype), TOLERANCE)
         delta = weight - before.float()
         if delta.any():
             ranks.append(stable_rank(delta))
     ranks = ranks or [0.0]
+    sums = total(found)
     return {
-        "share_changed": changed / total,
+        "share_changed": sums.share_changed,
+        "share_beyond_tolerance": sums.share_beyond,
         "stable_rank": {"median": statistics.median(ranks), "least": min(ranks), "most": max(ranks)},
     }
 

@@ -20,6 +20,7 @@ class Method:
     summary: str
     rate: float  # where its learning-rate grid is centred, in units of full fine-tuning's
     phases: tuple[Phase, ...]
+    subnetwork: float | None = None  # share of all parameters that trains: those that a probe run moved most
 
 
 def lora_config(rank: int, target_modules="all-linear"):
@@ -83,6 +84,12 @@ def _svf_full(model: nn.Module, rank: int) -> nn.Module:
 
 METHODS = {
     "full": Method("every weight trains", 1.0, (Phase(1.0, _full),)),
+    "full-masked": Method(
+        "full, of the 20 % of all weights that a probe run moved most; their moments alone are kept",
+        1.0,
+        (Phase(1.0, _full),),
+        subnetwork=0.2,
+    ),
     "lora": Method("lowrank LoRA on all linear layers", 10.0, (Phase(1.0, _lora),)),
     "lora-attention": Method(
         "lowrank LoRA on the attention's linear layers only", 10.0, (Phase(1.0, _lora_attention),)

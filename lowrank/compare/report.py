@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from . import train
 from .run import Comparison
 from .summary import summarize
 from .verdict import megabytes, verdict
@@ -50,6 +51,7 @@ def tables(result: dict) -> list[Rows]:
             f"{at['step']['mean']:.0f}",
             f"{at['seconds']['mean']:.1f}",
             f"{m['share_changed']:.1%}",
+            f"{m['share_beyond_tolerance']:.1%}",
             f"{m['stable_rank']['median']:.1f}",
         ])  # fmt: skip
         tried = ", ".join(f"{s['learning_rate']:g}: {s['validation_loss']:.3f}" for s in m["sweep"])
@@ -71,6 +73,7 @@ def tables(result: dict) -> list[Rows]:
                 "steps",
                 "s",
                 "changed",
+                "by > 1e-5",
                 "stable rank",
             ],
             effect,
@@ -147,8 +150,12 @@ def caveats(result: dict) -> list[str]:
         "the methods' best losses, linear between evaluations; for full→lora that can be in its first phase.",
         "Changed: share of all linear weights (the output head included, the embedding not) whose stored value differs "
         "after merging. Stable rank: ‖Δ‖F²/‖Δ‖2² of the update, the median over the layers that changed.",
-        "Checkpoint: the files to keep beside the original model; for full→lora the continued model and the adapter. "
-        "Its memory and trainable parameters are those of the larger phase.",
+        "By > 1e-5: the same by more than the tolerance of arXiv 2505.11711, where much of the published sparsity of RL's "
+        "updates comes from it: in bfloat16 a weight below 0.002 can move by a whole unit and still count as equal.",
+        "Checkpoint: the files to keep beside the original model; for full→lora the continued model and the adapter (its "
+        "memory and trainable parameters are those of the larger phase), for full-masked a sparse delta.",
+        f"full-masked: its probe run, of the run's steps over {train.PROBE}, is in no time or memory shown; the gradient is "
+        "still dense.",
         "The first two steps of a phase are not timed. Times are of this machine with whatever else it was running.",
     ]
     if settings["dtype"] == "bfloat16":

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-METHODS = ("full", "lora", "lora-attention", "peft-lora", "full→lora", "svf", "svf-full")
+METHODS = ("full", "full-masked", "lora", "lora-attention", "peft-lora", "full→lora", "svf", "svf-full")
 ALIASES = {"full-lora": "full→lora"}  # what a keyboard types
 DTYPES = ("float32", "bfloat16")  # float16 would need a loss scaler, which would then be compared as well
 

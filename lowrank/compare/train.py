@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lowrank import analysis, delta
+from lowrank.optim import AdamW
+
 from .data import Corpus, Subject, batches
 from .measure import Memory, SavedActivations, checkpoint_bytes, memory, synchronize
 from .methods import Method
 
 WARM_UP = 0.1  # of a phase's steps
 POINTS = 9  # evaluations of a full run, denser at its start, where the losses move fastest
+PROBE = 3  # a probe run for a subnetwork has the steps of the run over this
 UNTIMED = 2  # first steps of a phase: allocations, and the hooks that count memory
 
 
@@ -60,7 +64,6 @@ def fit(
 ):
     """Train on every batch of stream.  Returns (losses, seconds).  after_backward(saved bytes), after_step(step)."""
     model.train()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses, seconds = [], []
     for step, batch in enumerate(stream):
         counted = step == UNTIMED - 1 and after_backward is not None
@@ -77,7 +80,7 @@ def fit(
         loss.backward()
         if counted:
             after_backward(saved.bytes)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
@@ -95,12 +98,12 @@ def timed(seconds: list[float]) -> list[float]:
     return [statistics.median(seconds[UNTIMED:])] * UNTIMED + seconds[UNTIMED:] if len(seconds) > UNTIMED else seconds
 
 
-def optimizer_and_schedule(model: nn.Module, rate: float, steps: int):
+def optimizer_and_schedule(model: nn.Module, rate: float, steps: int, masks: dict[str, Tensor] | None = None):
     """No weight decay: it pulls W towards 0 in full fine-tuning and B A towards 0 in LoRA, which is not the same."""
     from transformers import get_cosine_schedule_with_warmup
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = AdamW(parameters, lr=rate, weight_decay=0.0, masks=masks, nonfinite="propagate")
     return optimizer, get_cosine_schedule_with_warmup(optimizer, max(1, round(WARM_UP * steps)), steps)
 
 
@@ -132,6 +135,9 @@ def train(
     def count(saved: int) -> None:
         run.memory = max(run.memory, memory(model, optimizer, saved, device), key=lambda m: m.total if m else -1)
 
+    masks = None
+    if method.subnetwork is not None:
+        masks = subnetwork(subject, method.subnetwork, rate, max(steps // PROBE, 2), seed, device)
     look(0)
     for index, phase in enumerate(method.phases):
         first = len(run.losses)
@@ -140,8 +146,9 @@ def train(
         model = phase.prepare(model, rank)
         if after_prepare is not None:
             after_prepare(model)
-        run.trainable = max(run.trainable, sum(p.numel() for p in model.parameters() if p.requires_grad))
-        optimizer, schedule = optimizer_and_schedule(model, rate * phase.rate, length)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        run.trainable = max(run.trainable, round((method.subnetwork or 1) * trainable))
+        optimizer, schedule = optimizer_and_schedule(model, rate * phase.rate, length, masks)
         losses, seconds = fit(
             model,
             optimizer,
@@ -155,10 +162,25 @@ def train(
         run.losses += losses
         run.seconds += seconds
         if points:
-            run.checkpoint_bytes += checkpoint_bytes(model)
+            run.checkpoint_bytes += delta_bytes(subject.model, model) if masks else checkpoint_bytes(model)
     run.points = [Point(step, sum(run.seconds[:step]), new, old) for step, new, old in evaluations]
     run.model = model
     return run
+
+
+def subnetwork(subject: Subject, share: float, rate: float, steps: int, seed: int, device: torch.device) -> dict:
+    """{parameter's name: mask} of the parameters that full fine-tuning moves most, found on a copy by a run of ``steps``."""
+    model = copy.deepcopy(subject.model).to(device).requires_grad_(True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, schedule = optimizer_and_schedule(model, rate, steps)
+    fit(model, optimizer, schedule, batches(subject.new.train, subject.batch, steps, seed), device, lambda loss: None)
+    return analysis.topk_mask((before, {name: p.detach() for name, p in model.named_parameters()}), share)
+
+
+def delta_bytes(base: nn.Module, model: nn.Module) -> int:
+    """Bytes of lowrank.delta's file that makes ``model`` of ``base``."""
+    old, new = ({name: p.detach().cpu() for name, p in m.named_parameters()} for m in (base, model))
+    return len(delta.encode(new, old=old))
 
 
 def pretrain(subject: Subject, steps: int, rate: float, seed: int, device: torch.device, tick) -> list[float]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lowrank import compare
-from lowrank.compare.settings import Embedded
+from lowrank.compare.settings import METHODS, Embedded
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
@@ -38,7 +38,7 @@ def test_writes_three_files_and_nothing_else(reported):
 
 def test_json_holds_every_measurement(reported):
     result = json.loads((reported / "compare.json").read_text())
-    assert list(result["methods"]) == ["full", "lora", "lora-attention", "peft-lora", "full→lora", "svf", "svf-full"]
+    assert tuple(result["methods"]) == METHODS
     assert result["model"]["config"]["hidden_size"] == 32
     assert result["settings"] | {"batch": 4, "length": 32, "dtype": "float32", "seeds": 2} == result["settings"]
     for name, method in result["methods"].items():
@@ -58,6 +58,12 @@ def test_methods_train_what_they_say(reported):
     methods = json.loads((reported / "compare.json").read_text())["methods"]
     full, lora, attention = (methods[name] for name in ("full", "lora", "lora-attention"))
     assert full["trainable_parameters"] == 259 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    masked = methods["full-masked"]
+    assert masked["trainable_parameters"] == round(0.2 * full["trainable_parameters"])
+    assert 0 < masked["share_changed"] < full["share_changed"]
+    assert masked["share_beyond_tolerance"] <= masked["share_changed"]
+    assert masked["memory"]["optimizer"] < 0.25 * full["memory"]["optimizer"] + 1000
+    assert masked["checkpoint_bytes"] < 0.4 * full["checkpoint_bytes"]
     assert lora["trainable_parameters"] == methods["peft-lora"]["trainable_parameters"] == 2 * 2 * (4 * 64 + 3 * 96)
     assert attention["trainable_parameters"] == 2 * 2 * 4 * 64
     assert methods["svf"]["trainable_parameters"] == 2 * 7 * 8
@@ -78,7 +84,7 @@ def test_lora_and_peft_agree(reported):
 
 def test_markdown_repeats_the_command_and_the_scale(reported):
     text = (reported / "compare.md").read_text()
-    assert "lowrank compare --methods full,lora" in text
+    assert "lowrank compare --methods full,full-masked,lora" in text
     assert "- This is a model of 0.03 million parameters" in text
     assert "2 seeds ran" in text
 
@@ -100,7 +106,7 @@ def test_nothing_is_left_when_a_report_fails(parse, texts, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (["--methods", "lora,dora"], ValueError, "unknown method 'dora'; expected some of full,lora,lora-attention,"),
+        (["--methods", "lora,dora"], ValueError, "unknown method 'dora'; expected some of full,full-masked,lora,"),
         (["--methods", ","], ValueError, "no method"),
         (["--rank", "0"], ValueError, "--rank 0: expected at least 1"),
         (["--steps", "2"], ValueError, "--steps 2: expected at least 6"),
