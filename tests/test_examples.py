@@ -94,3 +94,59 @@ def test_transformer2(one_thread, tmp_path, capsys):
         again = lowrank.load_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / name, name)
         test = found["held_out"]["prose"][1]
         assert torch.equal(example.evaluate(again, test, len(test)), losses["prose"][name])
+
+
+def test_cpi_ft(one_thread, capsys):
+    from lowrank import bits
+
+    example = load("cpi_ft")
+    original, frozen_runs = example.train, []
+
+    def watched(model, blocks, steps, args, frozen=None):
+        before = example.weights(model)
+        original(model, blocks, steps, args, frozen)
+        if frozen:
+            frozen_runs.append((before, example.weights(model), frozen))
+
+    example.train = watched
+    sizes = dict(hidden=32, pretrain_steps=20, steps=12, threshold=0.3)
+    found = example.main([f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()])
+    assert "forgotten" in capsys.readouterr().out
+    rows = found["rows"]
+    for n, name in enumerate(("prose", "up", "down")):
+        assert rows[f"{name} alone"][n] < rows["base"][n] - 0.01
+    numel = sum(t.numel() for t in found["merged"].values())
+    ones = [sum(int(bits.unpack(w, (32 * len(w),)).sum()) for w in core.values()) for core in found["cores"]]
+    assert ones == [round(0.01 * numel)] * 3
+    assert len(found["order"]) > 1
+    assert len(frozen_runs) == len(found["order"]) - 1
+    for before, after, frozen in frozen_runs:
+        held = {name: bits.unpack(words, before[name].shape) for name, words in frozen.items()}
+        moved = {name: after[name] != start for name, start in before.items()}
+        assert not any((moved[name] & held[name]).any() for name in held)
+        assert sum(int(m.sum()) for m in moved.values()) > 0.8 * numel
+
+
+def test_cpi_ft_parts():
+    """Groups, the sphere, and cores that are transplanted whatever the rest does."""
+    import torch
+
+    from lowrank import bits
+
+    example = load("cpi_ft")
+    jaccard = torch.tensor([[1, 0.05, 0.2], [0.05, 1, 0.05], [0.2, 0.05, 1]])
+    assert example.groups_of(jaccard, 0.1) == [[0, 2], [1]]
+    assert example.groups_of(jaccard, 0.3) == [[0], [1], [2]]
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(example.slerp(x, y, 0.5), torch.tensor([0.5**0.5, 0.5**0.5]))
+    torch.testing.assert_close(example.slerp(x, x + 1e-5 * y, 0.5), torch.tensor([1.0, 5e-6]))
+    base, tuned = {"w": torch.zeros(4)}, [{"w": torch.tensor([3.0, 1, 1, 0])}, {"w": torch.tensor([1.0, 5, 1, 0])}]
+    cores = [
+        {"w": bits.pack(torch.tensor([True, True, False, False]))},
+        {"w": bits.pack(torch.tensor([True, True, False, False]))},
+    ]
+    for on in ("vectors", "weights"):
+        merged = example.merge(base, tuned, cores, on)["w"]
+        assert merged[:2].tolist() == [3, 5]
+        assert merged[3] == 0
+        assert 0.9 < float(merged[2]) < 1.2
