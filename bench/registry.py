@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import llama_layer
 import peers
+import streams
 import svf
 import torch
 
@@ -256,6 +257,12 @@ def _svf_calls(p, inputs, options) -> Calls:
     return _by_pass(svf.methods(p, inputs), [one.dY for one in inputs])
 
 
+def _stream(name, inputs, calls, bytes_of, *tests) -> Benchmark:
+    return Benchmark(
+        name, inputs, lambda p, data, options: calls(p, data), bytes_of, lambda p, mode: 0, "copy", tests, graphs=False
+    )
+
+
 OPS = ("tests/ops/test_dropout.py", "tests/ops/test_lora.py", "tests/ops/test_lora_gpu.py")
 SVF = (
     "tests/ops/test_svf.py",
@@ -299,5 +306,10 @@ REGISTRY = {
             lambda p, mode: 2 * p.N * p.K * _sizes(p)[0] + p.r * (p.N + p.K) * _sizes(p)[1],
             lambda p, mode: 2 * p.N * p.K * p.r, "copy", ("tests/ops/test_materialize.py", "tests/kernels/test_materialize.py"),
         ),
+        _stream("adamw", streams.adamw_inputs, streams.adamw_calls, streams.adamw_bytes, "tests/test_optim.py"),
+        _stream("diff_stats", streams.pair_inputs, streams.diff_calls, streams.pair_bytes, "tests/test_analysis.py"),
+        _stream("topk_mask", streams.pair_inputs, streams.topk_calls, streams.topk_bytes, "tests/test_analysis.py"),
+        _stream("delta", streams.pair_inputs, streams.delta_calls, streams.delta_bytes, "tests/test_delta.py"),
+        _stream("fold", streams.fold_inputs, streams.fold_calls, streams.fold_bytes, "tests/ops/test_fold.py"),
     )
 }  # fmt: skip

@@ -14,6 +14,7 @@ from lowrank.ops import dropout
 from lowrank.testing import error
 
 TOY = dict(M=32, K=64, N=96, r=4, dtype="float32", thin_dtype="float32", sets=2)
+STREAMS = ("adamw", "diff_stats", "topk_mask", "delta", "fold")
 CASES = [(name, p) for name, benchmark in REGISTRY.items() for p in benchmark.dropouts]
 
 
@@ -125,7 +126,8 @@ def test_addmm_adds():
 def test_bytes_and_flops_as_counted_by_hand():
     """M = 8, K = 64, N = 32, r = 2; activations bf16, factors fp32.  x is 1024 bytes, W 4096, Y 512, A 512, B 256, S 64."""
     p = Problem(8, 64, 32, 2, "bfloat16", "float32", dropout=0.1)  # its keep bits: 8 rows of 2 words, 64 bytes
-    count = {name: (entry.bytes(p, "forward"), entry.flops(p, "forward")) for name, entry in REGISTRY.items()}
+    passes = {name: "apply" if name == "delta" else "" if name in STREAMS else "forward" for name in REGISTRY}
+    count = {name: (entry.bytes(p, passes[name]), entry.flops(p, passes[name])) for name, entry in REGISTRY.items()}
     assert count["addmm"] == (1024 + 4096 + 512, 2 * 8 * 64 * 32)
     assert count["shrink"] == (1024 + 512 + 64 + 64, 2 * 8 * 64 * 2)
     assert count["expand"] == (512 + 256 + 64, 2 * 8 * 32 * 2)
@@ -144,6 +146,17 @@ def test_bytes_and_flops_as_counted_by_hand():
     assert count["svf_linear"] == (1024 + 4096 + 512 + 256 + 128 + 32, 2 * 8 * 64 * 32 + 2 * 8 * 2 * 96)
     assert count["svf_dy"] == (512 + 256 + 2 * 64, 2 * 8 * 32 * 2)
     assert count["materialize"] == (2 * 4096 + 512 + 256, 2 * 64 * 32 * 2)
+    adamw = REGISTRY["adamw"]  # 2048 elements: p read and written, g read, m and v read and written
+    assert adamw.bytes(p, "") == 2048 * (2 + 2 + 2 + 4 * 4)
+    assert adamw.bytes(p, "master") == 2048 * (6 + 16 + 8)
+    assert adamw.bytes(p, "masked") == int(2048 * (6 + 0.2 * 16 + 1 / 8))
+    assert count["diff_stats"] == (2 * 4096, 0)  # old and new
+    assert count["topk_mask"] == (8 * 4096 + 2048 // 8, 0)  # both four times, and a bit per element
+    encoded = 2048 * (0.01 * (1 + 2) + 2 / 1024)
+    assert REGISTRY["delta"].bytes(p, "encode-map") == int(encoded + 2048 * (0.02 + 1 / 8))
+    assert REGISTRY["delta"].bytes(p, "encode-old") == int(encoded + 2048 * (0.02 + 4))
+    assert count["delta"] == (int(encoded + 2048 * 0.02), 0)
+    assert count["fold"] == (4 * 4096, 0)  # read and written, twice
     assert floor_us(linear, p, "forward", copy_rate=6400, matmul_rate=1e12) == 1e6  # 6400 bytes
     assert floor_us(linear, p, "forward", copy_rate=1e12, matmul_rate=2 * 8 * 64 * 32 + 2 * 8 * 2 * 96) == 1e6
 
