@@ -206,6 +206,20 @@ def test_sums_do_not_depend_on_threads_or_form(monkeypatch, form):
     assert found[0] == found[1] == found[2]
 
 
+def test_sums_have_one_order(monkeypatch):
+    """Of numbers whose squares do not add up exactly, so that another order of rows shows in some of the blocks."""
+    old = torch.randn(40, ops.BLOCK) * torch.exp(torch.randn(40, ops.BLOCK))
+    new = old * (1 + 1e-2 * torch.randn(40, ops.BLOCK))
+
+    def sums(old, new):
+        return [ops.diff(x, y, 1e-5, 1e-3, 1)[2:] for x, y in zip(old, new, strict=True)]
+
+    found = in_every_form(monkeypatch, lambda: sums(old, new))
+    flipped = sums(*(t.view(40, -1, ops.LANES).flip(1).reshape(40, -1) for t in (old, new)))
+    assert flipped != found
+    assert all(a == pytest.approx(b, rel=1e-14) for a, b in zip(flipped, found, strict=True))
+
+
 def test_views_shapes_and_gradients(form):
     old = torch.randn(40, 50, requires_grad=True)
     new = torch.randn(40, 50)
