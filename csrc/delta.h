@@ -187,7 +187,7 @@ LOWRANK_HD void each_stored(const Delta& d, int64_t block, Visit visit) {
 LOWRANK_HD bool delta_fits(const Delta& d, int64_t block) {
   const int length = block_length(d, block), head = d.heads[block], n = head & 0x7ff, escapes = head >> 13;
   const bool gaps = (head >> 11 & 3) == GAPS;
-  if (n > length || (escapes && !gaps)) return false;
+  if (escapes && !gaps) return false;
   if (gaps && n + escapes && d.index[d.starts[block] + n + escapes - 1] == ESCAPE) return false;
   int next = 0, values = 0;
   bool fits = true;

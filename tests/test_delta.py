@@ -329,8 +329,10 @@ def test_a_model(form, density):
     )
     target = {name: torch.nn.Parameter(t.clone()) for name, t in old.items()}
     for at in (4, 6):
+        versions = {name: p._version for name, p in target.items()}
         applied = delta.apply_(target, blob, verify=True, stream="run", step=at)
         assert same(target, new)
+        assert all(p._version > versions[name] or same_bits(old[name], p) for name, p in target.items())
     changed = sum(int((raw(old[name]) != raw(new[name])).sum()) for name in old)
     assert applied == ("run", 4, 6, changed, sum(t.numel() for t in old.values()))
     described = delta.describe(blob)

@@ -255,7 +255,7 @@ def _decode(numel: int, heads: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     n, kind, escapes, size = _fields(numel, heads)
     blocks, length = len(heads), _lengths(numel, len(heads), heads.device)
     owner, place, which = _bytes_of(kind, size)
-    bad = (n > length) | ((kind != _GAPS) & (escapes != 0))
+    bad = (kind != _GAPS) & (escapes != 0)
     byte = index.long()
     found = []  # (block, index in it, code)
 
