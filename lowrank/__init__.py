@@ -7,7 +7,16 @@ from . import analysis, bits, delta, nn, optim
 from ._stats import FallbackError, stats, strict
 from ._version import __version__
 from .adapters import adapt, load_adapter, save_adapter
-from .ops import Receipt, fold_, lora_linear, lora_linears, materialize, svf_linear, unfold_
+from .ops import (
+    Receipt,
+    combine_logits,
+    fold_,
+    lora_linear,
+    lora_linears,
+    materialize,
+    svf_linear,
+    unfold_,
+)
 from .svd import SVDFactors, svd_factors
 from .svf import SVFConfig, expert_mix
 
@@ -20,6 +29,7 @@ __all__ = [
     "adapt",
     "analysis",
     "bits",
+    "combine_logits",
     "delta",
     "expert_mix",
     "fold_",

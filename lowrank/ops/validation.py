@@ -127,13 +127,48 @@ def _check_z(z, k: int, mix, x: torch.Tensor) -> None:
                 raise ValueError(f"{name}: holds NaN or infinity")
 
 
-def _tensor(name: str, t, x: torch.Tensor | None = None) -> None:
+def check_logits(base, expert, antiexpert, alpha) -> None:
+    """Raise on arguments of ``combine_logits`` that do not fit base [..., V]; alpha's values are looked at on a CPU only."""
+    _tensor("base", base)
+    if base.dim() == 0 or base.shape[-1] == 0:
+        raise ValueError(f"base: expected [..., V] with V >= 1, got {_shape(base)}")
+    for name, t in (("expert", expert), ("antiexpert", antiexpert)):
+        _tensor(name, t, base, "base")
+        if t.dim() != base.dim() or t.shape[:-1] != base.shape[:-1] or t.shape[-1] == 0:
+            raise ValueError(
+                f"{name}: expected [..., V] with base's leading dimensions {_shape(base)}, got {_shape(t)}"
+            )
+    check_alpha(alpha)
+    if isinstance(alpha, torch.Tensor):
+        _tensor("alpha", alpha, base, "base")
+        rows = (*base.shape[:-1], 1)
+        if alpha.dim() > len(rows) or any(have not in (1, want) for have, want in zip(alpha.shape, rows, strict=False)):
+            raise ValueError(
+                f"alpha: expected base's leading dimensions or the first of them, with or without a last 1, base"
+                f" {_shape(base)}, got {_shape(alpha)}"
+            )
+
+
+def check_alpha(alpha) -> None:
+    """Raise unless ``alpha`` is a finite number or a float tensor; a tensor's values are looked at on a CPU only."""
+    if isinstance(alpha, torch.Tensor):
+        _tensor("alpha", alpha)
+        plain = type(alpha) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        if plain and alpha.device.type == "cpu" and not bool(torch.isfinite(alpha.detach()).all()):
+            raise ValueError("alpha: holds NaN or infinity")
+    elif isinstance(alpha, bool) or not isinstance(alpha, (float, int)):
+        raise TypeError(f"alpha: expected a number or a float tensor, got {type(alpha).__name__}")
+    elif not math.isfinite(alpha):
+        raise ValueError(f"alpha: expected a finite number, got {alpha}")
+
+
+def _tensor(name: str, t, x: torch.Tensor | None = None, beside: str = "x") -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
     if t.dtype not in DTYPES:
         raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {t.dtype}")
     if x is not None and t.device != x.device:
-        raise ValueError(f"{name}: expected x's device {x.device}, got {t.device}")
+        raise ValueError(f"{name}: expected {beside}'s device {x.device}, got {t.device}")
 
 
 def _vector(name: str, t, N: int, x: torch.Tensor) -> None:
