@@ -150,3 +150,18 @@ def test_cpi_ft_parts():
         assert merged[:2].tolist() == [3, 5]
         assert merged[3] == 0
         assert 0.9 < float(merged[2]) < 1.2
+
+
+def test_proxy_tuning(one_thread, capsys):
+    sizes = dict(hidden=48, layers=2, small_hidden=32, small_layers=1, pretrain_steps=80, steps=40, rate=4e-3)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+    results = load("proxy_tuning").main([*options, "--alphas", "0", "1"])
+    assert "proxy 1" in capsys.readouterr().out
+    for domain in ("prose", "counting"):
+        base, none, proxy, tuned = (results[domain, name] for name in ("base", "proxy 0", "proxy 1", "tuned"))
+        assert none == base
+        assert base["gap"] == base["changed"] == 0
+        assert tuned["gap"] == 1
+        assert proxy["loss"] < base["loss"] - 0.01
+        assert proxy["changed"] > 0
+    assert results["counting", "proxy 1"]["lines"] >= results["counting", "base"]["lines"]
