@@ -178,6 +178,17 @@ def test_every_kind_is_met():
     assert (heads.view(torch.int16) >> 11 & 3)[[0, 1, 2, 8]].tolist() == [2, 1, 0, 2]
 
 
+def test_ties_go_to_the_lower_kind(form):
+    """164 changed, 64 of them by one: a bitmap's 128 + 2 x 164 bytes are codes' 256 + 2 x 100."""
+    old = torch.ones(1024, dtype=BF16)
+    for near, kind in ((64, 2), (65, 3)):
+        new = old.clone()
+        raw(new)[:near] += 1
+        raw(new)[near:164] += 9
+        heads, _, _ = op.encode(new, op.map_changes(old, new), old, True)
+        assert unsigned(heads)[0] >> 11 & 3 == kind
+
+
 def test_bits_after_the_end_are_not_elements(form):
     new = torch.arange(40.0)
     _, index, values = op.encode(new, torch.full((2,), -1, dtype=torch.int32))
@@ -417,6 +428,9 @@ def test_truncated_and_flipped():
     for length in sorted(lengths):
         refused(old, blob[:length], "delta")
     refused(old, blob + b"\0", "delta")
+    for other in (blob[:-1], blob + b"\0"):
+        with pytest.raises(ValueError, match="delta: not a whole delta"):
+            delta.describe(other)
     for at in [*range(header), *range(header, len(blob), 97), len(blob) - 1]:
         for bit in (1, 0x20, 0x80):
             flipped = bytearray(blob)
