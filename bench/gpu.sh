@@ -31,6 +31,9 @@ if [[ $toy ]]; then
     layer= linear= wide= rows=32x64x96 small= ranks=8,16 tune="--toy --rounds 2" shards=2
 else
     how=(--gate "$OUT/gate.json")
+    # csrc/ for this GPU alone; without nvcc it says so, and what it would have done is done in PyTorch
+    arch=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9))')
+    part 120 env LOWRANK_ARCHS="$arch" "$python" setup.py build_ext --inplace
     part 20 "$python" -m lowrank.cli doctor
     part 150 "$python" bench/gate.py --seconds 140 --out "$OUT/gate.json"
     linear=8192x4096x4096 wide=8192x4096x4096,8192x4096x14336,8192x14336x4096,8192x4096x1024 layer=8192x4096x14336
@@ -52,14 +55,16 @@ time_ 50 lora_linear $(shapes "$linear") --label compiled --dropouts 0 --modes f
 time_ 30 llama_layer $(shapes "$layer") --sets 1 --seconds 20
 # 5. SVF: each mode against the reference algorithm and the frozen linear, and what the cost rule says
 time_ 40 svf_linear svf_dy materialize $(shapes "$layer") --ranks "${ranks%%,*}",64 --seconds 12
-# 6. From which M on do kernels pay?
+# 6. Streams over weights: bytes per second against a copy of as many, AdamW against torch's fused one, fold against PEFT's merge
+time_ 45 adamw diff_stats topk_mask delta fold $(shapes "$layer") --seconds 9
+# 7. From which M on do kernels pay?
 time_ 20 small $(shapes "$small") --seconds 15
-# 7. The tuning sweeps: compile on all cores, then time
+# 8. The tuning sweeps: compile on all cores, then time
 warm() { for i in $(seq 0 $((shards - 1))); do "$python" bench/tune.py $tune --compile-only --shard "$i/$shards" & done; wait; }
 export -f warm; export python tune shards
 part 45 bash -c warm
 part 50 "$python" bench/tune.py $tune --out "$OUT/tune.json"
-# 8. What the host pays, tables and figure, and the comparison of methods
+# 9. What the host pays, tables and figure, and the comparison of methods
 part 20 "$python" -m pytest bench/test_host_overhead.py -q --benchmark-only --benchmark-json="$OUT/host_overhead.json"
 part 20 "$python" bench/report.py "$OUT"
 # (not in a dry run: it pretrains a model first, minutes on a CPU; tests/compare runs it at toy size)

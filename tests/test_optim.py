@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lowrank import _native, bits
 from lowrank.ops import adamw
@@ -158,6 +160,42 @@ def run_everything(device="cpu"):
         tensors += [*params, *optimizer.changes().values()]
         tensors += [v for p in params for v in optimizer.state[p].values() if v.dim()]
     return tensors
+
+
+SPECIAL = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-42, -1e-40, 3e38, -65504.0, 1e-7]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    numel=st.integers(0, 5000),
+    dtype=st.sampled_from([FP32, BF16, FP16]),
+    density=st.sampled_from([0.0, 0.05, 0.4, 1.0]),
+    how=st.sampled_from([{}, dict(stochastic_rounding=True), dict(master_weights=True)]),
+    compact=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_length_mask_and_value(numel, dtype, density, how, compact, seed):
+    """Inactive elements keep every bit, the map is what differs, and a dense step gives active ones the same bits."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(numel, generator=generator)
+    odd = torch.rand(numel, generator=generator) < 0.1
+    values[odd] = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (numel,), generator=generator)][odd]
+    p, q = parameter(values.to(dtype)), parameter(values.to(dtype))
+    active = torch.rand(numel, generator=generator) < density
+    before = p.detach().clone()
+    p.grad = torch.randn(numel, generator=generator).to(dtype)
+    q.grad = p.grad.clone()
+    options = dict(lr=0.1, nonfinite="propagate", track_changes=True, seed=seed, **how)
+    ours = AdamW([p], masks={p: bits.pack(active)}, compact=compact, **options)
+    dense = AdamW([q], **options)
+    ours.step(), dense.step()
+    assert torch.equal(raw(p)[~active], raw(before)[~active])
+    assert torch.equal(raw(p)[active], raw(q)[active])
+    assert torch.equal(bits.unpack(ours.changes()[p], p.shape), raw(p) != raw(before))
+    for name in ("exp_avg", "exp_avg_sq"):
+        mine, theirs = ours.state[p][name], dense.state[q][name]
+        assert torch.equal(raw(mine if compact else mine[active]), raw(theirs[active]))
+        assert compact or not mine[~active].any()
 
 
 @pytest.mark.gpu

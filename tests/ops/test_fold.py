@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lowrank
 from lowrank import _native
@@ -77,6 +79,29 @@ def test_special_values(form):
         assert same_bits(W[:, :20], bits.view(dtype)[:, :20])
         lowrank.unfold_(W, A, 1.0, B, receipt)
         assert torch.equal(W.view(torch.int16), bits)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    N=st.integers(0, 80),
+    K=st.integers(1, 80),
+    r=st.integers(1, 9),
+    dtype=st.sampled_from([FP32, BF16, FP16]),
+    size=st.sampled_from([1e-5, 1e-2, 1.0, 1e3]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_and_any_bits(N, K, r, dtype, size, seed):
+    """Weights of random bits: NaN payloads, infinities, denormals and both zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    width = torch.int32 if dtype is FP32 else torch.int16
+    limits = torch.iinfo(width)
+    W = torch.randint(limits.min, limits.max, (N, K), generator=generator).to(width).view(dtype)
+    A, B = torch.randn(r, K, generator=generator), size * torch.randn(N, r, generator=generator)
+    before, want = W.clone(), lowrank.materialize(W, A, 0.5, B)
+    receipt = lowrank.fold_(W, A, 0.5, B)
+    assert same_bits(W, want)
+    lowrank.unfold_(W, A, 0.5, B, receipt)
+    assert same_bits(W, before)
 
 
 def test_a_thousand_cycles_change_no_bit():
