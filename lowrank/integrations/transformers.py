@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-from ..ops.logits import combine_logits
+from ..ops.combine import combine_logits
 from ..ops.validation import check_alpha
 
 

@@ -1,7 +1,7 @@
 """torch.ops.lowrank.*: schema, fake, dispatch and autograd of every op, and the public functions over them."""
 
+from .combine import combine_logits
 from .fold import Receipt, fold_, unfold_
-from .logits import combine_logits
 from .lora import lora_linear, lora_linears
 from .materialize import materialize
 from .svf import svf_linear
