@@ -8,20 +8,24 @@ from ._stats import FallbackError, stats, strict
 from ._version import __version__
 from .adapters import adapt, load_adapter, save_adapter
 from .ops import (
+    LogProb,
     Receipt,
     combine_logits,
     fold_,
+    linear_logprob,
     lora_linear,
     lora_linears,
     materialize,
     svf_linear,
     unfold_,
 )
+from .ops.validation import debug_checks
 from .svd import SVDFactors, svd_factors
 from .svf import SVFConfig, expert_mix
 
 __all__ = [
     "FallbackError",
+    "LogProb",
     "Receipt",
     "SVDFactors",
     "SVFConfig",
@@ -30,9 +34,11 @@ __all__ = [
     "analysis",
     "bits",
     "combine_logits",
+    "debug_checks",
     "delta",
     "expert_mix",
     "fold_",
+    "linear_logprob",
     "load_adapter",
     "lora_linear",
     "lora_linears",

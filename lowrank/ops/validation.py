@@ -121,7 +121,7 @@ def _check_z(z, k: int, mix, x: torch.Tensor) -> None:
                 f"mix: expected [..., {z.shape[0]}] with x's leading dimensions or the first of them, x {_shape(x)}, got"
                 f" {_shape(mix)}"
             )
-    if z.device.type == "cpu" and type(z) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+    if may_look(z):
         for name, t in (("z", z), ("mix", mix)):
             if t is not None and not bool(torch.isfinite(t.detach()).all()):
                 raise ValueError(f"{name}: holds NaN or infinity")
@@ -153,13 +153,121 @@ def check_alpha(alpha) -> None:
     """Raise unless ``alpha`` is a finite number or a float tensor; a tensor's values are looked at on a CPU only."""
     if isinstance(alpha, torch.Tensor):
         _tensor("alpha", alpha)
-        plain = type(alpha) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-        if plain and alpha.device.type == "cpu" and not bool(torch.isfinite(alpha.detach()).all()):
+        if may_look(alpha) and not bool(torch.isfinite(alpha.detach()).all()):
             raise ValueError("alpha: holds NaN or infinity")
     elif isinstance(alpha, bool) or not isinstance(alpha, (float, int)):
         raise TypeError(f"alpha: expected a number or a float tensor, got {type(alpha).__name__}")
     elif not math.isfinite(alpha):
         raise ValueError(f"alpha: expected a finite number, got {alpha}")
+
+
+def check_head(head, autocast: bool, prefix: str = "") -> None:
+    """Raise on a ``Head`` (ops/head.py) whose parts do not fit its hidden [...,H]; ``prefix`` before their names."""
+    hidden, weight, bias, lora, temperature, logit_scale, softcap = head
+    _tensor(f"{prefix}hidden", hidden)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{prefix}hidden: expected [..., H] with H >= 1, got {_shape(hidden)}")
+    H, lead = hidden.shape[-1], hidden.shape[:-1]
+    _tensor(f"{prefix}weight", weight, hidden)
+    if weight.dim() != 2 or weight.shape[1] != H or weight.shape[0] == 0:
+        raise ValueError(f"{prefix}weight: expected [V, {H}] for hidden {_shape(hidden)}, got {_shape(weight)}")
+    if not autocast and weight.dtype is not hidden.dtype:
+        raise TypeError(
+            f"{prefix}weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype} (outside autocast)"
+        )
+    V = weight.shape[0]
+    _vector(f"{prefix}bias", bias, V, hidden)
+    if lora is not None:
+        _check_lora(lora, V, H, hidden, f"{prefix}lora")
+    _positive(f"{prefix}softcap", 1.0 if softcap is None else softcap)
+    _number(f"{prefix}logit_scale", logit_scale)
+    if not isinstance(temperature, torch.Tensor):
+        return _positive(f"{prefix}temperature", temperature)
+    _tensor(f"{prefix}temperature", temperature, hidden)
+    if temperature.shape not in (lead, ()) or temperature.requires_grad:
+        raise ValueError(
+            f"{prefix}temperature: expected a number or a tensor {list(lead)} without grad, got {_shape(temperature)}"
+        )
+    if may_look(temperature) and not bool((temperature > 0).all()):
+        raise ValueError(f"{prefix}temperature: expected positive numbers, got {float(temperature.min())}")
+
+
+def _check_lora(lora, V: int, H: int, hidden, name: str) -> None:
+    try:
+        A, B, scaling = lora
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected (A, B, scaling), got {type(lora).__name__}") from None
+    _tensor(f"{name}[0]", A, hidden)
+    _tensor(f"{name}[1]", B, hidden)
+    if A.dim() != 2 or A.shape[1] != H or A.shape[0] == 0:
+        raise ValueError(f"{name}[0]: expected A [r, {H}], r >= 1, got {_shape(A)}")
+    if B.shape != (V, A.shape[0]):
+        raise ValueError(f"{name}[1]: expected B [{V}, {A.shape[0]}] beside A {_shape(A)}, got {_shape(B)}")
+    _number(f"{name}[2]", scaling)
+
+
+def check_logprob(targets, hidden, V: int, ignore_index, chunk_bytes) -> None:
+    """Raise on targets that are not one class in [0, V) or ``ignore_index`` for each row of hidden [...,H]."""
+    if not isinstance(targets, torch.Tensor) or targets.dtype is not torch.int64:
+        raise TypeError(f"targets: expected an int64 tensor, got {getattr(targets, 'dtype', type(targets).__name__)}")
+    if targets.shape != hidden.shape[:-1] or targets.device != hidden.device:
+        raise ValueError(
+            f"targets: expected {list(hidden.shape[:-1])} on {hidden.device} for hidden {_shape(hidden)}, got"
+            f" {_shape(targets)} on {targets.device}"
+        )
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    check_chunk_bytes(chunk_bytes)
+    if targets.numel() and may_look(targets):
+        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+        if bool(wrong.any()):
+            at = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"targets: expected 0 <= target < {V} or {ignore_index}, got {int(targets[tuple(at)])} at {at}"
+            )
+
+
+def check_chunk_bytes(chunk_bytes) -> None:
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: expected a positive integer, got {chunk_bytes!r}")
+
+
+class debug_checks:
+    """Check values on a GPU too, which waits for the device at every call: targets, temperatures, z.
+
+    A switch, and a context manager that puts it back, like :class:`lowrank.strict`.
+    """
+
+    enabled = False
+
+    def __init__(self, enabled: bool = True):
+        self.before, debug_checks.enabled = debug_checks.enabled, enabled
+
+    def __enter__(self) -> "debug_checks":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        debug_checks.enabled = self.before
+
+
+def may_look(t: torch.Tensor) -> bool:
+    """Whether a check may read the values of ``t``: on a CPU, or under :class:`debug_checks`; never while traced."""
+    if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return t.device.type == "cpu" or (debug_checks.enabled and not t.is_meta)
+
+
+def _positive(name: str, value) -> None:
+    _number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def _number(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:  # traceable, as math.isfinite is not
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def _tensor(name: str, t, x: torch.Tensor | None = None, beside: str = "x") -> None:

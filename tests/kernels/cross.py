@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowrank.kernels import _launch, _reduce, dy_pass, expand, materialize, shrink, svf_dy, svf_scale, x_pass
+from lowrank.kernels import _launch, _reduce, dy_pass, expand, logprob, materialize, shrink, svf_dy, svf_scale, x_pass
 
 KERNELS = {
     "reduce": (_reduce, "_reduce_kernel"),
@@ -28,6 +28,8 @@ KERNELS = {
     "svf_dy": (svf_dy, "_svf_dy_kernel"),
     "svf_scale": (svf_scale, "_svf_scale_kernel"),
     "materialize": (materialize, "_materialize_kernel"),
+    "logprob": (logprob, "_logprob_kernel"),
+    "dlogits": (logprob, "_dlogits_kernel"),
 }
 # bytes of shared memory that one program may have
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}

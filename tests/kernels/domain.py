@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from lowrank.kernels import svf, thin
+from lowrank.kernels import logprob, svf, thin
 from lowrank.kernels.materialize import materialize
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -62,6 +62,20 @@ def svf_calls(dtype, thin_dtype, M, k, shape):
             svf.scale_and_dot(S, scales, mix, S, True)
 
 
+def head_calls(dtype, C=8, V=128256):
+    """Everything a vocabulary head launches for one chunk of rows."""
+
+    def empty(*size, dtype=FP32):
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    z, targets, row, stats = empty(C, V), empty(C, dtype=torch.int64), empty(C), empty(3, C)
+    for scales in ((1.0, 1.0, 0.0), (row, 1.0, 30.0)):
+        logprob.forward(z, targets, -100, scales, row, row, stats)
+        logprob.backward(z, targets, -100, scales, stats, row, row, dtype)
+
+
 def every_call(dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE, svf_ranks=RANKS):
     for (dtype, thin_dtype), M, r in itertools.product(dtypes, rows, ranks):
         calls(dtype, thin_dtype, M, r, shape, r in svf_ranks)
+    for dtype in dict.fromkeys(dtype for dtype, _ in dtypes):
+        head_calls(dtype, V=shape[1])

@@ -1,0 +1,203 @@
+"""Two passes over a chunk of fp32 logits z [C, V]: forward to log-probability and entropy, backward to the logits' gradient.
+
+    y    = softcap tanh(z logit_scale / softcap) / temperature           (without a cap: y = z logit_scale / temperature)
+    logp = (y_t − max) − ℓ       H = ℓ − Ē       ℓ = log Σ exp(y − max),  Ē = Σ p (y − max)
+    dz_v = [g_logp (1[v = t] − p_v) − g_H p_v (y_v − max − Ē)] dy/dz
+
+A program owns a row and walks it once: nothing is summed across programs, so the same row gives the same bits wherever it is.
+Σ e and Σ e (y − max) are kept relative to the running maximum.  Ignored rows: 0.  A target outside [0, V): NaN, no gradient.
+Floor: bytes.  Forward reads 4 C V; backward reads as much and writes C V in the GEMMs' dtype: 16 us and 23 us at 128 x 128256
+at 4.3 TB/s.  Eager form: lowrank/ops/logprob_impl.py.  Benchmark: bench/registry.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import DTYPES, on
+from ._tile import cast
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int = 4096
+    num_warps: int = 8
+
+
+def pick_config(V: int) -> Config:
+    """Pure; no threshold has been measured yet."""
+    block = min(4096, max(128, triton.next_power_of_2(V)))
+    return Config(block, 8 if block > 1024 else 4)
+
+
+@triton.jit
+def _tanh(x):
+    """To a few units in the last place: Taylor's series up to 1/2, where 1 - 2 / (e^2x + 1) would cancel."""
+    s = x * x
+    c = -0.3333333333 + s * (0.1333333333 + s * (-0.0539682540 + s * (0.0218694885 + s * -0.0088632355)))
+    c = c + s * s * s * s * s * (0.0035921280 + s * (-0.0014558344 + s * 0.0005900274))
+    return tl.where(s < 0.25, x + x * s * c, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def transform(z, scale, cap, CAPPED: tl.constexpr):
+    """y, and the value of tanh (0 without a cap)."""
+    if CAPPED:
+        t = _tanh(z * scale)
+        return t * cap, t
+    else:
+        return z * scale, tl.zeros_like(z)
+
+
+@triton.jit
+def row_scales(inv_t, inv_t_ptr, row, logit_scale, softcap, CAPPED: tl.constexpr):
+    """(of z, of tanh, of dy/dz)."""
+    temperature = tl.cast(inv_t, tl.float32)
+    if inv_t_ptr is not None:
+        temperature *= tl.load(inv_t_ptr + row)
+    scale, cap = tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32)
+    slope = scale * temperature
+    if CAPPED:
+        return scale / cap, cap * temperature, slope
+    else:
+        return slope, temperature, slope
+
+
+@triton.jit
+def online(y, largest, total):
+    """(maximum, Σ exp(y - maximum), its factor and shift from the maximum before, y - maximum, exp of that) with a block y."""
+    # a NaN must not be lost in the maximum
+    fresh = tl.maximum(largest, tl.max(tl.where(y == y, y, float("inf")), 0))
+    shift = tl.where(largest == float("-inf"), 0.0, largest - fresh)
+    d = y - fresh
+    e = tl.where(y == float("-inf"), 0.0, tl.exp(d))
+    factor = tl.exp(shift)
+    return fresh, factor * total + tl.sum(e, 0), factor, shift, d, e
+
+
+@triton.jit
+def _logprob_kernel(
+    z_ptr, targets_ptr, logp_ptr, entropy_ptr, stats_ptr,
+    V, stride_z, stride_stats, ignore_index, inv_t, inv_t_ptr, logit_scale, softcap,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    scale, cap, _slope = row_scales(inv_t, inv_t_ptr, row, logit_scale, softcap, CAPPED)
+    z_ptr += row * stride_z
+
+    largest = tl.cast(float("-inf"), tl.float32)
+    total = tl.cast(0.0, tl.float32)
+    moment = tl.cast(0.0, tl.float32)
+    for start in range(0, V, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        y, _t = transform(tl.load(z_ptr + offs, mask=offs < V, other=0.0), scale, cap, CAPPED)
+        y = tl.where(offs < V, y, float("-inf"))
+        before = total
+        largest, total, factor, shift, d, e = online(y, largest, total)
+        # where e or the factor is 0, what it multiplies may be infinite
+        moment = tl.where(factor == 0.0, 0.0, factor * (moment + before * shift))
+        moment += tl.sum(tl.where(e == 0.0, 0.0, e * d), 0)
+
+    lse = tl.log(total)
+    mean = moment / total
+    inside = (target >= 0) & (target < V)
+    chosen, _t = transform(tl.load(z_ptr + tl.where(inside, target, 0)), scale, cap, CAPPED)
+    logp = tl.where(inside, (chosen - largest) - lse, float("nan"))
+    ignored = target == ignore_index
+    tl.store(logp_ptr + row, tl.where(ignored, 0.0, logp))
+    tl.store(entropy_ptr + row, tl.where(ignored, 0.0, lse - mean))
+    tl.store(stats_ptr + row, largest)
+    tl.store(stats_ptr + stride_stats + row, lse)
+    tl.store(stats_ptr + 2 * stride_stats + row, mean)
+
+
+@triton.jit
+def _dlogits_kernel(
+    z_ptr, targets_ptr, stats_ptr, dlogp_ptr, dentropy_ptr, dz_ptr,
+    V, stride_z, stride_stats, stride_dlogp, stride_dentropy, ignore_index, inv_t, inv_t_ptr, logit_scale, softcap,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    target = tl.load(targets_ptr + row)
+    scale, cap, slope = row_scales(inv_t, inv_t_ptr, row, logit_scale, softcap, CAPPED)
+    inside = (target >= 0) & (target < V) & (target != ignore_index)
+    g = tl.load(dlogp_ptr + row * stride_dlogp)
+    h = tl.load(dentropy_ptr + row * stride_dentropy)
+    largest = tl.load(stats_ptr + row)
+    lse = tl.load(stats_ptr + stride_stats + row)
+    mean = tl.load(stats_ptr + 2 * stride_stats + row)
+    y, t = transform(tl.load(z_ptr + row * stride_z + offs, mask=offs < V, other=0.0), scale, cap, CAPPED)
+    d = y - largest
+    p = tl.exp(d - lse)
+    dz = tl.where(offs == target, g, 0.0) - p * (g + h * (tl.where(p == 0.0, 0.0, d) - mean))
+    dz *= slope * (1.0 - t * t)
+    dz = tl.where(inside, dz, 0.0)
+    tl.store(dz_ptr + row * V + offs, cast(dz, dz_ptr.dtype.element_ty), mask=offs < V)
+
+
+def per_logit(dtype: torch.dtype, softcap: float) -> int:
+    """Bytes of a chunk per logit: fp32 logits and their gradient in ``dtype``."""
+    return 4 + dtype.itemsize
+
+
+def forward(z, targets, ignore_index, scales, logp, entropy, stats, config: Config | None = None) -> None:
+    """z fp32 [C, V] -> logp, entropy fp32 [C] and stats fp32 [3, C] (max, ℓ, Ē), all overwritten.
+
+    targets: int64 [C].  scales: 1 / temperature as a float or fp32 [C], logit_scale, softcap (0: none).
+    Raises: ValueError before anything is launched.
+    """
+    C, V = check_rows("logprob", z, targets, scales[0], logp, entropy, *stats)
+    if C == 0:
+        return
+    c = config or pick_config(V)
+    with on(z):
+        _logprob_kernel[(C,)](
+            z, targets, logp, entropy, stats, V, z.stride(0), stats.stride(0), ignore_index, *as_arguments(scales),
+            CAPPED=scales[2] != 0, BLOCK=c.block, num_warps=c.num_warps,
+        )  # fmt: skip
+
+
+def backward(
+    z, targets, ignore_index, scales, stats, dlogp, dentropy, dtype, config: Config | None = None
+) -> torch.Tensor:
+    """The gradient of z [C, V] in ``dtype``, from :func:`forward`'s stats and the gradients [C] of its results."""
+    C, V = check_rows("logprob", z, targets, scales[0], *stats)
+    if dtype not in DTYPES or not dlogp.shape == dentropy.shape == (C,):
+        raise ValueError(f"logprob: expected gradients [{C}] and fp16, bf16 or fp32 for z's, got {dtype}")
+    dz = z.new_empty((C, V), dtype=dtype)
+    if C == 0:
+        return dz
+    c = config or pick_config(V)
+    with on(z):
+        _dlogits_kernel[(C, triton.cdiv(V, c.block))](
+            z, targets, stats, dlogp, dentropy, dz,
+            V, z.stride(0), stats.stride(0), dlogp.stride(0), dentropy.stride(0), ignore_index, *as_arguments(scales),
+            CAPPED=scales[2] != 0, BLOCK=c.block, num_warps=c.num_warps,
+        )  # fmt: skip
+    return dz
+
+
+def as_arguments(scales) -> tuple:
+    """(1 / temperature, its pointer, logit_scale, softcap): what row_scales takes."""
+    inv_t, logit_scale, softcap = scales
+    return (
+        (1.0, inv_t, logit_scale, softcap) if isinstance(inv_t, torch.Tensor) else (inv_t, None, logit_scale, softcap)
+    )
+
+
+def check_rows(name: str, z: torch.Tensor, *rows) -> tuple[int, int]:
+    """z's shape; raises ValueError unless it is fp32 with contiguous rows, and each tensor of ``rows`` one number for each."""
+    if z.dtype is not torch.float32 or z.dim() != 2 or (z.stride(1) != 1 and z.shape[1] > 1):
+        raise ValueError(
+            f"{name}: expected fp32 z [C, V] with contiguous rows, got {z.dtype} {list(z.shape)} {z.stride()}"
+        )
+    for t in rows:
+        if isinstance(t, torch.Tensor) and (t.shape != z.shape[:1] or t.device != z.device or not t.is_contiguous()):
+            raise ValueError(
+                f"{name}: expected contiguous [{z.shape[0]}] on {z.device} beside z, got {list(t.shape)} on {t.device}"
+            )
+    return tuple(z.shape)

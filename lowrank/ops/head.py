@@ -1,0 +1,177 @@
+"""A vocabulary head and its products, a few rows at a time: logits in fp32, and the gradients of what made them.
+
+GEMMs give fp32 from 16-bit operands: cuBLAS's on a GPU; on a CPU blocks of the head are widened, one at a time.  The logits'
+gradient meets the GEMMs in the operands' dtype on a GPU, in fp32 on a CPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._dispatch import backend
+from .eager import add_product_
+
+BLOCK_BYTES = 1 << 24  # of the head in fp32 at a time, on a CPU
+CHUNK_BYTES = 1 << 28
+# how an op takes a head.  inv_temperature: fp32 [T], or None.  numbers: LoRA's scaling, 1 / temperature, logit_scale, softcap
+SCHEMA = (
+    "Tensor {0}hidden, Tensor {0}weight, Tensor? {0}bias, Tensor? {0}A, Tensor? {0}B, Tensor? {0}inv_temperature,"
+    " float[] {0}numbers"
+)
+
+
+class Head(NamedTuple):
+    """z = capped((hidden weightᵀ + bias + scaling (hidden Aᵀ) Bᵀ) logit_scale) / temperature; see :func:`linear_logprob`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    lora: tuple[Tensor, Tensor, float] | None = None
+    temperature: float | Tensor = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def as_arguments(head: Head) -> tuple[list[Tensor | None], list[float]]:
+    """The six tensors of SCHEMA, hidden as the user gave it, and its numbers."""
+    A, B, scaling = head.lora or (None, None, 1.0)
+    inverse, temperature = None, head.temperature
+    if isinstance(temperature, Tensor):
+        wide = torch.float64 if head.hidden.dtype is torch.float64 else torch.float32
+        inverse = temperature.detach().to(wide).reciprocal().expand(head.hidden.shape[:-1]).reshape(-1)
+        temperature = 1.0
+    numbers = [float(scaling), 1.0 / temperature, float(head.logit_scale), float(head.softcap or 0.0)]
+    return [head.hidden, head.weight, head.bias, A, B, inverse], numbers
+
+
+def chunks(T: int, V: int, chunk_bytes: int, per_logit: int):
+    """Slices of rows whose logits take no more than ``chunk_bytes``; at least one row."""
+    rows = max(1, chunk_bytes // (per_logit * V))
+    return (slice(first, min(first + rows, T)) for first in range(0, T, rows))
+
+
+def row_passes(kernel: str, eager, device: torch.device, wide: torch.dtype):
+    """lowrank.kernels.``kernel`` or ``eager``: the same two functions over rows of logits."""
+    if wide is torch.float32 and backend(device)[0] == "triton":
+        import importlib
+
+        return importlib.import_module(f"lowrank.kernels.{kernel}")
+    return eager
+
+
+class Products:
+    """What one call multiplies: hidden rows with the head and its LoRA, and the logits' gradient with both again."""
+
+    def __init__(self, hidden, weight, bias, A, B, inv_t, numbers, dtype, batch_invariant: bool):
+        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
+        self.hidden, self.weight, self.bias = hidden, weight.to(dtype), bias
+        self.A, self.B = (None if t is None else t.to(self.wide) for t in (A, B))
+        self.inv_t, (self.scaling, self.inv_temperature, self.logit_scale, self.softcap) = inv_t, numbers
+        self.batch_invariant = batch_invariant
+        self.dz_dtype = dtype if hidden.device.type == "cuda" else self.wide
+
+    def rows(self, at: slice) -> Tensor:
+        return self.hidden[at].to(self.dtype)
+
+    def scales(self, at: slice) -> tuple:
+        """What turns logits into y, for the row passes: 1 / temperature as a float or [C], logit_scale, softcap (0: none)."""
+        return self.inv_temperature if self.inv_t is None else self.inv_t[at], self.logit_scale, self.softcap
+
+    def logits(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z [C, V] in fp32, before scales; and scaling h Aᵀ [C, r]."""
+        C, alone = h.shape[0], self.batch_invariant
+        z = h.new_empty((C, self.weight.shape[0]), dtype=self.wide)
+        t = None if self.A is None else h.new_empty((C, self.A.shape[0]), dtype=self.wide)
+        # copies of rows, because a GEMM may sum otherwise from another alignment
+        parts = [(slice(i, i + 1), h[i : i + 1].clone()) for i in range(C)] if alone else [(slice(0, C), h)]
+        started = self.bias is not None or t is not None
+        for at, part in parts:
+            if t is not None:
+                one = self.scaling * _mm(part, self.A.mT, self.wide)
+                t[at] = one
+                torch.mm(one, self.B.mT, out=z[at])
+            if self.bias is not None:
+                z[at] = self.bias if t is None else z[at] + self.bias
+        for block, W in self._blocks():
+            for at, part in parts:
+                if alone:
+                    product = _mm(part, W.mT, self.wide)
+                    z[at, block] = z[at, block] + product if started else product
+                else:
+                    _add_product(z[:, block], part, W.mT, started)
+        return z, t
+
+    def times_weight(self, dz: Tensor, start: Tensor | None) -> Tensor:
+        """dz W + start, fp32 [C, H]; start is overwritten."""
+        out = dz.new_empty((dz.shape[0], self.weight.shape[1]), dtype=self.wide) if start is None else start
+        for i, (block, W) in enumerate(self._blocks()):
+            _add_product(out, dz[:, block], W, start is not None or i > 0)
+        return out
+
+    def _blocks(self):
+        """(slice of the vocabulary, those rows of the head in a dtype the GEMMs take)."""
+        V, H = self.weight.shape
+        rows = V
+        if self.weight.dtype is not self.wide and self.weight.device.type != "cuda":
+            rows = max(1, BLOCK_BYTES // (H * self.wide.itemsize))
+        for first in range(0, V, rows):
+            at = slice(first, min(first + rows, V))
+            yield at, self.weight[at] if rows == V and _mixed(self.weight, self.wide) else self.weight[at].to(self.wide)
+
+
+class Gradients:
+    """Of hidden, weight, bias, A and B: those that are needed, summed over chunks in fp32.  Each row of dh is written once."""
+
+    def __init__(self, products: Products, like: tuple[Tensor | None, ...], needs: list[bool]):
+        self.products, self.like, self.needs = products, like, needs
+        hidden, *others = like
+        self.dh = hidden.new_empty(hidden.shape) if needs[0] else None
+        self.dW, self.db, self.dA, self.dB = (
+            t.new_zeros(t.shape, dtype=products.wide) if need else None
+            for t, need in zip(others, needs[1:], strict=True)
+        )
+
+    def add(self, at: slice, h: Tensor, t: Tensor | None, dz: Tensor) -> None:
+        """One chunk's: rows h [C, H], t = scaling h Aᵀ, and the gradient dz [C, V] of its logits."""
+        products = self.products
+        wide, A, u = products.wide, products.A, None
+        if self.dA is not None or (self.dh is not None and A is not None):
+            u = products.scaling * _mm(dz, products.B, wide)
+        if self.dA is not None:
+            self.dA += _mm(u.mT, h, wide)
+        if self.dh is not None:
+            self.dh[at] = products.times_weight(dz, None if u is None else _mm(u, A, wide))
+        if self.dW is not None:
+            _add_product(self.dW, dz.mT, h, True)
+        if self.db is not None:
+            self.db += dz.sum(0, dtype=wide)
+        if self.dB is not None:
+            self.dB += _mm(dz.mT, t, wide)
+
+    def found(self) -> list[Tensor]:
+        """In their tensors' dtypes."""
+        grads = self.dh, self.dW, self.db, self.dA, self.dB
+        return [g.to(t.dtype) for g, t, need in zip(grads, self.like, self.needs, strict=True) if need]
+
+
+def _mm(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a @ b in fp32; either may be 16-bit."""
+    if a.dtype is b.dtype and _mixed(a, wide):
+        return torch.mm(a, b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, started: bool) -> None:
+    """out = a @ b in fp32, added to what is there if ``started``."""
+    if a.dtype is b.dtype and _mixed(a, out.dtype):
+        torch.addmm(out, a, b, beta=float(started), out_dtype=out.dtype, out=out)
+    elif started:
+        add_product_(out, a.to(out.dtype), b.to(out.dtype))
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _mixed(t: Tensor, wide: torch.dtype) -> bool:
+    """Whether cuBLAS gives fp32 from operands like this one."""
+    return t.device.type == "cuda" and t.dtype is not wide

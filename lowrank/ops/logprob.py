@@ -1,0 +1,138 @@
+"""linear_logprob: log-probabilities and entropies of a vocabulary head, without its logits ever being kept.
+
+    z    = (h Wᵀ + bias + scaling (h Aᵀ) Bᵀ) logit_scale, capped, / temperature      fp32, a few rows at a time
+    logp = (z_y − max) − ℓ        H = ℓ − Ē         ℓ = log Σ exp(z − max),  Ē = Σ p (z − max)
+    dz_v = g_logp (1[v = y] − p_v) − g_H p_v (z_v − max − Ē)
+
+Saved for backward: max, ℓ and Ē of each token.  lse and Σ p z alone would lose the entropy where the logits are large: its
+digits go into their offset.  Rows are taken together (a chunk), never parts of the vocabulary: each row of dh is written once.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import logprob_impl
+from .head import CHUNK_BYTES, SCHEMA, Head, as_arguments
+from .lora import autocast_dtype, is_plain
+from .validation import check_head, check_logprob
+
+_lib = torch.library.Library("lowrank", "FRAGMENT")
+# hidden [T,H], targets int64 [T].  stats: fp32 [3,T], max, ℓ and Ē.
+_CALL = (
+    SCHEMA.format("") + ", Tensor targets, int ignore_index, int chunk_bytes, bool batch_invariant, ScalarType dtype"
+)
+_lib.define(f"linear_logprob({_CALL}) -> (Tensor logp, Tensor entropy, Tensor stats)")
+# needs: hidden, weight, bias, A, B; the gradients asked for come back in that order
+_lib.define(f"linear_logprob_backward(Tensor dlogp, Tensor dentropy, Tensor stats, {_CALL}, bool[] needs) -> Tensor[]")
+
+
+class LogProb(NamedTuple):
+    """Of each token: log-probability of its target, and entropy of its distribution, in nats."""
+
+    logp: Tensor
+    entropy: Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int = CHUNK_BYTES,
+    batch_invariant: bool = False,
+) -> LogProb:
+    """log softmax(z)[target] and the entropy of softmax(z), z = head(hidden) / temperature, in fp32 and differentiable.
+
+    Args:
+        hidden: [..., H], fp16, bf16, fp32 or fp64.
+        weight: [V, H] in hidden's dtype.  A frozen one costs no gradient: none is computed or allocated.
+        targets: int64 [...].  Where it is ``ignore_index`` both results are exactly 0, and so is every gradient.
+        bias: [V].
+        lora: (A [r, H], B [V, r], scaling) on the head, trained or not.
+        temperature: > 0; a float, or a tensor [...] with one for each token.
+        logit_scale, softcap: z = softcap tanh(z logit_scale / softcap), as Gemma and Cohere have it, before the temperature.
+        chunk_bytes: of logits at a time, in fp32 with their gradient: what this needs beside its inputs and gradients.
+        batch_invariant: a row's bits depend on its hidden row alone, not on how many rows there are; slower.
+
+    Returns: LogProb(logp, entropy), fp32 [...] (fp64 for fp64); reverse mode, first derivatives.
+
+    Raises: ValueError or TypeError that names the argument; on a CPU also for a target outside [0, V), which on a GPU gives
+        NaN and no gradient.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError("linear_logprob has no forward-mode derivative (forward_ad, torch.func.jvp)")
+    autocast = autocast_dtype(hidden) if isinstance(hidden, Tensor) else None
+    head = Head(hidden, weight, bias, lora, temperature, logit_scale, softcap)
+    check_head(head, autocast is not None)
+    check_logprob(targets, hidden, weight.shape[0], ignore_index, chunk_bytes)
+    lead, (tensors, numbers) = hidden.shape[:-1], as_arguments(head)
+    call = (ignore_index, chunk_bytes, bool(batch_invariant), autocast or hidden.dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        logp, entropy = _LinearLogProb.apply(numbers, call, targets, *tensors)
+    else:
+        logp, entropy, _ = _forward(*_arguments(numbers, call, targets, *tensors))
+    return LogProb(logp.view(lead), entropy.view(lead))
+
+
+def _arguments(numbers, call, targets, hidden, *others):
+    """As the op takes them."""
+    return hidden.reshape(-1, hidden.shape[-1]), *others, numbers, targets.reshape(-1), *call
+
+
+class _LinearLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, numbers, call, targets, *tensors):
+        logp, entropy, stats = _forward(*_arguments(numbers, call, targets, *tensors))
+        ctx.numbers, ctx.call = numbers, call
+        ctx.save_for_backward(stats, targets, *tensors)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogp, dentropy):
+        stats, targets, *tensors = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[3:8])
+        grads = _backward(dlogp, dentropy, stats, *_arguments(ctx.numbers, ctx.call, targets, *tensors), needs)
+        return None, None, None, *spread(grads, needs, tensors[0].shape), None
+
+
+def spread(grads, needs: list[bool], shape) -> list[Tensor | None]:
+    """The gradients of hidden, weight, bias, A and B, None where none was asked for; hidden's in its ``shape``."""
+    found = iter(grads)
+    dh, *others = (next(found) if need else None for need in needs)
+    return [None if dh is None else dh.view(shape), *others]
+
+
+def _forward(hidden, *rest):
+    run = logprob_impl.forward if is_plain(hidden) else torch.ops.lowrank.linear_logprob.default
+    return run(hidden, *rest)
+
+
+def _backward(dlogp, *rest):
+    run = logprob_impl.backward if is_plain(dlogp) else torch.ops.lowrank.linear_logprob_backward.default
+    return run(dlogp, *rest)
+
+
+_lib.impl("linear_logprob", logprob_impl.forward, "CompositeExplicitAutograd")
+_lib.impl("linear_logprob_backward", logprob_impl.backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lowrank::linear_logprob", lib=_lib)
+def _(hidden, *rest):
+    wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+    T = hidden.shape[0]
+    return hidden.new_empty(T, dtype=wide), hidden.new_empty(T, dtype=wide), hidden.new_empty((3, T), dtype=wide)
+
+
+@torch.library.register_fake("lowrank::linear_logprob_backward", lib=_lib)
+def _(dlogp, dentropy, stats, *arguments):
+    return [t.new_empty(t.shape) for t, need in zip(arguments[:5], arguments[-1], strict=True) if need]
