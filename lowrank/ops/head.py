@@ -81,6 +81,11 @@ class Products:
     def logits(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """z [C, V] in fp32, before scales; and scaling h Aᵀ [C, r]."""
         C, alone = h.shape[0], self.batch_invariant
+        if alone and self.wide is torch.float32 and backend(h.device)[0] == "triton":
+            from ..kernels.logits import logits
+
+            t = None if self.A is None else logits(h, self.A).mul_(self.scaling)
+            return logits(h, self.weight, self.bias, t, self.B), t
         z = h.new_empty((C, self.weight.shape[0]), dtype=self.wide)
         t = None if self.A is None else h.new_empty((C, self.A.shape[0]), dtype=self.wide)
         # copies of rows, because a GEMM may sum otherwise from another alignment

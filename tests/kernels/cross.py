@@ -17,7 +17,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowrank.kernels import _launch, _reduce, dy_pass, expand, logprob, materialize, shrink, svf_dy, svf_scale, x_pass
+from lowrank.kernels import (
+    _launch,
+    _reduce,
+    dy_pass,
+    expand,
+    logits,
+    logprob,
+    materialize,
+    shrink,
+    svf_dy,
+    svf_scale,
+    x_pass,
+)
 
 KERNELS = {
     "reduce": (_reduce, "_reduce_kernel"),
@@ -28,6 +40,7 @@ KERNELS = {
     "svf_dy": (svf_dy, "_svf_dy_kernel"),
     "svf_scale": (svf_scale, "_svf_scale_kernel"),
     "materialize": (materialize, "_materialize_kernel"),
+    "logits": (logits, "_logits_kernel"),
     "logprob": (logprob, "_logprob_kernel"),
     "dlogits": (logprob, "_dlogits_kernel"),
 }
@@ -74,7 +87,7 @@ def recorded(sms: int, arch: int | str = 90):
     launches: list[Launch] = []
     undo = [(module, name, getattr(module, name)) for module, name in KERNELS.values()]
     version = torch.version.hip
-    facts = [(m, "device_facts", m.device_facts) for m in (_launch, shrink, dy_pass, svf_dy, x_pass)]
+    facts = [(m, "device_facts", m.device_facts) for m in (_launch, shrink, dy_pass, svf_dy, x_pass, logits)]
     try:
         for (name, (module, attribute)), (_, _, kernel) in zip(KERNELS.items(), undo, strict=True):
             setattr(module, attribute, _Recorder(name, kernel, launches))

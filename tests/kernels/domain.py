@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from lowrank.kernels import logprob, svf, thin
+from lowrank.kernels.logits import logits
 from lowrank.kernels.materialize import materialize
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -68,6 +69,11 @@ def head_calls(dtype, C=8, V=128256):
     def empty(*size, dtype=FP32):
         return torch.empty(*size, dtype=dtype, device="meta")
 
+    h, W, bias = empty(C, 4096, dtype=dtype), empty(V, 4096, dtype=dtype), empty(V, dtype=dtype)
+    logits(h, W, bias)
+    for factors in dict.fromkeys((dtype, FP32)):
+        t = logits(h, empty(16, 4096, dtype=factors))
+        logits(h, W, None, t, empty(V, 16, dtype=factors))
     z, targets, row, stats = empty(C, V), empty(C, dtype=torch.int64), empty(C), empty(3, C)
     for scales in ((1.0, 1.0, 0.0), (row, 1.0, 30.0)):
         logprob.forward(z, targets, -100, scales, row, row, stats)
