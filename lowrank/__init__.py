@@ -8,10 +8,13 @@ from ._stats import FallbackError, stats, strict
 from ._version import __version__
 from .adapters import adapt, load_adapter, save_adapter
 from .ops import (
+    Head,
     LogProb,
     Receipt,
     combine_logits,
     fold_,
+    kl_to,
+    linear_cross_entropy,
     linear_logprob,
     lora_linear,
     lora_linears,
@@ -25,6 +28,7 @@ from .svf import SVFConfig, expert_mix
 
 __all__ = [
     "FallbackError",
+    "Head",
     "LogProb",
     "Receipt",
     "SVDFactors",
@@ -38,6 +42,8 @@ __all__ = [
     "delta",
     "expert_mix",
     "fold_",
+    "kl_to",
+    "linear_cross_entropy",
     "linear_logprob",
     "load_adapter",
     "lora_linear",

@@ -192,6 +192,21 @@ def check_head(head, autocast: bool, prefix: str = "") -> None:
         raise ValueError(f"{prefix}temperature: expected positive numbers, got {float(temperature.min())}")
 
 
+def check_heads(policy, base, kind: type, autocast: bool) -> None:
+    """Raise on two ``Head``s (``kind``) whose distributions cannot be compared token by token."""
+    for name, head in (("policy", policy), ("base", base)):
+        if not isinstance(head, kind):
+            raise TypeError(f"{name}: expected a lowrank.Head, got {type(head).__name__}")
+        check_head(head, autocast, f"{name}.")
+    for what, mine, other in (
+        ("hidden: expected policy's leading shape", policy.hidden.shape[:-1], base.hidden.shape[:-1]),
+        ("weight: expected policy's vocabulary", policy.weight.shape[:1], base.weight.shape[:1]),
+        ("hidden: expected policy's dtype and device", *([h.hidden.dtype, h.hidden.device] for h in (policy, base))),
+    ):
+        if mine != other:
+            raise ValueError(f"base.{what} {list(mine)}, got {list(other)}")
+
+
 def _check_lora(lora, V: int, H: int, hidden, name: str) -> None:
     try:
         A, B, scaling = lora

@@ -22,6 +22,7 @@ from lowrank.kernels import (
     _reduce,
     dy_pass,
     expand,
+    kl,
     logits,
     logprob,
     materialize,
@@ -43,6 +44,8 @@ KERNELS = {
     "logits": (logits, "_logits_kernel"),
     "logprob": (logprob, "_logprob_kernel"),
     "dlogits": (logprob, "_dlogits_kernel"),
+    "kl": (kl, "_kl_kernel"),
+    "dkl": (kl, "_dkl_kernel"),
 }
 # bytes of shared memory that one program may have
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}

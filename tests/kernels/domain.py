@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from lowrank.kernels import logprob, svf, thin
+from lowrank.kernels import kl, logprob, svf, thin
 from lowrank.kernels.logits import logits
 from lowrank.kernels.materialize import materialize
 
@@ -78,6 +78,8 @@ def head_calls(dtype, C=8, V=128256):
     for scales in ((1.0, 1.0, 0.0), (row, 1.0, 30.0)):
         logprob.forward(z, targets, -100, scales, row, row, stats)
         logprob.backward(z, targets, -100, scales, stats, row, row, dtype)
+        kl.forward(z, z, scales, scales, row, empty(5, C))
+        kl.backward(z, z, scales, scales, empty(5, C), row, dtype)
 
 
 def every_call(dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE, svf_ranks=RANKS):

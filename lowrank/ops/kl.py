@@ -1,0 +1,104 @@
+"""kl_to: the exact KL divergence of one vocabulary head's distribution from another's, for each token, with its gradient.
+
+    KL(p || q) = Σ p (log p − log q)        dKL/dz_v = p_v (log p_v − log q_v − KL)
+
+Written so that no small KL is the difference of large numbers (kernels/kl.py).  Saved for backward: five numbers per token.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import kl_impl
+from .head import CHUNK_BYTES, SCHEMA, Head, as_arguments
+from .logprob import spread
+from .lora import autocast_dtype, is_plain
+from .validation import check_chunk_bytes, check_heads
+
+_lib = torch.library.Library("lowrank", "FRAGMENT")
+# hidden and base_hidden [T,H].  stats: fp32 [5,T], max and ℓ of both, KL.
+_CALL = f"{SCHEMA.format('')}, {SCHEMA.format('base_')}, int chunk_bytes, bool batch_invariant, ScalarType dtype"
+_lib.define(f"kl_to({_CALL}) -> (Tensor kl, Tensor stats)")
+# needs: hidden, weight, bias, A, B; the gradients asked for come back in that order
+_lib.define(f"kl_to_backward(Tensor dkl, Tensor stats, {_CALL}, bool[] needs) -> Tensor[]")
+
+
+def kl_to(policy: Head, base: Head, *, chunk_bytes: int = CHUNK_BYTES, batch_invariant: bool = False) -> Tensor:
+    """KL(softmax(policy's z) || softmax(base's z)) of each token, over the whole vocabulary, in nats.
+
+    Args:
+        policy: hidden [..., H], weight [V, H], bias, lora, temperature, logit_scale and softcap, each as in
+            :func:`linear_logprob`.  What requires grad gets its gradient; a frozen weight costs none.
+        base: of the same leading shape, vocabulary and dtype, held constant: often the same weight with another hidden, or the
+            same hidden without ``lora``.
+        chunk_bytes, batch_invariant: as in :func:`linear_logprob`.
+
+    Returns: fp32 [...] (fp64 for fp64), never negative; exactly 0, with gradients of exactly 0, where both sides are the same
+        tensors.  Reverse mode, first derivatives.
+
+    Raises: ValueError or TypeError that names the argument.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError("kl_to has no forward-mode derivative (forward_ad, torch.func.jvp)")
+    autocast = autocast_dtype(policy.hidden) if isinstance(getattr(policy, "hidden", None), Tensor) else None
+    check_heads(policy, base, Head, autocast is not None)
+    check_chunk_bytes(chunk_bytes)
+    (tensors, numbers), (others, base_numbers) = as_arguments(policy), as_arguments(base)
+    others = [None if t is None else t.detach() for t in others]
+    call = numbers, base_numbers, (chunk_bytes, bool(batch_invariant), autocast or policy.hidden.dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        kl = _KL.apply(call, others, *tensors)
+    else:
+        kl, _ = _forward(*_arguments(call, tensors, others))
+    return kl.view(policy.hidden.shape[:-1])
+
+
+def _arguments(call, tensors, others):
+    """As the op takes them."""
+    numbers, base_numbers, rest = call
+    (hidden, *tensors), (base_hidden, *others) = tensors, others
+    flat, base_flat = (h.reshape(-1, h.shape[-1]) for h in (hidden, base_hidden))
+    return flat, *tensors, numbers, base_flat, *others, base_numbers, *rest
+
+
+class _KL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, others, *tensors):
+        kl, stats = _forward(*_arguments(call, tensors, others))
+        ctx.call = call
+        ctx.save_for_backward(stats, *tensors, *others)
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dkl):
+        stats, *tensors = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[2:7])
+        grads = _backward(dkl, stats, *_arguments(ctx.call, tensors[:6], tensors[6:]), needs)
+        return None, None, *spread(grads, needs, tensors[0].shape), None
+
+
+def _forward(hidden, *rest):
+    run = kl_impl.forward if is_plain(hidden) else torch.ops.lowrank.kl_to.default
+    return run(hidden, *rest)
+
+
+def _backward(dkl, *rest):
+    run = kl_impl.backward if is_plain(dkl) else torch.ops.lowrank.kl_to_backward.default
+    return run(dkl, *rest)
+
+
+_lib.impl("kl_to", kl_impl.forward, "CompositeExplicitAutograd")
+_lib.impl("kl_to_backward", kl_impl.backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lowrank::kl_to", lib=_lib)
+def _(hidden, *rest):
+    wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+    T = hidden.shape[0]
+    return hidden.new_empty(T, dtype=wide), hidden.new_empty((5, T), dtype=wide)
+
+
+@torch.library.register_fake("lowrank::kl_to_backward", lib=_lib)
+def _(dkl, stats, *arguments):
+    return [t.new_empty(t.shape) for t, need in zip(arguments[:5], arguments[-1], strict=True) if need]
