@@ -28,7 +28,7 @@ if [[ $toy ]]; then
     how=(--toy --no-gate)
     part 60 "$python" -m lowrank.cli doctor
     part 60 "$python" bench/gate.py --tests tests/ops/test_dropout.py --out "$OUT/gate.json"
-    layer= linear= wide= rows=32x64x96 small= ranks=8,16 tune="--toy --rounds 2" shards=2
+    layer= linear= head= wide= rows=32x64x96 small= ranks=8,16 tune="--toy --rounds 2" shards=2
 else
     how=(--gate "$OUT/gate.json")
     # csrc/ for this GPU alone; without nvcc it says so, and what it would have done is done in PyTorch
@@ -37,6 +37,7 @@ else
     part 20 "$python" -m lowrank.cli doctor
     part 150 "$python" bench/gate.py --seconds 140 --out "$OUT/gate.json"
     linear=8192x4096x4096 wide=8192x4096x4096,8192x4096x14336,8192x14336x4096,8192x4096x1024 layer=8192x4096x14336
+    head=8192x4096x128256
     rows=128x4096x4096,512x4096x4096,1024x4096x4096,2048x4096x4096,4096x4096x4096,16384x4096x4096
     small=1x4096x4096 ranks=8,16,32,64,128 tune="--seconds 20" shards=8
 fi
@@ -57,14 +58,16 @@ time_ 30 llama_layer $(shapes "$layer") --sets 1 --seconds 20
 time_ 40 svf_linear svf_dy materialize $(shapes "$layer") --ranks "${ranks%%,*}",64 --seconds 12
 # 6. Streams over weights: bytes per second against a copy of as many, AdamW against torch's fused one, fold against PEFT's merge
 time_ 45 adamw diff_stats topk_mask delta fold $(shapes "$layer") --seconds 9
-# 7. From which M on do kernels pay?
+# 7. Log-probabilities from a frozen head, against its GEMMs, PyTorch, TRL and fused cross entropies
+time_ 40 linear_logprob $(shapes "$head") --sets 1 --rounds 5 --seconds 30
+# 8. From which M on do kernels pay?
 time_ 20 small $(shapes "$small") --seconds 15
-# 8. The tuning sweeps: compile on all cores, then time
+# 9. The tuning sweeps: compile on all cores, then time
 warm() { for i in $(seq 0 $((shards - 1))); do "$python" bench/tune.py $tune --compile-only --shard "$i/$shards" & done; wait; }
 export -f warm; export python tune shards
 part 45 bash -c warm
 part 50 "$python" bench/tune.py $tune --out "$OUT/tune.json"
-# 9. What the host pays, tables and figure, and the comparison of methods
+# 10. What the host pays, tables and figure, and the comparison of methods
 part 20 "$python" -m pytest bench/test_host_overhead.py -q --benchmark-only --benchmark-json="$OUT/host_overhead.json"
 part 20 "$python" bench/report.py "$OUT"
 # (not in a dry run: it pretrains a model first, minutes on a CPU; tests/compare runs it at toy size)

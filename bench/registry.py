@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import llama_layer
+import logprob
 import peers
 import streams
 import svf
@@ -263,12 +264,27 @@ def _stream(name, inputs, calls, bytes_of, *tests) -> Benchmark:
     )
 
 
+# A vocabulary head.
+
+
+def _logprob_calls(p, inputs, options) -> Calls:
+    calls, absent = logprob.calls(p, inputs)
+    options.add(absent)
+    return calls
+
+
 OPS = ("tests/ops/test_dropout.py", "tests/ops/test_lora.py", "tests/ops/test_lora_gpu.py")
 SVF = (
     "tests/ops/test_svf.py",
     "tests/nn/test_svf.py",
     "tests/kernels/test_svf_dy.py",
     "tests/kernels/test_svf_scale.py",
+)
+HEAD = (
+    "tests/ops/test_logprob.py",
+    "tests/ops/test_cross_entropy.py",
+    "tests/kernels/test_logprob.py",
+    "tests/kernels/test_logits.py",
 )
 KERNELS = tuple(f"tests/kernels/test_{name}.py" for name in _THIN_BYTES)
 
@@ -300,6 +316,9 @@ REGISTRY = {
         Benchmark(
             "svf_dy", svf.dy_inputs, lambda p, inputs, options: svf.dy_calls(p, inputs), lambda p, mode: svf.dy_bytes(p),
             lambda p, mode: 2 * p.M * p.N * p.r, "copy", SVF,
+        ),
+        Benchmark(
+            "linear_logprob", logprob.inputs, _logprob_calls, logprob.bytes_of, logprob.flops, "gemms", HEAD, graphs=False,
         ),
         Benchmark(
             "materialize", svf.materialize_inputs, lambda p, inputs, options: svf.materialize_calls(p, inputs),

@@ -5,6 +5,7 @@ python -m pytest bench/test_registry.py --benchmark-only --benchmark-columns=med
 
 import math
 
+import logprob
 import pytest
 import torch
 from registry import REGISTRY, Options, floor_us
@@ -109,6 +110,24 @@ def test_svf_modes_are_the_formulas():
     assert error(found[""]["lowrank"][0], found[""]["eager"][0].double()) < 1e-6
 
 
+def test_log_probabilities_are_the_formulas():
+    _, inputs, outputs = run("linear_logprob")
+    s = inputs[0]
+    for name, (out, *_) in outputs["forward"].items():
+        if name == "gemms":
+            continue
+        h, W, A, B = (t.detach().double().requires_grad_() for t in s[:4])
+        W = W + logprob.SCALING * B @ A if "lora" in name else W
+        logp = (h @ W.mT).log_softmax(1).gather(1, s.targets[:, None])[:, 0]
+        assert error(out if out.dim() else out[None], logp if out.dim() else logp.sum()[None]) < 1e-5, name
+        grads = torch.autograd.grad(logp.sum(), [h, A, B] if "lora" in name else [h])
+        for grad, exact in zip(outputs["both"][name][1:], grads, strict=True):
+            assert error(grad, exact) < 1e-5, name
+    z = s.h.detach() @ s.W.mT
+    assert error(outputs["forward"]["gemms"][0], z.double()) < 1e-5
+    assert error(outputs["both"]["gemms"][0], z.double() @ s.W.double()) < 1e-5
+
+
 def test_addmm_adds():
     p = Problem(**TOY)
     benchmark = REGISTRY["addmm"]
@@ -157,6 +176,12 @@ def test_bytes_and_flops_as_counted_by_hand():
     assert REGISTRY["delta"].bytes(p, "encode-old") == int(encoded + 2048 * (0.02 + 4))
     assert count["delta"] == (int(encoded + 2048 * 0.02), 0)
     assert count["fold"] == (4 * 4096, 0)  # read and written, twice
+
+    # h 1024 bytes, W 4096, 8 targets, logp and entropy 64 bytes each; backward dlogp 32, h and W again, dh
+    assert count["linear_logprob"] == (1024 + 4096 + 64 + 64, 2 * 8 * 64 * 32)
+    head = REGISTRY["linear_logprob"]
+    assert head.bytes(p, "both") == 1024 + 4096 + 64 + 64 + 32 + 2 * 1024 + 4096
+    assert head.flops(p, "both") == 6 * 8 * 64 * 32
     assert floor_us(linear, p, "forward", copy_rate=6400, matmul_rate=1e12) == 1e6  # 6400 bytes
     assert floor_us(linear, p, "forward", copy_rate=1e12, matmul_rate=2 * 8 * 64 * 32 + 2 * 8 * 2 * 96) == 1e6
 
