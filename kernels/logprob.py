@@ -68,8 +68,7 @@ def row_scales(inv_t, inv_t_ptr, row, logit_scale, softcap, CAPPED: tl.constexpr
 @triton.jit
 def online(y, largest, total):
     """(maximum, Σ exp(y - maximum), its factor and shift from the maximum before, y - maximum, exp of that) with a block y."""
-    # a NaN must not be lost in the maximum
-    fresh = tl.maximum(largest, tl.max(tl.where(y == y, y, float("inf")), 0))
+    fresh = tl.maximum(largest, tl.max(y, 0))  # a NaN may be lost here: e holds it
     shift = tl.where(largest == float("-inf"), 0.0, largest - fresh)
     d = y - fresh
     e = tl.where(y == float("-inf"), 0.0, tl.exp(d))

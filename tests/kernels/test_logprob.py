@@ -102,6 +102,17 @@ def test_targets_that_are_none(module):
     assert dz.any(1).tolist() == [True, False, False, False, True]
 
 
+@pytest.mark.parametrize("module", [logprob, Eager])
+def test_ignoring_a_class(module):
+    z, _ = inputs(3, 130)
+    targets, ones = torch.tensor([5, 7, 5], device=DEVICE), torch.ones(3, device=DEVICE)
+    logp, entropy, stats = (torch.empty(n, device=DEVICE) for n in (3, 3, (3, 3)))
+    module.forward(z.clone(), targets, 5, (1.0, 1.0, 0.0), logp, entropy, stats)
+    dz = module.backward(z.clone(), targets, 5, (1.0, 1.0, 0.0), stats, ones, ones, torch.float32)
+    for t in (logp, entropy, dz.abs().sum(1)):
+        assert (t != 0).tolist() == [False, True, False]
+
+
 def test_nan_stays_in_its_row():
     z, targets = inputs(3, 300)
     z[1, 290] = float("nan")
