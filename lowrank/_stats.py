@@ -70,7 +70,7 @@ def ran_fused(layer: nn.Module, shared: bool = False) -> None:
             _count(layer, _SHARED)
 
 
-def fell_back(layer: nn.Module, reason: str) -> None:
+def fell_back(layer: nn.Module, reason: str, library: str = "PEFT") -> None:
     """Count one call of ``layer`` that did not, warn once per reason, or raise under :class:`strict`."""
     if _strict:
         raise FallbackError(f"{type(layer).__name__} cannot run on lowrank: {reason}")
@@ -79,7 +79,7 @@ def fell_back(layer: nn.Module, reason: str) -> None:
     _count(layer, reason)
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"lowrank falls back to PEFT's own code for some layers: {reason}", stacklevel=4)
+        warnings.warn(f"lowrank falls back to {library}'s own code for some layers: {reason}", stacklevel=4)
 
 
 def op_fell_back(reason: str) -> None:

@@ -18,7 +18,8 @@ def python(code: str, cwd: Path = ROOT, *options: str) -> str:
 def test_imports_nothing_heavy_and_touches_no_device():
     code = (
         "import os, sys, torch; before = dict(os.environ), torch.get_num_threads(); import lowrank;"
-        "heavy = {'triton', 'transformers', 'peft', 'rich', 'matplotlib', 'safetensors', 'bitsandbytes'} & set(sys.modules);"
+        "heavy = {'triton', 'transformers', 'peft', 'trl', 'rich', 'matplotlib', 'safetensors', 'bitsandbytes'};"
+        "heavy &= set(sys.modules);"
         "assert not heavy, heavy; assert not torch.cuda.is_initialized();"
         "assert before == (dict(os.environ), torch.get_num_threads()); print('ok')"
     )
@@ -44,6 +45,13 @@ def test_a_missing_extra_gives_a_one_line_hint():
     lines = python(code).splitlines()
     assert len(lines) == 2
     assert all("pip install 'lowrank-kernels[peft]'" in line for line in lines)
+    pytest.importorskip("peft")
+    code = (
+        "import sys; sys.modules['trl'] = None\n"
+        "try: import lowrank.integrations.trl\n"
+        "except ImportError as error: print(error)"
+    )
+    assert python(code) == "this needs TRL: pip install 'trl>=1.16'"
 
 
 def test_every_name_in_all_is_there_and_documented():

@@ -68,19 +68,27 @@ def linear_logprob(
     Raises: ValueError or TypeError that names the argument; on a CPU also for a target outside [0, V), which on a GPU gives
         NaN and no gradient.
     """
+    head = Head(hidden, weight, bias, lora, temperature, logit_scale, softcap)
+    return LogProb(*with_stats(head, targets, ignore_index, chunk_bytes, batch_invariant)[:2])
+
+
+def with_stats(
+    head: Head, targets: Tensor, ignore_index: int = -100, chunk_bytes: int = CHUNK_BYTES, batch_invariant: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`linear_logprob`'s logp and entropy, and max, ℓ and Ē of each token, [3, T] and without gradient."""
     if torch.autograd.forward_ad._current_level >= 0:
         raise NotImplementedError("linear_logprob has no forward-mode derivative (forward_ad, torch.func.jvp)")
+    hidden, weight = head[:2]
     autocast = autocast_dtype(hidden) if isinstance(hidden, Tensor) else None
-    head = Head(hidden, weight, bias, lora, temperature, logit_scale, softcap)
     check_head(head, autocast is not None)
     check_logprob(targets, hidden, weight.shape[0], ignore_index, chunk_bytes)
     lead, (tensors, numbers) = hidden.shape[:-1], as_arguments(head)
     call = (ignore_index, chunk_bytes, bool(batch_invariant), autocast or hidden.dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        logp, entropy = _LinearLogProb.apply(numbers, call, targets, *tensors)
+        logp, entropy, stats = _LinearLogProb.apply(numbers, call, targets, *tensors)
     else:
-        logp, entropy, _ = _forward(*_arguments(numbers, call, targets, *tensors))
-    return LogProb(logp.view(lead), entropy.view(lead))
+        logp, entropy, stats = _forward(*_arguments(numbers, call, targets, *tensors))
+    return logp.view(lead), entropy.view(lead), stats
 
 
 def _arguments(numbers, call, targets, hidden, *others):
@@ -94,11 +102,12 @@ class _LinearLogProb(torch.autograd.Function):
         logp, entropy, stats = _forward(*_arguments(numbers, call, targets, *tensors))
         ctx.numbers, ctx.call = numbers, call
         ctx.save_for_backward(stats, targets, *tensors)
-        return logp, entropy
+        ctx.mark_non_differentiable(stats)
+        return logp, entropy, stats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogp, dentropy):
+    def backward(ctx, dlogp, dentropy, _):
         stats, targets, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[3:8])
         grads = _backward(dlogp, dentropy, stats, *_arguments(ctx.numbers, ctx.call, targets, *tensors), needs)
