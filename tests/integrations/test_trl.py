@@ -369,6 +369,14 @@ def test_rows_that_count_alone(monkeypatch):
     assert all(g.abs().max() == 0 for g in grads.values())
 
 
+def test_top1_of_ties():
+    model = llama()
+    nn.init.zeros_(model.lm_head.weight)
+    theirs = called(model, utils.add_fused_lm_head)[0]["is_top1"]
+    assert not theirs.any()  # the first of the tied is token 0, which no label is
+    assert torch.equal(called(model, fuse())[0]["is_top1"], LABELS[:, 1:] != -100)
+
+
 def test_what_is_not_computed_falls_back():
     capped = llama(logit_scale=0.4, final_logit_softcapping=3.0)
     for model, outputs, reason in (
@@ -387,6 +395,15 @@ def test_what_is_not_computed_falls_back():
         with pytest.raises(ValueError, match=f"lm_head: its LoRA cannot be applied by TRL's own.*{reason}"):
             called(tuned(model), fuse(), outputs)
         unpatch()
+
+
+def test_a_head_sharded_by_deepspeed_falls_back():
+    model = tuned(target_modules=["q_proj"])
+    fuse()(model.get_base_model())
+    model.get_output_embeddings().weight.ds_id = 0  # what DeepSpeed's partitioned parameters have
+    with pytest.warns(UserWarning, match="falls back to TRL's own code.*ZeRO-3"):
+        model(input_ids=IDS, labels=LABELS, fused_lm_head=True).loss.backward()
+    assert lowrank.stats(model)["fused"] == 0
 
 
 def test_refuses(tmp_path):
