@@ -165,3 +165,71 @@ def test_proxy_tuning(one_thread, capsys):
         assert proxy["loss"] < base["loss"] - 0.01
         assert proxy["changed"] > 0
     assert results["counting", "proxy 1"]["lines"] >= results["counting", "base"]["lines"]
+
+
+def test_rl(one_thread, capsys):
+    import torch
+
+    from lowrank import bits
+
+    example = load("rl")
+    sizes = dict(hidden=32, limit=3, pretrain_steps=200, steps=3, prompts=8, group=8, asked=3, every=2)
+    found = example.main([f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()])
+    rows, base = found["rows"], found["base"]
+    assert "In this run training every weight bought" in capsys.readouterr().out
+    assert list(rows) == ["base", *example.METHODS]
+    assert all(len(history) == 3 and history[0]["kl"] < 1e-6 for history in found["histories"].values())
+    assert all(row["kl"] > 1e-6 for name, row in rows.items() if name != "base")
+    for name, masks in found["changed"].items():
+        ones = sum(int(bits.unpack(w, base.get_parameter(n).shape).sum()) for n, w in masks.items())
+        assert abs(rows[name]["bf16"] - ones / base.num_parameters()) < 1e-3
+        assert bool(masks["model.embed_tokens.weight"].any()) == name.startswith("full")  # adapters leave it alone
+    assert found["overlap"].jaccard[0, 1] < 1
+
+    adapted = example.lowrank.adapt(example.copy.deepcopy(base), example.METHODS["LoRA 1"][0])
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            p.add_(0.1 if "lora_" in name else 0)
+    ids = example.answer(base, [[1, 2]] * 8)[0]
+    ids[0, example.PROMPT :] = torch.tensor(list(b"=03\nxxxx"))
+    logp, entropy, kl = example.scored(adapted, base, ids)
+    ours, theirs = (
+        m(input_ids=ids).logits[:, example.PROMPT - 1 : -1].double().log_softmax(-1) for m in (adapted, base)
+    )
+    counted = torch.ones(8, example.ANSWER, dtype=torch.bool)
+    for row, text in zip(counted, ids[:, example.PROMPT :].tolist(), strict=True):
+        row[text.index(10) + 1 if 10 in text else example.ANSWER :] = False
+    assert counted[0].tolist() == [True] * 4 + [False] * 4
+    chosen = ours.gather(2, ids[:, example.PROMPT :, None])[..., 0]
+    torch.testing.assert_close(logp.double(), chosen * counted, rtol=1e-4, atol=1e-5)
+    p = ours.exp()
+    torch.testing.assert_close(entropy.double(), -(p * ours).sum(-1)[counted].mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kl.double(), (p * (ours - theirs)).sum(-1)[counted].mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_rl_rewards():
+    """Right and wrong sums in both formats, and what is neither."""
+    import torch
+
+    example = load("rl")
+    answers = [b"=03\nxxxx", b":3,0=03\n", b"=04\nxxxx", b":9,9=03\n", b"=3\n=03\nx", b"03\nxxxxx"]
+
+    def model(input_ids):
+        at = input_ids.shape[1] - example.PROMPT
+        nexts = torch.tensor([text[at] for text in answers])
+        return type("Out", (), {"logits": torch.nn.functional.one_hot(nexts, 259).log()[:, None]})
+
+    ids, rewards, formats = example.answer(model, [[1, 2]] * len(answers))
+    assert bytes(ids[1].tolist()) == b"\n01+02:3,0=03\n"
+    assert rewards.tolist() == [1, 1, 0, 1, 0, 0]
+    assert formats["plain"].tolist() == [True, False, True, False, False, False]
+    assert formats["worked"].tolist() == [False, True, False, True, False, False]
+    text = example.sums(100, 20, 0.3, 0).decode()
+    lines = text.split("\n")[1:]
+    assert len(lines) == 100
+    assert {len(line) > 10 for line in lines} == {True, False}
+    for line in lines:
+        left, right = line.split("=")
+        a, b = left.split(":")[0].split("+")
+        assert int(a) + int(b) == int(right)
+        assert ":" not in left or left.split(":")[1] == f"{right[1]},{right[0]}"
