@@ -94,13 +94,17 @@ def test_forward_and_every_gradient(shape, dtype, lora):
         dict(softcap=3.0),
         dict(softcap=30.0, logit_scale=0.5, temperature=torch.linspace(0.5, 2, 16)),
     ],
-    ids=str,
+    ids=["temperature", "temperatures", "scale", "capped", "all"],
 )
 def test_scale_cap_and_temperature(dtype, options):
     compare(lambda: tensors(16, 40, 127, 8, dtype, dtype), **options)
 
 
-@pytest.mark.parametrize("options", [{}, dict(softcap=2.0), dict(temperature=torch.rand(2, 3).double() + 0.5)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(softcap=2.0), dict(temperature=torch.linspace(0.5, 1.5, 6, dtype=torch.float64).view(2, 3))],
+    ids=["plain", "capped", "temperature"],
+)
 def test_gradcheck(options):
     (h, W, b, A, B), targets = tensors(6, 5, 7, 2, torch.float64, torch.float64)
     targets = targets.view(2, 3)
