@@ -72,10 +72,9 @@ def scored(model: nn.Module, base: nn.Module, ids: Tensor) -> tuple[Tensor, Tens
     states, weight = head_of(model, ids)
     logp, entropy = lowrank.linear_logprob(states, weight, targets)
     with torch.no_grad():
-        base_states, base_weight = head_of(base, ids)
-        theirs = (base_states @ base_weight.mT).log_softmax(-1)
-    ours, counted = (states @ weight.mT).log_softmax(-1), targets != -100
-    kl = (ours.exp() * (ours - theirs)).sum(-1)[counted].mean()
+        base_head = lowrank.Head(*head_of(base, ids))
+    counted = targets != -100
+    kl = lowrank.kl_to(lowrank.Head(states, weight), base_head)[counted].mean()
     return logp, entropy.sum() / counted.sum(), kl
 
 
