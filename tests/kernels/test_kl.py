@@ -3,12 +3,13 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
+from thin_inputs import DEVICE, needs_triton
 
 from lowrank.kernels import kl
 from lowrank.ops.kl_impl import Eager
 from lowrank.testing import assert_as_right
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = needs_triton
 PLAIN = 1.0, 1.0, 0.0
 SMALL = kl.Config(256, 4)
 

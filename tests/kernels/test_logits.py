@@ -3,11 +3,12 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
+from thin_inputs import DEVICE, needs_triton
 
 from lowrank.kernels.logits import Config, logits
 from lowrank.testing import assert_as_right
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = needs_triton
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SMALL = Config(16, 32, 32, 4, 2)
 
