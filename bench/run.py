@@ -31,7 +31,7 @@ from lowrank.bench import DTYPES, Problem, environment
 from lowrank.timing import copy_rate, matmul_rate, paired, peak_memory
 
 ROOT = Path(__file__).parent.parent
-OTHERS = ("peft", "unsloth", "lorafusion")
+OTHERS = ("peft", "unsloth", "lorafusion", "trl", "torch-ce", "liger", "cut")
 SHAPES = {"cuda": "8192x4096x4096,8192x4096x14336", "cpu": "512x1024x1024", "toy": "64x64x96"}
 
 

@@ -3,6 +3,8 @@
 from lowrank.ops.svf import cheapest
 
 ADDMM_LIMIT = 1.02  # above it, writing the thin term first and adding the big GEMM to it costs more than it saves
+HEAD_LIMIT = 1.15  # of the GEMMs of a frozen head
+HEAD_PEERS = ("plain", "plain-chunked", "trl")  # a cross entropy gives a sum
 COPY_TARGET = 0.85  # of a copy's bytes per second
 
 
@@ -10,7 +12,7 @@ def verdict(name: str, rows: list[dict]) -> str:
     """One line.  Figures from a CPU decide nothing about a GPU, and it says so."""
     if not rows:
         return "nothing was timed"
-    said = {"addmm": _addmm, "small": _small, "svf_linear": _svf}.get(
+    said = {"addmm": _addmm, "small": _small, "svf_linear": _svf, "linear_logprob": _head}.get(
         name, _thin if any(row["provider"] == "copy" for row in rows) else _ratio
     )(rows)
     return said if rows[0]["device"].startswith("cuda") else f"{said} [{rows[0]['device']}: says nothing about a GPU]"
@@ -103,6 +105,19 @@ def _svf(rows):
         over = "" if picked == fastest else f", {us[picked] / us[fastest]:.2f}× of {fastest[8:]}"
         said.append(f"{mode} {M}x{K}x{N}: the cost rule says {picked[8:]}{over or ', the fastest'}")
     return "; ".join(filter(None, said)) or "nothing to compare"
+
+
+def _head(rows):
+    """Over the GEMMs it cannot avoid, and against the fastest peer that also gives log-probabilities of every row."""
+    said = []
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        for of in (of for case, of in cases(rows).items() if case[0] == mode and {"gemms", "lowrank"} <= of.keys()):
+            over = {name: row["us"] / of["gemms"]["us"] for name, row in of.items()}
+            peer = min((name for name in over if name in HEAD_PEERS), key=over.get, default=None)
+            word = "reached" if over["lowrank"] <= HEAD_LIMIT else "missed"
+            beside = f", fastest peer {peer} {over[peer]:.2f}×" if peer else ""
+            said.append(f"{mode} {over['lowrank']:.2f}× of its GEMMs, limit {HEAD_LIMIT} {word}{beside}")
+    return "; ".join(said) or "nothing to compare"
 
 
 def _against(rows, name, other):

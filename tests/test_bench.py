@@ -130,6 +130,9 @@ def test_verdicts():
     sizes = {1: (9, 5), 8: (5, 5), 32: (7, 5), 128: (4, 5), 512: (3, 5)}
     rows = [r for M, (a, b) in sizes.items() for r in (row("lowrank-triton", a, M=M), row("lowrank-eager", b, M=M))]
     assert "triton from M = 128" in verdict("small", rows)
+    head = [row("gemms", 100), row("lowrank", 114), row("plain", 180), row("trl", 150), row("torch-ce", 90)]
+    assert "1.14× of its GEMMs, limit 1.15 reached, fastest peer trl 1.50×" in verdict("linear_logprob", head)
+    assert "limit 1.15 missed" in verdict("linear_logprob", [row("gemms", 100), row("lowrank", 116)])
     assert verdict("addmm", [row("mm", 1, device="cpu")]).endswith("says nothing about a GPU]")
 
 
