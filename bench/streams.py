@@ -160,11 +160,12 @@ def delta_calls(p: Problem, data: list[dict]) -> dict[str, dict]:
 
 
 def delta_bytes(p: Problem, mode: str) -> int:
-    """What was encoded: three bytes a changed element in 16 bits and two a block; and what it is made from or goes into."""
+    """What was encoded, three bytes a changed element in 16 bits and two a block, and what it is made from or goes into:
+    of a tensor whose changed elements alone are touched, the sectors of 32 bytes that hold one."""
     n, size = p.N * p.K, itemsize(p)
     encoded = n * (CHANGED * (1 + size) + 2 / 1024)
-    values = n * CHANGED * size
-    return int(encoded + values + {"encode-map": n / 8, "encode-old": 2 * n * size, "apply": 0}[mode])
+    touched = n * size * (1 - (1 - CHANGED) ** (32 // size))
+    return int(encoded + {"encode-map": n / 8 + touched, "encode-old": 2 * n * size, "apply": 2 * touched}[mode])
 
 
 # A rank update written into the weight, and out again
