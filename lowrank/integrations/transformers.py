@@ -1,18 +1,54 @@
-"""Proxy-tuning in ``generate()``: a large frozen model steered by a small tuned and a small untuned one.
+"""transformers' Trainer on lowrank by a callback, and proxy-tuning in ``generate()``.
 
-Liu et al. 2024, arXiv 2401.08565.  The three models share a tokenizer; they never meet but in the logits of each token.
+Proxy-tuning (Liu et al. 2024, arXiv 2401.08565): a large frozen model steered by a small tuned and a small untuned one.  The
+three share a tokenizer; they never meet but in the logits of each token.
 """
 
 import contextlib
 import inspect
+import logging
 import warnings
 
 import torch
 from torch import nn
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, TrainerCallback
 
+from .. import _stats
 from ..ops.combine import combine_logits
 from ..ops.validation import check_alpha
+
+
+class PatchCallback(TrainerCallback):
+    """``Trainer(..., callbacks=[PatchCallback()])`` runs a PEFT model's LoRA layers on lowrank from the first step on.
+
+    After that step it logs, once, what :func:`lowrank.stats` counted in it: on the logger "lowrank", at INFO if every LoRA
+    layer ran on lowrank and at WARNING if not, so that nobody trains on a fallback unknowingly.  TRL's trainers take it too.
+
+    Args: ``options`` are :func:`lowrank.integrations.peft.patch`'s.
+    Raises: ValueError when training begins, if the model has no LoRA layer that lowrank covers.
+    """
+
+    def __init__(self, **options):
+        self.options, self._before = options, None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        from .peft import patch
+
+        patch(model, **self.options)
+        self._before = _stats.stats(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self._before is None:
+            return
+        before, after, self._before = self._before, _stats.stats(model), None
+        fallback = {why: n - before["fallback"].get(why, 0) for why, n in after["fallback"].items()}
+        fallback = {why: n for why, n in fallback.items() if n}
+        found = {name: after[name] - before[name] for name in ("fused", "shared")}
+        found |= {"fallback": fallback, "untouched": after["untouched"]}
+        whole = found["fused"] and not fallback and not after["untouched"]
+        if state.is_local_process_zero:
+            level = logging.INFO if whole else logging.WARNING
+            logging.getLogger("lowrank").log(level, "first step: %s", found)
 
 
 class ProxyTuning(LogitsProcessor):
