@@ -253,22 +253,27 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
-        """The 2-norm of all gradients together, over active elements only; 0-d, fp32."""
-        norms = [
-            torch.linalg.vector_norm(self._active_gradient(p), dtype=torch.float32).cpu()
-            for p in self._parameters()
-            if p.grad is not None
-        ]
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        """The 2-norm of all gradients together, active elements only; 0-d, fp32.  Waits for the device if there are several."""
+        norms: dict[torch.device, list[Tensor]] = {}
+        for p in self._parameters():
+            if p.grad is not None:
+                norm = torch.linalg.vector_norm(self._active_gradient(p), dtype=torch.float32)
+                norms.setdefault(p.device, []).append(norm)
+        found = [torch.linalg.vector_norm(torch.stack(of)) for of in norms.values()]
+        return found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.tensor([float(norm) for norm in found]))
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """torch.nn.utils.clip_grad_norm_ with :meth:`grad_norm`; returns the norm before."""
         norm = self.grad_norm()
-        scale = float((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
-        if scale < 1:
-            torch._foreach_mul_(grads, scale)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for p in self._parameters():
+            if p.grad is not None:
+                by_device.setdefault(p.device, []).append(p.grad)
+        if scale.is_cuda or not scale >= 1:  # to know it there would mean to wait
+            for device, grads in by_device.items():
+                torch._foreach_mul_(grads, scale.to(device))
         return norm
 
     # changes

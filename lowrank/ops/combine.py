@@ -1,6 +1,6 @@
 """Proxy-tuning's arithmetic on logits: base + alpha (expert - antiexpert) (Liu et al. 2024, arXiv 2401.08565).
 
-Plain PyTorch: three models run for every one of these calls, beside which it is below one percent of a step.
+Plain PyTorch: three models run for every one of these calls.
 """
 
 import functools
