@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import _stats
+from ..layers import adapters_of
 from ..ops.head import Head
 from ..ops.logprob import with_stats
 from ..ops.lora_impl import no_autocast
@@ -157,7 +158,7 @@ def _lora(head: nn.Module, like: torch.Tensor):
     """((A, B, scaling) or None, the adapters' bias or None) that ``head`` adds to its base layer at this moment."""
     if not isinstance(head, BaseTunerLayer):
         return None, None
-    adapters, reason = _peft._adapters(head, like, (), {})
+    adapters, reason = adapters_of(head, like, (), {})
     if reason is None and any(adapter.dropout_p for adapter in adapters or ()):
         reason = "dropout"
     if reason is not None:
