@@ -2,7 +2,8 @@
 
 S_j [M, R_j], B_j [N, R_j] (any strides) -> Y [M, N], rounded once.  scale_j: a float, times a 0-d tensor, or times a
 tensor [R_j] (one scale per column of S); or, for a single S, mix @ scales with mix [M, E] and scales [E, R] (one scale per
-row and column, never in memory; svf_scale.py).  start: nothing, a bias [N] or a matrix [M, N].
+row and column, never in memory; svf_scale.py).  start: nothing, a bias [N] or a matrix [M, N]; with a gain [N] (DoRA) it
+is gain ∘ matrix + bias.
 drop_j zeroes where a keep bit of int32 [M, ceil(N / 32)] is 0: with B = Aᵀ this is the backward's dX = mask ∘ (dS A).
 Floor: the write of Y, M N itemsize bytes; 15.6 us at 8192 x 4096 in bf16 at 4.3 TB/s.
 Eager form: lowrank/ops/eager.py.  Benchmark: bench/registry.py.
@@ -39,7 +40,7 @@ def pick_config(M: int, N: int, block_r: int, kind: str) -> Config:
 @triton.jit
 def _expand_kernel(
     s_ptrs, b_ptrs, bias_ptr, start_ptr, y_ptr, keep_ptrs, scales, scale_ptrs,
-    ranks, M, N, strides_sm, strides_bn, strides_br, stride_startm, stride_ym, mix_ptr, E,
+    ranks, M, N, strides_sm, strides_bn, strides_br, stride_startm, stride_ym, mix_ptr, E, gain_ptr,
     PER_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     R_PADDED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +86,12 @@ def _expand_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if start_ptr is not None:
-        y += tl.load(start_ptr + offs_m[:, None] * stride_startm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        start = tl.load(start_ptr + offs_m[:, None] * stride_startm + offs_n[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        if gain_ptr is not None:
+            start *= tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+        y += start
     tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -98,15 +104,20 @@ def expand(
     dtype: torch.dtype,
     config: Config | None = None,
     mix: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Y [M, N] in ``dtype``.  S [M, R_0 + R_1 + ...], last dim contiguous.  mix: fp32 [M, E], contiguous.
+    """Y [M, N] in ``dtype``.  S [M, R_0 + R_1 + ...], last dim contiguous.  mix: fp32 [M, E], contiguous.  gain: fp32 [N],
+    contiguous, beside a matrix as start; ``bias`` [N] then comes on top.
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
     Y = S.new_empty((S.shape[0], Bs[0].shape[0]), dtype=dtype)
     if S.shape[1] != sum(B.shape[1] for B in Bs):
         raise ValueError(f"expand: S {list(S.shape)} does not fit B {[list(B.shape) for B in Bs]}")
-    expand_into(Y, list(S.split([B.shape[1] for B in Bs], 1)), Bs, scales, scale_tensors, start, None, config, mix)
+    expand_into(
+        Y, list(S.split([B.shape[1] for B in Bs], 1)), Bs, scales, scale_tensors, start, None, config, mix, gain, bias
+    )
     return Y
 
 
@@ -120,6 +131,8 @@ def expand_into(
     keeps: list[torch.Tensor | None] | None,
     config: Config | None = None,
     mix: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Overwrite Y, with drop_j if ``keeps`` are given.  ``S``: one [M, R_j] per factor, last dim contiguous."""
     (M, N), dtype, n = Y.shape, Y.dtype, len(S)
@@ -132,6 +145,11 @@ def expand_into(
     check("expand", Y, S[0].dtype, [S[0], *([] if start is None else [start])], [])
     if start is not None and start.stride(-1) != 1 and N > 1:
         raise ValueError(f"expand: start's last dim must be contiguous, got strides {start.stride()}")
+    for name, t in (("gain", gain), ("bias", bias)):
+        if t is not None and (start is None or start.dim() != 2 or t.shape != (N,) or t.stride(0) != 1):
+            raise ValueError(f"expand: expected a contiguous {name} [{N}] beside a matrix to start from")
+    if gain is not None and gain.dtype is not torch.float32:
+        raise ValueError(f"expand: expected gain in fp32, got {gain.dtype}")
     if mix is not None:
         check_mix("expand", scale_tensors[0], mix, M, S[0].shape[1])
     if Y.numel() == 0:
@@ -142,11 +160,11 @@ def expand_into(
     matrix = start is not None and start.dim() == 2
     with on(Y):
         _expand_kernel[(triton.cdiv(M, c.block_m), triton.cdiv(N, c.block_n))](
-            tuple(S), tuple(Bs), None if matrix else start, start if matrix else None, Y,
+            tuple(S), tuple(Bs), bias if matrix else start, start if matrix else None, Y,
             as_bytes(keeps or [None] * n), tuple(scales), tuple(scale_tensors),
             tuple(s.shape[1] for s in S), M, N, tuple(s.stride(0) for s in S), tuple(B.stride(0) for B in Bs),
             tuple(B.stride(1) for B in Bs), start.stride(0) if matrix else 0, Y.stride(0),
-            mix, 0 if mix is None else mix.shape[1],
+            mix, 0 if mix is None else mix.shape[1], gain,
             PER_COLUMN=tuple(t is not None and t.dim() >= 1 for t in scale_tensors),
             BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=block_r,
             R_PADDED=triton.cdiv(max(s.shape[1] for s in S), block_r) * block_r, DTYPE=DTYPES[S[0].dtype],

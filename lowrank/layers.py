@@ -10,21 +10,30 @@ import torch
 from torch import nn
 
 from . import _stats
+from .ops.dora import dora_linear
 from .ops.lora import Adapter, Projection, lora_projections
 from .ops.validation import DTYPES
 
-GROUP = "_lowrank_siblings"  # in a layer's __dict__: the Siblings it belongs to
+# in a layer's __dict__
+GROUP = "_lowrank_siblings"  # the Siblings it belongs to
+BASE_DROPOUT = "_lowrank_dora_base_dropout"  # dora_linear's base_dropout
 
 
-def fused(original: Callable) -> Callable:
+def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
     """A forward for a PEFT layer class: ours, and ``original`` where the op does not cover the call."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        adapters, reason = adapters_of(self, x, args, kwargs)
+        dora = _dora(self)
+        adapters, reason = adapters_of(self, x, args, kwargs, dora)
+        if adapters and dora is not None:
+            reason = _why_no_dora(self, dora, adapters[0], x)
         if reason is not None:
             _stats.fell_back(self, reason)
-        if adapters is None:
+        if adapters is None or reason is not None:
             return original(self, x, *args, **kwargs)
+        if dora is not None:
+            _stats.ran_fused(self)
+            return _run_dora(self, dora, adapters[0], x, self.__dict__.get(BASE_DROPOUT, dora_base_dropout))
         base = self.base_layer
         if not _is_plain_linear(base, x):
             _stats.ran_fused(self)
@@ -50,10 +59,42 @@ def _projection(layer, x) -> Projection | None:
     return Projection(base.weight, base.bias, adapters)
 
 
-def adapters_of(layer, x, args, kwargs) -> tuple[tuple[Adapter, ...] | None, str | None]:
+def _dora(layer) -> str | None:
+    """The name of the one active adapter if it is a DoRA."""
+    if not layer.lora_variant:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    variant = layer.lora_variant.get(names[0]) if len(names) == 1 else None
+    return names[0] if type(variant).__name__ == "DoraLinearVariant" else None
+
+
+def _why_no_dora(layer, name: str, adapter: Adapter, x: torch.Tensor) -> str | None:
+    base, vector = layer.base_layer, layer.lora_magnitude_vector[name]
+    if not _is_plain_linear(base, x) or base.weight.dim() != 2:
+        return f"DoRA over {type(base).__name__}: the norm needs a plain nn.Linear's weight"
+    if base.weight.requires_grad:
+        return "DoRA over a weight that is trained"
+    if adapter.bias is not None:
+        return "DoRA with lora_bias"
+    if _has_hooks(vector):
+        return "hooks on lora_magnitude_vector"
+    if not _is_plain(vector.weight, x.device):
+        return f"lora_magnitude_vector's weight is a {type(vector.weight).__name__} on {vector.weight.device.type}"
+    return None
+
+
+def _run_dora(layer, name: str, adapter: Adapter, x: torch.Tensor, base_dropout: bool) -> torch.Tensor:
+    base, magnitude = layer.base_layer, layer.lora_magnitude_vector[name].weight
+    A, B, scaling, _, p = adapter
+    p = p if layer.training else 0.0  # PEFT asks the layer here, not its dropout
+    return dora_linear(x, base.weight, A, B, magnitude, scaling, bias=base.bias, dropout_p=p, base_dropout=base_dropout)
+
+
+def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[Adapter, ...] | None, str | None]:
     """(the active adapters, None) if the op covers this call, (None, why not) if it does not.
 
-    (None, None): nothing but the base layer is to run, and PEFT's forward does just that.
+    (None, None): nothing but the base layer is to run, and PEFT's forward does just that.  ``dora``: an adapter that may
+    be a variant.
     """
     if kwargs.get("adapter_names") is not None:
         return None, "adapter_names: several adapters chosen per row of the batch"
@@ -70,7 +111,7 @@ def adapters_of(layer, x, args, kwargs) -> tuple[tuple[Adapter, ...] | None, str
         return None, f"x of {getattr(x, 'dtype', type(x).__name__)}"
     adapters = []
     for name in names:
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and name != dora:
             return None, f"the LoRA variant {type(layer.lora_variant[name]).__name__}"
         A, B, drop, scaling = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
         for what, module, cls in (

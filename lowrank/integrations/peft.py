@@ -1,7 +1,7 @@
 """PEFT's LoRA layers on lowrank's op: ``patch()`` for the process, ``patch(model)`` for one model.
 
 Only ``forward`` is replaced, on the layers' own classes or on subclasses of them; modules, parameters, state dicts,
-merging, saving and every method of PEFT stay PEFT's.  A call that the op does not cover (DoRA and other variants,
+merging, saving and every method of PEFT stay PEFT's.  A call that the op does not cover (variants but DoRA,
 ``adapter_names`` batches, hooks on lora_A, ...) goes to PEFT's own forward, is counted in ``lowrank.stats()`` and warns
 once per reason.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..layers import GROUP, fused
+from ..layers import BASE_DROPOUT, GROUP, fused
 from . import siblings as _siblings
 
 try:
@@ -22,7 +22,9 @@ except ImportError as error:
     raise ImportError("this needs PEFT: pip install 'lowrank-kernels[peft]'") from error
 
 
-def patch(model: nn.Module | None = None, *, siblings: bool = True, shared_mask: bool = False) -> nn.Module | None:
+def patch(
+    model: nn.Module | None = None, *, siblings: bool = True, shared_mask: bool = False, dora_base_dropout: bool = True
+) -> nn.Module | None:
     """Run PEFT's LoRA layers on lowrank: those of ``model``, or every one of the process, made before or after.
 
     For one model, call it after the adapters are injected and before ``fully_shard``, ``torch.compile`` or DDP; layers
@@ -31,6 +33,8 @@ def patch(model: nn.Module | None = None, *, siblings: bool = True, shared_mask:
     Args:
         siblings: for one model, let q/k/v and gate/up share their passes over x (integrations/siblings.py).
         shared_mask: let siblings share one dropout mask too: a bit per element kept instead of one each.
+        dora_base_dropout: whether dropout reaches the base's term of a DoRA layer too, as in PEFT, which costs a second
+            GEMM with the weight; False is one GEMM, and the same mean (:func:`lowrank.dora_linear`).
 
     Raises: TypeError if ``model`` is no module; ValueError if it holds no LoRA layer that lowrank covers.
     """
@@ -38,22 +42,25 @@ def patch(model: nn.Module | None = None, *, siblings: bool = True, shared_mask:
         for cls in _covered():
             if cls not in _originals:
                 _originals[cls] = cls.forward
-                cls.forward = fused(cls.forward)
+                cls.forward = fused(cls.forward, dora_base_dropout)
         return None
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if not swap_layers(model, siblings=siblings, shared_mask=shared_mask):
+    if not swap_layers(model, siblings=siblings, shared_mask=shared_mask, dora_base_dropout=dora_base_dropout):
         raise ValueError("model: found no LoRA layer to patch; call this after get_peft_model")
     return model
 
 
-def swap_layers(model: nn.Module, *, siblings: bool = True, shared_mask: bool = False) -> int:
+def swap_layers(
+    model: nn.Module, *, siblings: bool = True, shared_mask: bool = False, dora_base_dropout: bool = True
+) -> int:
     """:func:`patch` for one model, where having nothing to patch is no mistake.  Returns how many layers are patched."""
     twins = {cls: _twin(cls) for cls in _covered()}
     layers = [m for m in model.modules() if type(m) in twins or type(m) in twins.values()]
     for layer in layers:
         layer.__class__ = twins.get(type(layer), type(layer))
         layer.__dict__.pop(GROUP, None)
+        layer.__dict__[BASE_DROPOUT] = dora_base_dropout
     for group in _siblings.find(model, set(layers).__contains__) if siblings else ():
         together = _siblings.Siblings(group, shared_mask)
         for layer in group:
@@ -74,6 +81,7 @@ def unpatch(model: nn.Module | None = None) -> nn.Module | None:
         if type(layer) in _twins.values():
             layer.__class__ = type(layer).__mro__[1]
             layer.__dict__.pop(GROUP, None)
+            layer.__dict__.pop(BASE_DROPOUT, None)
     return model
 
 

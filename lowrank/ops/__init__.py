@@ -2,6 +2,7 @@
 
 from .combine import combine_logits
 from .cross_entropy import linear_cross_entropy
+from .dora import dora_linear
 from .fold import Receipt, fold_, unfold_
 from .head import Head
 from .kl import kl_to
@@ -15,6 +16,7 @@ __all__ = [
     "LogProb",
     "Receipt",
     "combine_logits",
+    "dora_linear",
     "fold_",
     "kl_to",
     "linear_cross_entropy",

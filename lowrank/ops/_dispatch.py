@@ -81,6 +81,21 @@ def svf_products(x, other, A, B, thin_dtype):
     return svf
 
 
+def dora_products(wide, A, thin_dtype):
+    """The passes of one DoRA call over ``wide`` (x, dY or the weight): kernels/dora.py, or Eager of ops/dora_impl.py."""
+    from .dora_impl import Eager
+
+    if backend(wide.device)[0] == "eager" or wide.numel() == 0:
+        return Eager
+    reason = _unsupported([wide], [A], thin_dtype)
+    if reason is not None:
+        _stats.op_fell_back(reason)
+        return Eager
+    from ..kernels import dora
+
+    return dora
+
+
 def prefers_eager(rows, K, N, dtype, factors, thin_dtype, has_dropout) -> bool:
     """Whether a call is too small for kernels of ours: PyTorch then needs no more launches, and cheaper ones.
 

@@ -60,6 +60,16 @@ def _check_adapter(adapter, N: int, K: int, x: torch.Tensor) -> None:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {p!r}")
 
 
+def check_dora(magnitude, weight, base_dropout, x: torch.Tensor) -> None:
+    """Raise on what ``dora_linear`` takes beside a projection (:func:`check_projection`)."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: expected a frozen tensor, got one that requires grad")
+    _tensor("magnitude", magnitude, x)
+    _vector("magnitude", magnitude, weight.shape[0], x)
+    if not isinstance(base_dropout, bool):
+        raise TypeError(f"base_dropout: expected True or False, got {type(base_dropout).__name__}")
+
+
 def check_svf(x, weight, factors, z, bias, mix, mode, normalize, autocast: bool) -> None:
     """Raise on arguments of ``svf_linear`` that do not fit x [...,K]; z's values are looked at on a CPU only."""
     _tensor("x", x)

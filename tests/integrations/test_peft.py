@@ -232,8 +232,8 @@ def fallback(model, reason, run=step):
         run(model)
 
 
-def test_dora_falls_back():
-    fallback(peft_llama(use_dora=True), "variant DoraLinearVariant")
+def test_variants_fall_back():
+    fallback(peft_llama(init_lora_weights="mica"), "variant MiCALinearVariant")
 
 
 def test_adapter_names_fall_back():
@@ -394,8 +394,8 @@ def test_changing_adapters():
 
 
 def test_warns_once_per_reason_and_counts_every_call():
-    model = patch(peft_llama(use_dora=True, target_modules=["q_proj"]))
-    with pytest.warns(UserWarning, match="Dora"):
+    model = patch(peft_llama(init_lora_weights="mica", target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="MiCA"):
         model(IDS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

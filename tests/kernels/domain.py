@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from lowrank.kernels import kl, logprob, svf, thin
+from lowrank.kernels import dora, kl, logprob, svf, thin
 from lowrank.kernels.logits import logits
 from lowrank.kernels.materialize import materialize
 
@@ -38,6 +38,8 @@ def calls(dtype, thin_dtype, M, ranks, shape=SHAPE, with_svf=True):
     thin.dy_pass(dY, Bs, scales, none, None, [False] * n, True, thin_dtype)
     if n == 1 and with_svf:
         svf_calls(dtype, thin_dtype, M, ranks[0], shape)
+    if n == 1:
+        dora_calls(dtype, thin_dtype, M, ranks[0], shape)
     m, changed = empty(ranks[0], dtype=FP32), None if K % 8 else empty(N * K // 32, dtype=torch.int32)
     for scale in (m, m[:1]):
         materialize(empty(N, K), As[0], scale, Bs[0], empty(N, K), changed)
@@ -61,6 +63,25 @@ def svf_calls(dtype, thin_dtype, M, k, shape):
         if k == max(RANKS)[0]:  # beyond MAX_RANK these two run alone; below, svf_scale is the end of a split dy_pass
             svf.scale(S, scales, mix)
             svf.scale_and_dot(S, scales, mix, S, True)
+
+
+def dora_calls(dtype, A_dtype, M, rank, shape):
+    """Everything a DoRA linear launches beside shrink, dy_pass and x_pass; its thin products are fp32."""
+    K, N = shape
+
+    def empty(*size, dtype=FP32):
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    x, v, gain = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype), empty(N)
+    A, B = empty(rank, K, dtype=A_dtype), empty(N, rank)
+    dora.norm(empty(N, K, dtype=dtype), A, B)
+    S, (keep,) = dora.shrink(x, [A], FP32, [0], [6554], empty(1, dtype=torch.int64))
+    for bias in (None, gain.to(dtype)):
+        dora.expand(S, B, v, gain, bias)
+    dora.gain_dy(v, gain, v, True, True)
+    dora.gain_dy(v, gain, v, True, False)
+    dora.drop(x, keep)
+    dora.drop(x, keep, x)
 
 
 def head_calls(dtype, C=8, V=128256):

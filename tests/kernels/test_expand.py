@@ -53,6 +53,18 @@ def test_against_fp64(M, _, N, ranks, dtype, thin_dtype, start):
     as_right([expand(*arguments)], [same], [truth], "Y", noise)
 
 
+@pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_gain_on_the_start(dtype, thin_dtype, biased):
+    S, B, start = randn(33, 24, dtype=thin_dtype), randn(70, 24, dtype=FP32), strided(randn(33, 70, dtype=dtype))
+    gain, bias = randn(70, dtype=FP32), randn(70, dtype=dtype) if biased else None
+    truth = oracle(
+        S, [B.to(thin_dtype)], [1.0], [None], start.double() * gain.double() + (bias.double() if biased else 0)
+    )
+    found = expand(S, [B], [1.0], [None], start, dtype, gain=gain, bias=bias)
+    as_right([found], [truth.to(dtype)], [truth], "Y", [truth.abs() + 30] if dtype is FP32 else None)
+
+
 def test_a_scale_per_column_and_strides():
     S, B, m = strided(randn(33, 24, dtype=FP32)), randn(24, 70, dtype=FP32).mT, torch.rand(24, device=DEVICE)
     start = strided(randn(33, 70, dtype=BF16))

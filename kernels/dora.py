@@ -1,0 +1,24 @@
+"""The passes of a DoRA linear as kernels; lowrank/ops/dora_impl.py has the same in PyTorch."""
+
+import torch
+
+from . import expand as _expand
+from .dora_norm import dora_norm
+from .drop import drop
+from .dy_pass import dy_pass
+from .gain_dy import gain_dy
+from .shrink import shrink
+from .x_pass import x_pass
+
+__all__ = ["drop", "dy_pass", "expand", "gain_dy", "norm", "shrink", "x_pass"]
+
+
+def norm(W, A, B) -> torch.Tensor:
+    """‖W + B A‖ of each row."""
+    wide, B = A.to(B.dtype), B.contiguous()
+    return dora_norm(W, A, B, B @ (wide @ wide.mT)).sum(0).clamp_(min=0).sqrt_()
+
+
+def expand(S, B, v, gain, bias) -> torch.Tensor:
+    """gain ∘ v + S Bᵀ + bias."""
+    return _expand.expand(S, [B], [1.0], [None], v, v.dtype, gain=gain, bias=bias)

@@ -1,0 +1,159 @@
+"""torch.ops.lowrank.dora_norm and dora_linear, its gradient, and the public function over them.
+
+    y = bias + g ∘ (x Wᵀ + scaling drop(x) Aᵀ Bᵀ),    g = magnitude / ‖W + scaling B A‖ by rows
+
+DoRA (Liu et al. 2024, arXiv 2402.09353): the norm is a constant for the gradient (its section 4.3), which makes y a LoRA
+linear over B' = scaling g ∘ B with a gain on the base's output.  What lies between the magnitude and those two is N and N r
+numbers in fp32, left to PyTorch's own autograd.  The norm is one read of W, without an N x K temporary.  Saved for
+backward: x itself, S, the base's output v (PEFT's keeps three such), and one bit per element of a dropout mask.
+
+Schemas live here, so that a machine without a GPU traces every op.  Autograd is a plain Function outside the op.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import dora_impl, dropout
+from .lora import Adapter, Projection, autocast_dtype, is_plain
+from .validation import check_dora, check_projection
+
+_lib = torch.library.Library("lowrank", "FRAGMENT")
+_lib.define("dora_norm(Tensor weight, Tensor A, Tensor B) -> Tensor")
+# B and gain in fp32 or wider, with every scale; twice: drop(x) under the gain and x Wᵀ beside it.  dtype: the big GEMM's.
+_lib.define(
+    "dora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor gain, float p, Tensor? seed, bool twice,"
+    " ScalarType dtype) -> (Tensor y, Tensor S, Tensor v, Tensor[] keeps)"
+)
+# needs: x, bias, A, B, gain; the gradients asked for come back in that order.
+_lib.define(
+    "dora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor gain, Tensor? S, Tensor? v,"
+    " Tensor[] keeps, bool twice, ScalarType dtype, bool[] needs) -> Tensor[]"
+)
+
+
+def dora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float | torch.Tensor = 1.0,
+    *,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    base_dropout: bool = True,
+) -> torch.Tensor:
+    """``bias + g * (x @ weight.T + scaling * dropout(x) @ lora_A.T @ lora_B.T)``, ``g = magnitude / ‖weight + scaling lora_B
+    lora_A‖`` by rows, a constant for the gradient but for its magnitude (DoRA, arXiv 2402.09353).
+
+    Args:
+        x: [..., K], fp16, bf16, fp32 or fp64.
+        weight: [N, K] in x's dtype, frozen.
+        lora_A, lora_B, magnitude: [r, K], [N, r] and [N], any float dtype.
+        scaling: a finite float, or a 0-d tensor (read on the device; gets no gradient).
+        bias: [N].
+        dropout_p: probability in [0, 1] of zeroing an element of x; pass 0 in evaluation.
+        base_dropout: what dropout means.  True is PEFT's (and the paper's code's) ``bias + x @ weight.T + (g - 1) *
+            dropout(x) @ weight.T + ...``, two GEMMs with the weight; False keeps dropout out of the base's term, one GEMM.
+            Both have the same mean over masks.
+
+    Thin products, norm and gains are computed in fp32 or wider, under autocast too.
+
+    Returns: [..., N] in x's dtype; under autocast, in autocast's.  First derivatives in reverse mode only.
+
+    Raises: ValueError or TypeError that names the argument, what came and what was expected.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError("dora_linear has no forward-mode derivative (forward_ad, torch.func.jvp)")
+    autocast = autocast_dtype(x)
+    adapter = Adapter(lora_A, lora_B, scaling, None, dropout_p)
+    check_projection(x, Projection(weight, bias, (adapter,)), autocast is not None)
+    check_dora(magnitude, weight, base_dropout, x)
+    dtype = autocast or x.dtype
+    wide = torch.promote_types(torch.promote_types(dtype, torch.float32), lora_B.dtype)
+
+    if isinstance(scaling, torch.Tensor):
+        scaling = scaling.to(device=x.device, dtype=wide)
+    with torch.no_grad():
+        norm = _norm(weight, lora_A, lora_B.to(wide) * scaling)
+    g = magnitude.to(wide) / norm
+    twice, kept = base_dropout and dropout.threshold(dropout_p) > 0, dropout.keep_scale(dropout_p)
+    B = lora_B * (g * (scaling * kept)).unsqueeze(1)
+    gain = (g - 1) * kept if twice else g
+    seed = dropout.draw_seeds(1, x.device) if dropout.threshold(dropout_p) else None
+    spec = _Spec(dropout_p, twice, dtype)
+    tensors = (x, weight, bias, lora_A, B, gain)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y = _DoRALinear.apply(spec, seed, *tensors)
+    else:
+        y = _forward(spec, seed, *tensors)[0]
+    # The Function's output is a fresh 2-D tensor and the view is made here: callers may then add to it in place.
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+class _Spec(NamedTuple):
+    p: float
+    twice: bool
+    dtype: torch.dtype
+
+
+class _DoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, seed, x, weight, bias, A, B, gain):
+        y, S, v, keeps = _forward(spec, seed, x, weight, bias, A, B, gain)
+        _, _, need_x, _, _, need_A, need_B, need_gain = ctx.needs_input_grad
+        ctx.spec, ctx.x_shape = spec, x.shape
+        ctx.save_for_backward(
+            x if need_A else None, weight if need_x else None, A, B, gain,
+            S if need_B else None, v if need_gain else None, *(keeps if need_x or need_A else ()),
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        spec, x_shape = ctx.spec, ctx.x_shape
+        x, weight, A, B, gain, S, v, *keeps = ctx.saved_tensors
+        _, _, need_x, _, need_b, need_A, need_B, need_gain = ctx.needs_input_grad
+        needs = [need_x, need_b, need_A, need_B, need_gain]
+        run = dora_impl.backward if is_plain(dy) else torch.ops.lowrank.dora_linear_backward.default
+        found = iter(run(dy, x, weight, A, B, gain, S, v, keeps, spec.twice, spec.dtype, needs))
+        dx, db, dA, dB, dgain = (next(found) if need else None for need in needs)
+        return None, None, None if dx is None else dx.view(x_shape), None, db, dA, dB, dgain
+
+
+def _forward(spec, seed, x, weight, bias, A, B, gain):
+    run = dora_impl.forward if is_plain(x) else torch.ops.lowrank.dora_linear.default
+    return run(x, weight, bias, A, B, gain, spec.p, seed, spec.twice, spec.dtype)
+
+
+def _norm(weight, A, B):
+    return (dora_impl.norm if is_plain(weight) else torch.ops.lowrank.dora_norm.default)(weight, A, B)
+
+
+_lib.impl("dora_norm", dora_impl.norm, "CompositeExplicitAutograd")
+_lib.impl("dora_linear", dora_impl.forward, "CompositeExplicitAutograd")
+_lib.impl("dora_linear_backward", dora_impl.backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lowrank::dora_norm", lib=_lib)
+def _(weight, A, B):
+    return B.new_empty(weight.shape[0])
+
+
+@torch.library.register_fake("lowrank::dora_linear", lib=_lib)
+def _(x, weight, bias, A, B, gain, p, seed, twice, dtype):
+    M, K = math.prod(x.shape[:-1]), x.shape[-1]  # Size.numel() would make a dynamic batch static
+    y, v = (x.new_empty((M, weight.shape[0]), dtype=dtype) for _ in range(2))
+    words = [x.new_empty((M, (K + 31) // 32), dtype=torch.int32)] if dropout.threshold(p) else []
+    return y, x.new_empty((M, A.shape[0]), dtype=B.dtype), v, words
+
+
+@torch.library.register_fake("lowrank::dora_linear_backward", lib=_lib)
+def _(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs):
+    dx = dy.new_empty((dy.shape[0], A.shape[1]), dtype=dtype)
+    grads = dx, torch.empty_like(gain), A.new_empty(A.shape), B.new_empty(B.shape), torch.empty_like(gain)
+    return [grad for grad, need in zip(grads, needs, strict=True) if need]

@@ -1,0 +1,234 @@
+"""PEFT's DoRA layers under the patch: PEFT's function, its gradients, its files; what is not covered falls back by name."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+from test_peft import IDS, agree, fallback, llama, peft_llama, step
+
+import lowrank
+from lowrank import _stats
+from lowrank.integrations.peft import patch, unpatch
+from lowrank.ops import dropout
+from lowrank.testing import assert_as_right
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    _stats._all.clear()
+    _stats._warned.clear()
+    yield
+    unpatch()
+    lowrank.strict(False)
+
+
+def dora_llama(*args, **config):
+    """Magnitudes away from the norms, where DoRA is no longer LoRA."""
+    model = peft_llama(*args, use_dora=True, **config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "magnitude" in name:
+                p.mul_(1 + 0.2 * torch.randn_like(p))
+    return model
+
+
+def layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, PeftLinear)]
+
+
+@pytest.mark.parametrize(
+    "case", [{}, {"use_rslora": True, "lora_alpha": 3}, {"target_modules": ["q_proj", "down_proj"]}], ids=str
+)
+def test_logits_and_every_gradient_are_pefts(case):
+    theirs, ours = step(dora_llama(**case)), patch(dora_llama(**case))
+    found = step(ours)
+    agree(found, theirs)
+    assert sum("magnitude" in name for name in found) == len(layers(ours))
+    counted = lowrank.stats(ours)
+    assert counted["fused"] == len(layers(ours))
+    assert not counted["fallback"]
+
+
+@pytest.mark.parametrize("adapters", ["bf16", "fp32"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_base_is_as_right_as_peft(adapters, autocast):
+    """By kind of parameter: the ratio of two errors of one layer's 64 numbers is luck."""
+
+    def run(make, autocast=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return step(make(dora_llama(torch.bfloat16, adapters == "fp32")))
+
+    ours, theirs = run(patch), run(lambda model: model)
+    oracle = run(nn.Module.double, False)
+    for kind in ("logits", "lora_A", "lora_B", "magnitude"):
+        names = [name for name in oracle if kind in name]
+        norms = {name: oracle[name].norm() for name in names}
+        joined = (
+            torch.cat([(of[n] / norms[n].to(of[n].dtype)).flatten() for n in names]) for of in (ours, theirs, oracle)
+        )
+        assert_as_right(*joined, None, kind)
+
+
+def test_a_bf16_norm_is_worse_than_ours():
+    """PEFT rounds W + s B A and its norm to x's dtype; ours is fp32 whatever x is."""
+    layer = layers(dora_llama(torch.bfloat16, False))[0]
+    W, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    truth = (W.double() + layer.scaling["default"] * B.double() @ A.double()).norm(dim=1)
+    theirs = layer.lora_magnitude_vector["default"].get_weight_norm(W, B @ A, layer.scaling["default"])
+    ours = torch.ops.lowrank.dora_norm(W, A, B.float() * layer.scaling["default"])
+    assert (ours - truth).norm() < 0.01 * (theirs - truth).norm()
+
+
+@pytest.mark.parametrize("base_dropout", [True, False])
+def test_dropout_by_pefts_formula_with_the_mask_it_drew(base_dropout, monkeypatch):
+    """PEFT's own layer, handed our mask; without base_dropout, its base's term as in evaluation."""
+    p, x = 0.3, torch.randn(3, 5, 64, requires_grad=True)
+    layer = layers(dora_llama(lora_dropout=p))[0].train()
+    keep = next(dropout.draw(torch.tensor(11), 15, 64, dropout.threshold(p)))[1][:, :64].view(x.shape)
+    monkeypatch.setattr(dropout, "draw_seeds", lambda n, device: torch.tensor([11]))
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, t: torch.where(keep, t, 0) * dropout.keep_scale(p))
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    dy = torch.randn(3, 5, 64)
+
+    def run(layer):
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    if base_dropout:
+        theirs = run(layer)
+    else:
+        magnitude, scaling = layer.lora_magnitude_vector["default"], layer.scaling["default"]
+        W, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        g = magnitude.weight / magnitude.get_weight_norm(W, (B @ A).detach(), scaling)
+        y = g * (x @ W.mT + scaling * layer.lora_dropout["default"](x) @ A.mT @ B.mT)
+        theirs = [y, *torch.autograd.grad(y, leaves, dy)]
+    patch(holder := nn.ModuleList([layer]), dora_base_dropout=base_dropout)
+    torch.testing.assert_close(run(layer), theirs)
+    assert not lowrank.stats(holder)["fallback"]
+    assert torch.equal(layer.eval()(x), copy.deepcopy(layer).eval()(x))
+
+
+def test_process_wide_without_base_dropout(monkeypatch):
+    monkeypatch.setattr(dropout, "draw_seeds", lambda n, device: torch.tensor([11]))
+    model, x = dora_llama(lora_dropout=0.4), torch.randn(7, 64)
+    layer = layers(model)[0].train()
+    patch(dora_base_dropout=False)
+    one = layer(x)
+    unpatch()
+    patch()
+    assert not torch.allclose(one, layer(x))
+    unpatch()
+    patch(model, dora_base_dropout=False)
+    assert torch.equal(one, layer(x))
+    patch(model)
+    assert not torch.allclose(one, layer(x))
+
+
+def test_gradient_checkpointing_with_dropout():
+    model = patch(dora_llama(lora_dropout=0.2)).train()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(7)
+        found.append(step(model))
+    agree(*found)
+
+
+def test_training_and_files_are_pefts(tmp_path):
+    """Ten steps of AdamW, saved by the patched model and loaded by a plain one; merging is PEFT's own."""
+    finals = []
+    for make in (patch, lambda model: model):
+        model = make(dora_llama())
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(10):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        finals.append(model.eval())
+    ours, theirs = finals
+    with torch.no_grad():
+        logits = ours(IDS).logits
+        torch.testing.assert_close(logits, theirs(IDS).logits, rtol=1e-3, atol=1e-4)
+        ours.save_pretrained(tmp_path)
+        torch.testing.assert_close(
+            PeftModel.from_pretrained(llama(), tmp_path).eval()(IDS).logits, logits, rtol=1e-4, atol=1e-5
+        )
+        with ours.disable_adapter():
+            torch.testing.assert_close(ours(IDS).logits, llama()(IDS).logits)
+        ours.merge_adapter()
+        torch.testing.assert_close(ours(IDS).logits, logits, rtol=1e-4, atol=1e-5)
+        ours.unmerge_adapter()
+        torch.testing.assert_close(ours(IDS).logits, logits, rtol=1e-4, atol=1e-5)
+    assert not lowrank.stats(ours)["fallback"]
+
+
+def test_adapt_and_compile():
+    model = lowrank.adapt(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], use_dora=True))
+    eager = model(IDS).logits
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(IDS).logits, eager)
+    assert lowrank.stats(model)["fused"] == 4
+
+
+def test_beside_another_adapter_it_falls_back():
+    model = dora_llama(target_modules=["q_proj"])
+    model.add_adapter("plain", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "plain"])
+    fallback(model, "variant DoraLinearVariant")
+    patch(model)
+    lowrank.strict()
+    model.base_model.set_adapter(["plain"])
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_hooks_on_the_magnitude_fall_back():
+    model = dora_llama(target_modules=["q_proj"])
+    for layer in layers(model):
+        layer.lora_magnitude_vector["default"].register_forward_hook(lambda m, args, out: out * 2)
+    fallback(model, "hooks on lora_magnitude_vector")
+
+
+def test_a_trained_weight_falls_back():
+    model = dora_llama(target_modules=["q_proj"])
+    layers(model)[0].base_layer.weight.requires_grad_()
+    layers(model)[1].base_layer.weight.requires_grad_()
+    fallback(model, "a weight that is trained")
+
+
+def test_a_base_that_is_no_plain_linear_falls_back():
+    model = dora_llama(target_modules=["q_proj"])
+    for layer in layers(model):
+        layer.base_layer.register_forward_hook(lambda m, args, out: out * 2)
+    fallback(model, "DoRA over Linear: the norm needs a plain nn.Linear's weight")
+
+
+def test_copies_keep_their_choice():
+    model = patch(dora_llama(lora_dropout=0.3), dora_base_dropout=False).train()
+    runs = []
+    for each in (model, copy.deepcopy(model)):
+        torch.manual_seed(3)
+        runs.append(each(IDS).logits)
+    assert torch.equal(*runs)
+
+
+def test_bnb_falls_back():
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32)
+
+        def forward(self, input_ids):
+            return self.proj(input_ids)
+
+    model = get_peft_model(Net().to("cpu"), LoraConfig(r=4, target_modules=["proj"], use_dora=True))
+    fallback(model, "DoRA over Linear4bit", lambda m: {"y": m(torch.ones(3, 64))})

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from thin_inputs import BF16, DEVICE, FP16, FP32, as_right, far_rows, few_or_interpreted, needs_triton, randn, strided
+
+from lowrank.ops.dora_impl import Eager
+
+pytestmark = needs_triton
+SHAPES = [(1, 600), (7, 33), (64, 128), (133, 1030), (300, 16)]
+
+
+def gain_dy(*args, **options):
+    from lowrank.kernels.gain_dy import gain_dy
+
+    return gain_dy(*args, **options)
+
+
+def oracle(dY, gain, v):
+    dY = dY.double()
+    return dY * gain.double(), (dY * v.double()).sum(0), dY.sum(0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize(("M", "N"), SHAPES, ids=str)
+def test_against_fp64(M, N, dtype):
+    dY, v, gain = strided(randn(M, N, dtype=dtype)), strided(randn(M, N, dtype=dtype)), randn(N, dtype=FP32)
+    found, truth = gain_dy(dY, gain, v, True, True), oracle(dY, gain, v)
+    absolute = oracle(dY.abs(), gain.abs(), v.abs())
+    same = Eager.gain_dy(dY, gain, v, True, True)
+    for name, ours, eager, true, bound in zip(("scaled", "dots", "sums"), found, same, truth, absolute, strict=True):
+        as_right([ours], [eager], [true], name, [bound] if few_or_interpreted(ours) else None)
+    assert torch.equal(gain_dy(dY, gain, None, True, False)[0], found[0])
+    assert torch.equal(gain_dy(dY, gain, v, False, False)[1], found[1])
+    assert torch.equal(gain_dy(dY, gain, None, False, True)[2], found[2])
+    assert gain_dy(dY, gain, None, False, False) == (None, None, None)
+
+
+def test_empty():
+    scaled, dots, sums = gain_dy(randn(0, 8, dtype=BF16), randn(8, dtype=FP32), randn(0, 8, dtype=BF16), True, True)
+    assert scaled.shape == (0, 8)
+    assert not dots.any()
+    assert not sums.any()
+
+
+@pytest.mark.gpu
+def test_rows_further_apart_than_int32_reaches():
+    dY, gain = far_rows(3, 64, FP16), torch.rand(64, device=DEVICE)
+    dY.copy_(torch.randn(3, 64))
+    torch.testing.assert_close(gain_dy(dY, gain, dY, True, False)[0], (dY * gain).half())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(v=torch.ones(8, 5)), r"expected \[8, 4\]"),
+        (dict(dY=torch.ones(8, 4).double()), "fp16, bf16 or fp32"),
+        (dict(dY=torch.ones(4, 8).mT), "contiguous last dim"),
+        (dict(gain=torch.ones(5)), r"contiguous fp32 gain \[4\]"),
+        (dict(gain=torch.ones(4).half()), r"contiguous fp32 gain \[4\]"),
+    ],
+)
+def test_refuses_before_anything_is_launched(change, message):
+    arguments = dict(dY=torch.ones(8, 4), gain=torch.ones(4), v=torch.ones(8, 4), need_scaled=True, need_sum=True)
+    with pytest.raises(ValueError, match=message):
+        gain_dy(**arguments | change)
