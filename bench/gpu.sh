@@ -60,14 +60,16 @@ time_ 40 svf_linear svf_dy materialize $(shapes "$layer") --ranks "${ranks%%,*}"
 time_ 45 adamw diff_stats topk_mask delta fold $(shapes "$layer") --seconds 9
 # 7. Log-probabilities from a frozen head, against its GEMMs, PyTorch, TRL and fused cross entropies
 time_ 40 linear_logprob $(shapes "$head") --sets 1 --rounds 5 --seconds 30
-# 8. From which M on do kernels pay?
+# 8. DoRA: over the frozen linear, over LoRA, against PEFT's; its own passes against a copy
+time_ 35 dora_linear dora_norm gain_dy drop $(shapes "$linear") --seconds 7
+# 9. From which M on do kernels pay?
 time_ 20 small $(shapes "$small") --seconds 15
-# 9. The tuning sweeps: compile on all cores, then time
+# 10. The tuning sweeps: compile on all cores, then time
 warm() { for i in $(seq 0 $((shards - 1))); do "$python" bench/tune.py $tune --compile-only --shard "$i/$shards" & done; wait; }
 export -f warm; export python tune shards
 part 45 bash -c warm
 part 50 "$python" bench/tune.py $tune --out "$OUT/tune.json"
-# 10. What the host pays, tables and figure, and the comparison of methods
+# 11. What the host pays, tables and figure, and the comparison of methods
 part 20 "$python" -m pytest bench/test_host_overhead.py -q --benchmark-only --benchmark-json="$OUT/host_overhead.json"
 part 20 "$python" bench/report.py "$OUT"
 # (not in a dry run: it pretrains a model first, minutes on a CPU; tests/compare runs it at toy size)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import dora
 import llama_layer
 import logprob
 import peers
@@ -264,6 +265,27 @@ def _stream(name, inputs, calls, bytes_of, *tests) -> Benchmark:
     )
 
 
+# DoRA.
+
+
+def _dora_calls(p, inputs, options) -> Calls:
+    found, absent = dora.methods(p, inputs)
+    options.add(absent)
+    return _by_pass(found, [one.dY for one in inputs])
+
+
+def _dora_pass(name) -> Benchmark:
+    return Benchmark(
+        name,
+        dora.pass_inputs,
+        lambda p, data, options: dora.pass_calls(name, p, data),
+        lambda p, mode: dora.pass_bytes(name, p),
+        lambda p, mode: dora.pass_flops(name, p),
+        "copy",
+        DORA,
+    )
+
+
 # A vocabulary head.
 
 
@@ -280,6 +302,7 @@ SVF = (
     "tests/kernels/test_svf_dy.py",
     "tests/kernels/test_svf_scale.py",
 )
+DORA = ("tests/ops/test_dora.py", *(f"tests/kernels/test_{name}.py" for name in ("dora_norm", "gain_dy", "drop")))
 HEAD = (
     "tests/ops/test_logprob.py",
     "tests/ops/test_cross_entropy.py",
@@ -317,6 +340,13 @@ REGISTRY = {
             "svf_dy", svf.dy_inputs, lambda p, inputs, options: svf.dy_calls(p, inputs), lambda p, mode: svf.dy_bytes(p),
             lambda p, mode: 2 * p.M * p.N * p.r, "copy", SVF,
         ),
+        Benchmark(
+            "dora_linear", tensors, _dora_calls, dora.bytes_of, dora.flops, "frozen",
+            OPS + DORA + ("tests/integrations/test_dora.py",), (0.0, 0.1),
+        ),
+        _dora_pass("dora_norm"),
+        _dora_pass("gain_dy"),
+        _dora_pass("drop"),
         Benchmark(
             "linear_logprob", logprob.inputs, _logprob_calls, logprob.bytes_of, logprob.flops, "gemms", HEAD, graphs=False,
         ),

@@ -50,12 +50,12 @@ def test_times(benchmark, name, p):
         assert 0 < floor_us(REGISTRY[name], problem, mode, 1e9, 1e12) < math.inf
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "small", "llama_layer"])
+@pytest.mark.parametrize("name", ["lora_linear", "small", "llama_layer", "dora_linear"])
 def test_providers_compute_the_same(name):
     pytest.importorskip("peft")
     _, _, outputs = run(name)
     for mode, of in outputs.items():
-        others = {n: out for n, out in of.items() if n != "frozen"}
+        others = {n: out for n, out in of.items() if n != "frozen" and not n.startswith("lora-")}
         assert len(others) > 1
         first = next(iter(others.values()))
         for n, out in others.items():
@@ -164,6 +164,16 @@ def test_bytes_and_flops_as_counted_by_hand():
     # one dtype for the factors of the whole SVF linear: A 256 bytes, B 128, S 32
     assert count["svf_linear"] == (1024 + 4096 + 512 + 256 + 128 + 32, 2 * 8 * 64 * 32 + 2 * 8 * 2 * 96)
     assert count["svf_dy"] == (512 + 256 + 2 * 64, 2 * 8 * 32 * 2)
+    # W twice (once for its norm), v written and read; backward x and dX, W, dY and v
+    assert count["dora_linear"] == (
+        1024 + 2 * 4096 + 3 * 512 + 512 + 256,
+        2 * 8 * 64 * 32 + 2 * 8 * 2 * 96 + 2 * 64 * 32 * 2,
+    )
+    assert REGISTRY["dora_linear"].bytes(p, "backward") == 2 * 1024 + 4096 + 2 * 512 + 2 * (512 + 256)
+    assert REGISTRY["dora_linear"].flops(p, "backward") == linear.flops(p, "backward")
+    assert count["dora_norm"] == (4096 + 512 + 2 * 256, 2 * 64 * 32 * 2)  # B and B A Aᵀ in fp32
+    assert count["gain_dy"] == (3 * 512 + 2 * 128, 0)  # a gain and a sum in fp32
+    assert count["drop"] == (2 * 1024 + 64, 0)
     assert count["materialize"] == (2 * 4096 + 512 + 256, 2 * 64 * 32 * 2)
     adamw = REGISTRY["adamw"]  # 2048 elements: p read and written, g read, m and v read and written
     assert adamw.bytes(p, "") == 2048 * (2 + 2 + 2 + 4 * 4)

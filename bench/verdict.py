@@ -57,7 +57,7 @@ def _ratio(rows):
     slower = compared = 0
     for case, of in cases(rows).items():
         mine = [row for name, row in of.items() if name.startswith("lowrank")]
-        peers = [row for name, row in of.items() if not name.startswith(("lowrank", "frozen"))]
+        peers = [row for name, row in of.items() if not name.startswith(("lowrank", "frozen", "lora-"))]
         if not mine or "frozen" not in of:
             continue
         frozen, fastest = of["frozen"]["us"], min(mine, key=lambda row: row["us"])

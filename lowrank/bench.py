@@ -99,11 +99,11 @@ def frozen(p: Problem, data: list[Tensors]) -> Method:
 def lowrank_method(p: Problem, data: list[Tensors], kind: str) -> Method:
     import lowrank
 
-    factors = _factors(p, data, kind)
+    factors = factors_of(p, data, kind)
 
     def forward(i):
         (x, W, *_), (A, B) = data[i % p.sets], factors[i % p.sets]
-        with _autocast(p, kind):
+        with autocast(p, kind):
             return lowrank.lora_linear(x, W, A, B, SCALING, dropout_p=p.dropout)
 
     return Method(forward, lambda i: [data[i % p.sets].x, *factors[i % p.sets]])
@@ -115,7 +115,7 @@ def peft_method(p: Problem, data: list[Tensors], kind: str, compiled: bool = Fal
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
 
-    factors, layers = _factors(p, data, kind), []
+    factors, layers = factors_of(p, data, kind), []
     config = LoraConfig(r=p.r, lora_alpha=SCALING * p.r, lora_dropout=p.dropout, init_lora_weights=False)
     for one, (A, B) in zip(data, factors, strict=True):
         base = torch.nn.Linear(p.K, p.N, bias=False, device="meta")
@@ -135,7 +135,7 @@ def peft_method(p: Problem, data: list[Tensors], kind: str, compiled: bool = Fal
         call = torch.compile(call, dynamic=False)
 
     def forward(i):
-        with _autocast(p, kind):
+        with autocast(p, kind):
             return call(layers[i % p.sets], data[i % p.sets].x)
 
     return Method(forward, lambda i: [data[i % p.sets].x, *factors[i % p.sets]])
@@ -163,14 +163,14 @@ def passes(method: Method, dYs: list) -> dict[str, Callable[[int], object]]:
     return {"forward": method.forward, "backward": backward, "both": both}
 
 
-def _factors(p: Problem, data: list[Tensors], kind: str) -> list[tuple]:
+def factors_of(p: Problem, data: list[Tensors], kind: str) -> list[tuple]:
     import torch
 
     dtype = getattr(torch, p.dtype) if kind == "16bit" else torch.float32
     return [tuple(torch.nn.Parameter(t.to(dtype)) for t in (one.A, one.B)) for one in data]
 
 
-def _autocast(p: Problem, kind: str):
+def autocast(p: Problem, kind: str):
     import torch
 
     if kind == "fp32-autocast":
