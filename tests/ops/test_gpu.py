@@ -1,0 +1,224 @@
+"""Every op on a CUDA device: numbers against fp64, no wait for the device, CUDA graphs, other streams, other devices, Inductor.
+
+The table of calls and the numbers run on a CPU too, so that what waits for a GPU is known to be well formed.
+"""
+
+import functools
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+import lowrank
+from lowrank.testing import assert_as_right
+
+M, K, N, R, V = 257, 320, 192, 16, 1000
+gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+
+
+class Op(NamedTuple):
+    """``shapes``: of the leaves; ``call`` and ``plain`` take them and return one tensor, ``plain`` in PyTorch."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    call: object
+    plain: object
+    trained: tuple[int, ...]  # leaves that get a gradient
+
+
+def thin(x, A, B, s=1.0):
+    return (x.to(A.dtype) @ A.mT @ B.mT) * s
+
+
+def dora(x, W, A, B, m):
+    norm = (W.to(A.dtype) + 2 * (B @ A)).detach().norm(dim=1)
+    return ((m / norm) * (linear(x, W) + thin(x, A, B, 2))).to(x.dtype)
+
+
+def factors(U, S, Vh):
+    return lowrank.SVDFactors(U, S.abs(), Vh)
+
+
+def svf(x, W, U, S, Vh, z):
+    return (linear(x, W) + (x @ Vh.mT * (S.abs() * (z - 1)).to(x.dtype)) @ U.mT).to(x.dtype)
+
+
+def head(hidden, W, A, B):
+    return (
+        (linear(hidden, W) + thin(hidden, A, B)).float()
+        if hidden.dtype is not torch.float64
+        else linear(hidden, W) + thin(hidden, A, B)
+    )
+
+
+def targets(hidden):
+    return torch.arange(hidden.shape[0], device=hidden.device) * 7 % V
+
+
+def logp(hidden, W, A, B):
+    return head(hidden, W, A, B).log_softmax(-1).gather(1, targets(hidden)[:, None])[:, 0]
+
+
+def kl(hidden, W, A, B):
+    ours, theirs = (
+        head(hidden, W, A, B).log_softmax(-1),
+        linear(hidden, W).to(torch.promote_types(hidden.dtype, torch.float32)),
+    )
+    return (ours.exp() * (ours - theirs.log_softmax(-1).detach())).sum(-1)
+
+
+THIN = (M, K), (N, K), (R, K), (N, R)
+HEAD = (M, K), (V, K), (R, K), (V, R)
+OPS = {
+    "lora_linear": Op(THIN, lambda x, W, A, B: lowrank.lora_linear(x, W, A, B, 0.7),
+                      lambda x, W, A, B: (linear(x, W) + thin(x, A, B, 0.7)).to(x.dtype), (0, 1, 2, 3)),
+    "dora_linear": Op((*THIN, (N,)), lambda x, W, A, B, m: lowrank.dora_linear(x, W, A, B, m, 2.0), dora, (0, 2, 3, 4)),
+    "svf_linear": Op(
+        ((M, K), (N, K), (N, R), (R,), (R, K), (R,)),
+        lambda x, W, U, S, Vh, z: lowrank.svf_linear(x, W, factors(U, S, Vh), z, mode="delta"), svf, (0, 5),
+    ),
+    "linear_logprob": Op(
+        HEAD, lambda h, W, A, B: lowrank.linear_logprob(h, W, targets(h), lora=(A, B, 1.0)).logp, logp, (0, 2, 3)
+    ),
+    "linear_cross_entropy": Op(
+        HEAD, lambda h, W, A, B: lowrank.linear_cross_entropy(h, W, targets(h), lora=(A, B, 1.0)).view(1),
+        lambda *ts: -logp(*ts).mean().view(1), (0, 2, 3),
+    ),
+    "kl_to": Op(
+        HEAD, lambda h, W, A, B: lowrank.kl_to(lowrank.Head(h, W, lora=(A, B, 1.0)), lowrank.Head(h, W)), kl, (0, 2, 3)
+    ),
+}  # fmt: skip
+FP32 = {"svf_linear": (3, 5)}  # leaves that are fp32 whatever the others are
+
+
+def leaves(name, dtype, device, seed=0):
+    """Rows of unit size, lora_B's of a quarter: outputs, logits too, are numbers near one, and adapters the smaller part."""
+    torch.manual_seed(seed)
+    op, found = OPS[name], []
+    for i, shape in enumerate(op.shapes):
+        t = torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) == 2 and i else 1.0) * (0.25 if i == 3 else 1.0)
+        t = t.to(device, torch.float32 if i in FP32.get(name, ()) else dtype)
+        found.append(t.requires_grad_(i in op.trained))
+    return found
+
+
+def run(f, name, ts):
+    y = f(*ts)
+    dy = torch.arange(y.numel(), device=y.device).mul(12.9898).sin().view(y.shape)  # no generator: it is captured too
+    return [y.detach(), *torch.autograd.grad(y, [ts[i] for i in OPS[name].trained], dy.to(y.dtype))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_numbers(name, dtype, device):
+    """Four draws as one: a ratio of the errors of N numbers is luck."""
+    torch.set_float32_matmul_precision("highest")
+    op, runs = OPS[name], []
+    for seed in range(4):
+        ts = leaves(name, dtype, device, seed)
+        wide = [t.detach().double().requires_grad_(t.requires_grad) for t in ts]
+        runs.append([run(op.call, name, ts), run(op.plain, name, ts), run(op.plain, name, wide)])
+    for i in range(1 + len(op.trained)):
+        ours, eager, oracle = (torch.stack([found[i] for found in of]) for of in zip(*runs, strict=True))
+        # losses and log-probabilities: sums of terms that are larger than they are
+        assert_as_right(ours, eager.to(ours.dtype), oracle, oracle.abs() + 4 if i == 0 else None, f"{name}[{i}]")
+
+
+@gpu
+@pytest.mark.parametrize("name", OPS)
+def test_never_waits_for_the_device(name):
+    op, ts = OPS[name], leaves(name, torch.bfloat16, "cuda")
+    run(op.call, name, ts)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(op.call, name, ts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("name", OPS)
+def test_a_graph_of_forward_and_backward_replays_with_changed_contents(name):
+    op, ts = OPS[name], leaves(name, torch.bfloat16, "cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(op.call, name, ts)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(op.call, name, ts)
+    for scale in (0.5, 1.5):
+        with torch.no_grad():
+            for i in op.trained:
+                ts[i].mul_(scale)
+        graph.replay()
+        now = run(op.call, name, ts)
+        assert all(torch.equal(a, b) for a, b in zip(captured, now, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("name", OPS)
+def test_another_stream_and_every_bit_twice(name):
+    op, ts, found = OPS[name], leaves(name, torch.bfloat16, "cuda"), []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found.append(run(op.call, name, ts))
+        torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", OPS)
+def test_a_device_that_is_not_the_current_one(name):
+    op = OPS[name]
+    found = [run(op.call, name, leaves(name, torch.bfloat16, device)) for device in ("cuda:0", "cuda:1")]
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b.to(a.device)) for a, b in zip(*found, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("name", OPS)
+def test_compiled_by_inductor(name):
+    op, ts = OPS[name], leaves(name, torch.float32, "cuda")
+    torch._dynamo.reset()
+    compiled = torch.compile(op.call, fullgraph=True)
+    torch.testing.assert_close(run(compiled, name, ts), run(op.call, name, ts), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", OPS)
+def test_checkpointed(name, reentrant, device):
+    op, ts = OPS[name], leaves(name, torch.float32, device)
+    wrapped = functools.partial(checkpoint, op.call, use_reentrant=reentrant)
+    if not reentrant:
+        found = run(wrapped, name, ts), run(op.call, name, ts)
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        return
+    grads = []  # torch.autograd.grad does not go through reentrant checkpoints
+    for f in (wrapped, op.call):
+        for t in ts:
+            t.grad = None
+        f(*ts).sum().backward()
+        grads.append([ts[i].grad for i in op.trained])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+def test_autocast(name, device):
+    """fp32 in, bf16 arithmetic: as far from fp64 as PyTorch's own autocast at most."""
+    op, ts = OPS[name], leaves(name, torch.float32, device)
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in ts]
+    oracle = run(op.plain, name, wide)
+    with torch.autocast(device, torch.bfloat16):
+        found = run(op.call, name, ts), run(op.plain, name, ts)
+    for i, (ours, eager, truth) in enumerate(zip(*found, oracle, strict=True)):
+        bound = truth.abs() + 4 if i == 0 else None
+        assert_as_right(ours, eager.to(ours.dtype), truth, bound, f"{name}[{i}]")
