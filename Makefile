@@ -1,11 +1,12 @@
-# One command sets everything up:   make demo | make test | make lint | make bench [NAMES="shrink lora_linear"]
+# One command sets everything up:   make demo | make test | make lint | make bench [NAMES="shrink lora_linear"] | make hub REPO=you/lowrank
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 NAMES  ?= all
+REPO   ?= ACCOUNT/lowrank
 
-.PHONY: demo test compile-all lint bench clean
+.PHONY: demo test compile-all lint bench hub clean
 demo: $(VENV)/.demo
 	$(BIN)/lowrank compare
 
@@ -13,7 +14,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	TRITON_INTERPRET=1 LOWRANK_BACKEND=triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" \
-	    tests/kernels tests/ops tests/nn tests/integrations/test_peft.py tests/integrations/test_siblings.py
+	    tests/kernels tests/ops tests/nn tests/integrations/test_peft.py tests/integrations/test_siblings.py \
+	    tests/integrations/test_hub.py::test_every_layer_runs_on_the_kernel_as_it_does_patched
 
 # The whole matrix of configs, dtypes and architectures, with this Triton and with the one beside torch 2.11: hours.
 compile-all: $(VENV)/.dev $(VENV)-triton-3.6/.done
@@ -27,6 +29,10 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/run.py $(NAMES) --out bench/results/local
 	$(BIN)/python bench/report.py bench/results/local
+
+# The layout of a kernel repository of the Hugging Face Hub: docs/hub.md.
+hub:
+	$(PYTHON) .ci/hub.py build/hub --repo-id $(REPO)
 
 # torch first and alone: asked for as a dependency, pip may pick another build with several GB of CUDA packages.
 $(VENV)/.torch:

@@ -1,5 +1,6 @@
 """Which calls ran on lowrank, which fell back to the host library's own code, and why."""
 
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -101,13 +102,14 @@ def _count(layer: nn.Module, reason: str) -> None:
 
 
 def _untouched(model: nn.Module) -> dict[str, int]:
-    import sys
-
-    if "peft" not in sys.modules:
-        return {}
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from .integrations.peft import is_patched
-
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not is_patched(m)]
+    # looked up, not imported: without PEFT there are none, and this file is also part of a package that may not name it
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    layers = (
+        [] if peft is None else [m for m in model.modules() if isinstance(m, peft.BaseTunerLayer) and not is_ours(m)]
+    )
     return dict(Counter(".".join([type(m).__module__.split(".")[-2], type(m).__name__]) for m in layers))
+
+
+def is_ours(layer: nn.Module) -> bool:
+    """Whether calls of ``layer`` come to lowrank first: by its class, or by a forward of its own, which goes before."""
+    return getattr(layer.forward, "_is_lowrank", False)

@@ -50,6 +50,17 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
     return forward
 
 
+class PeftLoraLinear(nn.Module):
+    """The forward alone, for Hugging Face's ``kernels`` to put on PEFT's ``lora.Linear`` layers, whose state it reads.
+
+    Where the op does not cover a call, the layer's own class answers: its forward is never replaced, only the instance's.
+    """
+
+    has_backward = True
+    can_torch_compile = True
+    forward = fused(lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs))
+
+
 def _projection(layer, x) -> Projection | None:
     """What a sibling's call with x alone would compute, if the op covers all of it."""
     adapters, _ = adapters_of(layer, x, (), {})

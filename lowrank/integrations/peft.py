@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .. import _stats
 from ..layers import BASE_DROPOUT, GROUP, fused
 from . import siblings as _siblings
 
@@ -99,7 +100,7 @@ def register(config: LoraConfig) -> LoraConfig:
 
 def is_patched(layer: nn.Module) -> bool:
     """Whether calls of ``layer`` come to lowrank first."""
-    return getattr(type(layer).forward, "_is_lowrank", False)
+    return _stats.is_ours(layer)
 
 
 def _make_layer(target: nn.Module, adapter_name: str, **kwargs) -> nn.Module | None:
