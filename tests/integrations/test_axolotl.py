@@ -91,6 +91,7 @@ def test_the_model_is_patched_wherever_its_adapter_is_made(axolotl, options, whe
         assert not any("lowrank" in type(m).__module__ for m in model.modules())
     trainer = types.SimpleNamespace(model=model)
     plugin.post_trainer_create(cfg, trainer)
+    assert lowrank.stats(model)["untouched"] == {}
     (callback,) = plugin.add_callbacks_post_trainer(cfg, trainer)
     callback.on_train_begin(None, None, None, model=model)
     agree(step(model), theirs)
