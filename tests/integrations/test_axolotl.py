@@ -113,6 +113,12 @@ def test_strict_and_other_configurations(axolotl):
         step(model)
 
 
+@pytest.mark.skipif(REAL, reason="Axolotl is installed")
+def test_without_axolotl_it_says_what_is_missing():
+    with pytest.raises(ImportError, match="this needs Axolotl: pip install axolotl"):
+        importlib.import_module("lowrank.integrations.axolotl")
+
+
 @pytest.mark.skipif(not REAL, reason="Axolotl is not installed")
 def test_in_axolotls_plugin_manager_and_validation(axolotl, tmp_path):
     from axolotl.integrations.base import PluginManager
