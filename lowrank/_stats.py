@@ -50,7 +50,8 @@ def stats(model: nn.Module | None = None) -> dict[str, object]:
 
     With a ``model``, of its layers alone, and ``untouched`` counts its adapter layers that lowrank never sees: classes it
     does not cover (embeddings, convolutions, MoE expert parameters, GPTQ, ...) and covered ones that were not patched.
-    Code under ``torch.compile`` is not counted: a counter would be a graph break or a recompilation.
+    Code under ``torch.compile`` is counted when it is traced, not when it runs, and in ``stats()`` alone: which layer it was
+    would be a guard on that layer, and so a recompilation for each of those that share a graph.
     """
     if model is None:
         counts, untouched = _all, {}
@@ -65,22 +66,24 @@ def stats(model: nn.Module | None = None) -> dict[str, object]:
 
 def ran_fused(layer: nn.Module, shared: bool = False) -> None:
     """Count one call of ``layer`` that took lowrank's path, ``shared`` if a sibling had computed it."""
-    if not torch.compiler.is_compiling():
-        _count(layer, _FUSED)
-        if shared:
-            _count(layer, _SHARED)
+    if torch.compiler.is_compiling():
+        _traced(_FUSED)
+        return
+    _count(layer, _FUSED)
+    if shared:
+        _count(layer, _SHARED)
 
 
 def fell_back(layer: nn.Module, reason: str, library: str = "PEFT") -> None:
     """Count one call of ``layer`` that did not, warn once per reason, or raise under :class:`strict`."""
     if _strict:
         raise FallbackError(f"{type(layer).__name__} cannot run on lowrank: {reason}")
+    text = f"lowrank falls back to {library}'s own code for some layers: {reason}"
     if torch.compiler.is_compiling():
+        _traced(reason, text)
         return
     _count(layer, reason)
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"lowrank falls back to {library}'s own code for some layers: {reason}", stacklevel=4)
+    _warn(reason, text)
 
 
 def op_fell_back(reason: str) -> None:
@@ -88,9 +91,23 @@ def op_fell_back(reason: str) -> None:
     if _strict:
         raise FallbackError(f"no kernel for this call: {reason}")
     _all[reason] += 1
+    _warn(reason, f"lowrank runs some calls in PyTorch instead of its kernels: {reason}")
+
+
+def _traced(reason: str, text: str | None = None) -> None:
+    _all[reason] += 1
+    if text is not None:
+        _warn(reason, text)
+
+
+# Dynamo runs it while it traces and leaves it out of the graph: torch.compiler.assume_constant_result, which imports Dynamo.
+_traced._dynamo_marked_constant = True
+
+
+def _warn(reason: str, text: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"lowrank runs some calls in PyTorch instead of its kernels: {reason}", stacklevel=4)
+        warnings.warn(text, stacklevel=5)
 
 
 def _count(layer: nn.Module, reason: str) -> None:

@@ -23,6 +23,8 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
     """A forward for a PEFT layer class: ours, and ``original`` where the op does not cover the call."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if torch.compiler.is_exporting():  # a program of PyTorch's own ops, which runs where no lowrank is
+            return original(self, x, *args, **kwargs)
         dora = _dora(self)
         adapters, reason = adapters_of(self, x, args, kwargs, dora)
         if adapters and dora is not None:
@@ -39,7 +41,7 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
             _stats.ran_fused(self)
             return lora_projections(x, (Projection(None, None, adapters, base=base(x)),))[0]
         projection = Projection(base.weight, base.bias, adapters)
-        group = self.__dict__.get(GROUP)
+        group = None if torch.compiler.is_compiling() else self.__dict__.get(GROUP)  # its counts would be guards
         y, taken = None, 0 if group is None else group.taken
         if group is not None:
             y = group.call(self, x, projection, _projection)

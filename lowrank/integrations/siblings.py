@@ -3,8 +3,8 @@
 A model's own attention code calls three layers, one after the other, with one tensor.  :class:`Siblings` lets the first call
 run ``lora_projections`` over all of them: x is read once for every adapter, and backward is one node.  A sibling takes its
 result only if it is called with that very tensor, unchanged since, under the same autograd and autocast modes, with the
-adapters it had; in every other case it computes alone, which is always right.  Under ``torch.compile`` and for inference
-tensors, whose changes cannot be seen, all compute alone.
+adapters it had; in every other case it computes alone, which is always right.  Under ``torch.compile`` (layers.py) and for
+inference tensors, whose changes cannot be seen, all compute alone.
 """
 
 import warnings
@@ -51,7 +51,7 @@ class Siblings:
 
         ``projection_of(sibling, x)``: what a sibling would compute for x, or None if it cannot take part.
         """
-        if torch.compiler.is_compiling() or x.is_inference():
+        if x.is_inference():
             return None
         made = self._made.pop(id(layer), None)
         if made is None:

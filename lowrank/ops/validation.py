@@ -54,7 +54,7 @@ def _check_adapter(adapter, N: int, K: int, x: torch.Tensor) -> None:
             raise ValueError("scaling: a tensor that requires grad is not supported; it would get no gradient")
     elif not isinstance(scaling, (float, int)):
         raise TypeError(f"scaling: expected a float or a 0-d tensor, got {type(scaling).__name__}")
-    elif not math.isfinite(scaling):
+    elif not _is_finite(scaling):
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
     if not isinstance(p, (float, int)) or not 0 <= p <= 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {p!r}")
@@ -167,7 +167,7 @@ def check_alpha(alpha) -> None:
             raise ValueError("alpha: holds NaN or infinity")
     elif isinstance(alpha, bool) or not isinstance(alpha, (float, int)):
         raise TypeError(f"alpha: expected a number or a float tensor, got {type(alpha).__name__}")
-    elif not math.isfinite(alpha):
+    elif not _is_finite(alpha):
         raise ValueError(f"alpha: expected a finite number, got {alpha}")
 
 
@@ -291,8 +291,12 @@ def _positive(name: str, value) -> None:
 def _number(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # traceable, as math.isfinite is not
+    if not _is_finite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def _is_finite(value: float) -> bool:
+    return -math.inf < value < math.inf  # traceable, as math.isfinite is not
 
 
 def _tensor(name: str, t, x: torch.Tensor | None = None, beside: str = "x") -> None:

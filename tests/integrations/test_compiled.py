@@ -1,0 +1,192 @@
+"""torch.compile and torch.export of patched models: one graph for every batch, length and adapter, and the same numbers."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+pytest.importorskip("peft")
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lowrank
+from lowrank import _stats
+from lowrank.integrations.peft import patch
+
+TARGETS = ["q_proj", "k_proj", "up_proj"]
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    torch._dynamo.reset()
+    counters.clear()
+    _stats._all.clear()
+    _stats._warned.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    lowrank.strict(False)
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    return LlamaForCausalLM(LlamaConfig(use_cache=False, **sizes))
+
+
+def peft_llama(seed=1, **config):
+    torch.manual_seed(seed)
+    return get_peft_model(llama(), LoraConfig(**dict(r=4, target_modules=TARGETS, init_lora_weights=False) | config))
+
+
+def tokens(batch, length):
+    return torch.arange(batch * length).view(batch, length) * 7 % 61
+
+
+def step(model, ids):
+    """Loss, logits and every gradient of one step, its dropout drawn anew from one seed."""
+    torch.manual_seed(3)
+    model.zero_grad()
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    return [out.loss.detach(), out.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_training_and_evaluation(backend):
+    """As PEFT uncompiled, in one graph each."""
+    model, ids = peft_llama(lora_alpha=3), tokens(2, 16)
+    theirs, quiet = step(model, ids), model.eval()(ids).logits.detach()
+    compiled = torch.compile(patch(model), fullgraph=True, backend=backend)
+    with lowrank.strict():
+        same(step(compiled.train(), ids), theirs)
+        with torch.no_grad():
+            same(compiled.eval()(ids).logits, quiet)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+SHAPES = ((2, 16), (2, 17), (3, 17), (5, 9), (4, 31))
+
+
+@pytest.mark.parametrize(("way", "p"), [("dynamic=True", 0.3), ("mark_dynamic", 0.0), ("mark_dynamic", 0.3)])
+def test_one_graph_for_every_batch_and_length(way, p):
+    model = patch(peft_llama(lora_alpha=3, lora_dropout=p))
+    wants = [step(model, tokens(*shape)) for shape in SHAPES]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True if way == "dynamic=True" else None)
+    with lowrank.strict(), torch._dynamo.config.patch(error_on_recompile=True):
+        for shape, want in zip(SHAPES, wants, strict=True):
+            ids = tokens(*shape)
+            if way == "mark_dynamic":
+                for dim in (0, 1):
+                    torch._dynamo.mark_dynamic(ids, dim)
+            same(step(compiled, ids), want)
+
+
+def test_what_is_traced_is_counted_and_eager_calls_cost_no_recompilation():
+    model, ids = patch(peft_llama()), tokens(2, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        first = step(compiled, ids)
+        assert lowrank.stats() == {"fused": 3, "shared": 0, "fallback": {}, "untouched": {}}
+        assert lowrank.stats(model)["fused"] == 0
+        for _ in range(2):
+            same(step(model, ids), first)  # its siblings count what they share
+            same(step(compiled, ids), first)
+    assert lowrank.stats() == {"fused": 9, "shared": 2, "fallback": {}, "untouched": {}}
+
+
+def test_layers_of_one_graph_stay_of_one_graph():
+    """Compiled one by one, as regional compilation does: what is counted must not tell them apart."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
+    model = patch(get_peft_model(base, LoraConfig(r=2, target_modules=["0.0", "1.0", "2.0"])))
+    for block in model.base_model.model:
+        block.compile(fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        model(torch.randn(4, 8))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert lowrank.stats()["fused"] == 1
+
+
+def test_a_fallback_is_told_while_it_is_traced():
+    model, ids = peft_llama(), tokens(2, 16)
+    model.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].register_forward_hook(lambda m, a, out: out * 2)
+    theirs = step(model, ids)
+    compiled = torch.compile(patch(model), fullgraph=True, backend="aot_eager")
+    with pytest.warns(UserWarning, match="falls back to PEFT's own code.*hooks on lora_A"):
+        same(step(compiled, ids), theirs)
+    assert lowrank.stats() == {"fused": 2, "shared": 0, "fallback": {"hooks on lora_A": 1}, "untouched": {}}
+    torch._dynamo.reset()
+    with lowrank.strict(), pytest.raises(Exception, match=r"FallbackError.*hooks on lora_A"):
+        step(compiled, ids)
+
+
+def test_adapters_are_swapped_without_recompiling(tmp_path):
+    """PEFT's compiled hot-swap, to other ranks and scalings and back."""
+    ids, wants = tokens(2, 16), {}
+    for seed, (name, config) in enumerate(
+        {"a": dict(r=4, lora_alpha=8), "b": dict(r=2, lora_alpha=6), "c": dict(r=8, lora_alpha=3)}.items()
+    ):
+        peft_llama(seed, **config).save_pretrained(tmp_path / name)
+        wants[name] = step(PeftModel.from_pretrained(llama(), tmp_path / name, is_trainable=True), ids)[:2]
+    assert (wants["a"][1] - wants["b"][1]).abs().max() > 1e-2
+    model = patch(PeftModel.from_pretrained(llama(), tmp_path / "a", is_trainable=True))
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with lowrank.strict(), torch._dynamo.config.patch(error_on_recompile=True):
+        same(step(compiled, ids)[:2], wants["a"])
+        for name in ("b", "c", "a"):
+            hotswap_adapter(compiled, tmp_path / name, adapter_name="default")
+            same(step(compiled, ids)[:2], wants[name])
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids).logits
+
+
+def ops(program):
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize(("merged", "strict"), [(False, False), (False, True), (True, False)])
+def test_an_exported_model_needs_no_lowrank(merged, strict):
+    """Merged or not it is PEFT's own ops, which a machine without lowrank runs; for any batch and length."""
+    model = patch(peft_llama(lora_alpha=3)).eval()
+    with torch.no_grad():
+        want, other = (model(tokens(*shape)).logits for shape in ((2, 16), (3, 11)))
+    model = model.merge_and_unload() if merged else model
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=64)}
+    with lowrank.strict():
+        program = torch.export.export(Logits(model), (tokens(2, 16),), dynamic_shapes=(dims,), strict=strict)
+    assert not any("lowrank" in op for op in ops(program))
+    with torch.no_grad():
+        same(program.module()(tokens(2, 16)), want)
+        same(program.module()(tokens(3, 11)), other)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_exported_layer(merged):
+    """lowrank.nn.LoRALinear keeps its op, and none of it once merged."""
+    layer = lowrank.nn.LoRALinear.from_linear(nn.Linear(8, 6), r=2)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x, other = torch.randn(3, 5, 8), torch.randn(2, 7, 8)
+    wants = layer(x), layer(other)
+    if merged:
+        layer.merge()
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    program = torch.export.export(layer, (x,), dynamic_shapes=(dims,))
+    assert any("lowrank" in op for op in ops(program)) is not merged
+    for given, want in zip((x, other), wants, strict=True):
+        same(program.module()(given), want)
