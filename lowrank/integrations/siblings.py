@@ -51,7 +51,7 @@ class Siblings:
 
         ``projection_of(sibling, x)``: what a sibling would compute for x, or None if it cannot take part.
         """
-        if x.is_inference():
+        if x.is_inference() or not any(layer is each for each in self.layers):  # nn.DataParallel's replica
             return None
         made = self._made.pop(id(layer), None)
         if made is None:

@@ -78,7 +78,9 @@ SHAPES = ((2, 16), (2, 17), (3, 17), (5, 9), (4, 31))
 def test_one_graph_for_every_batch_and_length(way, p):
     model = patch(peft_llama(lora_alpha=3, lora_dropout=p))
     wants = [step(model, tokens(*shape)) for shape in SHAPES]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True if way == "dynamic=True" else None)
+    compiled = torch.compile(
+        model, fullgraph=True, backend="aot_eager", dynamic=True if way == "dynamic=True" else None
+    )
     with lowrank.strict(), torch._dynamo.config.patch(error_on_recompile=True):
         for shape, want in zip(SHAPES, wants, strict=True):
             ids = tokens(*shape)
@@ -116,7 +118,9 @@ def test_layers_of_one_graph_stay_of_one_graph():
 
 def test_a_fallback_is_told_while_it_is_traced():
     model, ids = peft_llama(), tokens(2, 16)
-    model.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].register_forward_hook(lambda m, a, out: out * 2)
+    model.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].register_forward_hook(
+        lambda m, a, out: out * 2
+    )
     theirs = step(model, ids)
     compiled = torch.compile(patch(model), fullgraph=True, backend="aot_eager")
     with pytest.warns(UserWarning, match="falls back to PEFT's own code.*hooks on lora_A"):

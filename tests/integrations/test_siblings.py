@@ -231,6 +231,17 @@ def test_copies_and_pickles_compute_alone(calls):
     assert not any("_lowrank_siblings" in layer.__dict__ for layer in unpatch(model).modules())
 
 
+def test_replicas_compute_alone(calls):
+    """What nn.DataParallel calls, one per device and in threads: shallow copies, with their originals' __dict__."""
+    attention, x = block()
+    want = attention.q_proj(x)
+    replicas = [layer._replicate_for_data_parallel() for layer in (attention.q_proj, attention.k_proj)]
+    calls.clear()
+    assert torch.equal(replicas[0](x), want)
+    replicas[1](x)
+    assert calls == [1, 1]
+
+
 def test_adapt_shares_too(calls):
     from peft import LoraConfig
 
