@@ -19,10 +19,13 @@ from ..ops.validation import check_alpha
 
 
 class PatchCallback(TrainerCallback):
-    """``Trainer(..., callbacks=[PatchCallback()])`` runs a PEFT model's LoRA layers on lowrank from the first step on.
+    """``Trainer(..., callbacks=[PatchCallback()])`` runs a PEFT model's LoRA layers on lowrank, in training and evaluation.
 
-    After that step it logs, once, what :func:`lowrank.stats` counted in it: on the logger "lowrank", at INFO if every LoRA
-    layer ran on lowrank and at WARNING if not, so that nobody trains on a fallback unknowingly.  TRL's trainers take it too.
+    The model is patched when the trainer is made, before anything wraps or compiles it, and again when training begins, for
+    layers that came in between (``model_init``, a callback added later).  After the first step of each ``train()`` it logs
+    what :func:`lowrank.stats` counted in this process meanwhile: on the logger "lowrank" of every machine's first process, at
+    INFO if every LoRA layer ran on lowrank and at WARNING if not, so that nobody trains on a fallback unknowingly.  Under
+    ``torch.compile`` these are the layers traced; a model whose graphs were there before has none.  TRL's trainers take it too.
 
     Args: ``options`` are :func:`lowrank.integrations.peft.patch`'s.
     Raises: ValueError when training begins, if the model has no LoRA layer that lowrank covers.
@@ -31,24 +34,37 @@ class PatchCallback(TrainerCallback):
     def __init__(self, **options):
         self.options, self._before = options, None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        from .peft import patch
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        from .peft import swap_layers
 
-        patch(model, **self.options)
-        self._before = _stats.stats(model)
+        swap_layers(model, **self.options)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        from .peft import is_patched
+
+        self.on_init_end(args, state, control, model)
+        if not any(is_patched(m) for m in model.modules()):
+            raise ValueError("model: found no LoRA layer to patch; give the trainer what get_peft_model returned")
+        self._before = _stats.stats()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self._before is None:
             return
-        before, after, self._before = self._before, _stats.stats(model), None
+        before, after, self._before = self._before, _stats.stats(), None
         fallback = {why: n - before["fallback"].get(why, 0) for why, n in after["fallback"].items()}
-        fallback = {why: n for why, n in fallback.items() if n}
         found = {name: after[name] - before[name] for name in ("fused", "shared")}
-        found |= {"fallback": fallback, "untouched": after["untouched"]}
-        whole = found["fused"] and not fallback and not after["untouched"]
+        found |= {"fallback": {why: n for why, n in fallback.items() if n}}
+        found |= {"untouched": _stats.stats(model)["untouched"]}
+        whole = (found["fused"] or _is_compiled(args, model)) and not found["fallback"] and not found["untouched"]
         if state.is_local_process_zero:
             level = logging.INFO if whole else logging.WARNING
             logging.getLogger("lowrank").log(level, "first step: %s", found)
+
+
+def _is_compiled(args, model: nn.Module) -> bool:
+    """Whether graphs traced before may have run: by the trainer's option, a wrapper or ``module.compile()``."""
+    parts = model.modules()
+    return args.torch_compile or any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in parts)
 
 
 class ProxyTuning(LogitsProcessor):
