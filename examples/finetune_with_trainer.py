@@ -1,4 +1,4 @@
-"""LoRA fine-tuning with transformers' Trainer and PEFT, on lowrank: the one line is `patch(model)`.
+"""LoRA fine-tuning with transformers' Trainer and PEFT, on lowrank: the one line is the callback.
 
 python examples/finetune_with_trainer.py --model DIRECTORY_OR_HUB_ID --data FILE.txt --out adapter
 """
@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import lowrank
-from lowrank.integrations.peft import patch
+from lowrank.integrations.transformers import PatchCallback
 
 
 def blocks(tokenizer, text: str, length: int) -> list[dict]:
@@ -33,7 +33,6 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear"))
-    patch(model)
 
     arguments = TrainingArguments(
         args.out / "trainer",
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     data = blocks(tokenizer, args.data.read_text(), args.length)
     with lowrank.strict():  # a layer that cannot run on lowrank stops the run instead of slowing it down
-        Trainer(model, arguments, train_dataset=data).train()
+        Trainer(model, arguments, train_dataset=data, callbacks=[PatchCallback()]).train()
     print(lowrank.stats(model))
     lowrank.save_adapter(model, args.out)
 

@@ -51,7 +51,7 @@ def blocks():
     return [{"input_ids": row, "labels": row} for row in rows % 8]
 
 
-def made(kind, folder, callbacks=(), model=None, **options):
+def made(kind, folder, callbacks=(), model=None, peft=None, **options):
     settings = dict(
         max_steps=STEPS, per_device_train_batch_size=4, learning_rate=2e-3, logging_steps=1, report_to=[], use_cpu=True,
         save_strategy="no", seed=3, disable_tqdm=True, bf16=False, gradient_checkpointing=False,
@@ -65,7 +65,7 @@ def made(kind, folder, callbacks=(), model=None, **options):
     data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows])
     return trl.SFTTrainer(
         model, args=trl.SFTConfig(**settings), train_dataset=data, eval_dataset=data.select(range(16)),
-        processing_class=tokenizer(), callbacks=callbacks,
+        processing_class=tokenizer(), peft_config=peft, callbacks=callbacks,
     )  # fmt: skip
 
 
@@ -259,6 +259,12 @@ def test_evaluation_alone_is_patched(tmp_path):
     assert all(is_patched(m) for m in trainer.model.modules() if hasattr(m, "lora_A"))
     trainer.evaluate()
     assert lowrank.stats(trainer.model)["fused"] == 14 * 2
+
+
+def test_a_model_that_trl_adapts_is_patched(tmp_path):
+    config = LoraConfig(r=4, target_modules="all-linear")
+    trainer = made("SFTTrainer", tmp_path, [PatchCallback()], llama(), peft=config, max_steps=1)
+    assert sum(map(is_patched, trainer.model.modules())) == 14
 
 
 def test_models_and_callbacks_that_come_later(tmp_path):

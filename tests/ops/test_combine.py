@@ -117,6 +117,9 @@ def test_compiles_in_one_graph():
     tensors = [*draw(2, 3, vocabularies=(50, 40, 64)), torch.rand(2)]
     compiled = torch.compile(lowrank.combine_logits, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*tensors), lowrank.combine_logits(*tensors))
+    for alpha in (0.7, 0.3):  # a number that Dynamo traces as a symbol
+        dynamic = torch.compile(lowrank.combine_logits, fullgraph=True, dynamic=True, backend="aot_eager")
+        assert torch.equal(dynamic(*tensors[:3], alpha), lowrank.combine_logits(*tensors[:3], alpha))
 
 
 @pytest.mark.parametrize(
