@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from . import svf
+from .checkpoints import publish
 from .nn import LoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,10 +68,11 @@ def save_adapter(model: nn.Module, path, format: str | None = None, *, adapter_n
             A = [A, A_0], B = [B, -B_0].
         adapter_name: of SVF's experts only: which one; None for all, or for the active one as LoRA.
 
-    Raises: ValueError for another format or a model without adapters.
+    Raises: ValueError for another format, a model without adapters, or one whose parameters are shards.
     """
     if format not in (None, "lora"):
         raise ValueError(f"format: expected None or 'lora', got {format!r}")
+    _check_whole(model)
     experts = bool(svf.svf_layers(model))
     if adapter_name is not None and not experts:
         raise ValueError("adapter_name: only SVF's experts are chosen by name; PEFT's save_pretrained chooses its own")
@@ -90,14 +91,16 @@ def save_adapter(model: nn.Module, path, format: str | None = None, *, adapter_n
         else:
             _write_lora_linears(model, Path(scratch), peft, plain=format == "lora")
         written = [file for file in Path(scratch).rglob("*") if file.is_file()]
-        # a directory without a configuration is not an adapter: the old one goes first, the new one comes last
+        target = {file: path / file.relative_to(scratch) for file in written}
+        # another configuration makes another adapter: the old one goes first, the new one comes last, and in between there
+        # is none.  Beside the same one, weights are replaced at once: whoever is killed here leaves the old or the new.
+        written = [file for file in written if file.name != CONFIG or not _same_bytes(file, target[file])]
         for file in written:
             if file.name == CONFIG:
-                (path / file.relative_to(scratch)).unlink(missing_ok=True)
+                target[file].unlink(missing_ok=True)
         for file in sorted(written, key=lambda file: file.name == CONFIG):
-            target = path / file.relative_to(scratch)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(file, target)
+            target[file].parent.mkdir(parents=True, exist_ok=True)
+            publish(file, target[file])
     return path
 
 
@@ -150,6 +153,20 @@ def _peft():
     except ImportError as error:
         raise ImportError("adapters need PEFT: pip install 'lowrank-kernels[peft]'") from error
     return peft
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise ValueError for a model split by FSDP or ZeRO-3, of which PEFT writes an empty file or none."""
+    for name, p in model.named_parameters():
+        if hasattr(p, "placements") or hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name:
+            raise ValueError(
+                f"model: {name} is a shard, {list(p.shape)} in a {type(p).__name__}; gather the state first and save that:"
+                " model.save_pretrained(path, state_dict=...)"
+            )
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from . import _stats
+from . import _stats, sharding
 from .ops.dora import dora_linear
 from .ops.lora import Adapter, Projection, lora_projections
 from .ops.validation import DTYPES
@@ -27,7 +27,10 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
             return original(self, x, *args, **kwargs)
         dora = _dora(self)
         adapters, reason = adapters_of(self, x, args, kwargs, dora)
-        if adapters and dora is not None:
+        if reason is SHARDED and dora is None:
+            _stats.ran_fused(self)
+            return _inside_units(self, x, adapters)
+        if reason is None and adapters and dora is not None:
             reason = _why_no_dora(self, dora, adapters[0], x)
         if reason is not None:
             _stats.fell_back(self, reason)
@@ -39,7 +42,7 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
         base = self.base_layer
         if not _is_plain_linear(base, x):
             _stats.ran_fused(self)
-            return lora_projections(x, (Projection(None, None, adapters, base=base(x)),))[0]
+            return lora_projections(x, (Projection(None, None, adapters, base=_call(base, x)),))[0]
         projection = Projection(base.weight, base.bias, adapters)
         group = None if torch.compiler.is_compiling() else self.__dict__.get(GROUP)  # its counts would be guards
         y, taken = None, 0 if group is None else group.taken
@@ -63,11 +66,41 @@ class PeftLoraLinear(nn.Module):
     forward = fused(lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs))
 
 
+def _inside_units(layer, x, adapters) -> torch.Tensor:
+    """The layer's result, computed inside the calls of its sharded factors: their weights are whole there alone."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    factors = [(layer.lora_A[name], layer.lora_B[name]) for name in names]
+
+    def run(x):
+        whole = []
+        for adapter, (A, B) in zip(adapters, factors, strict=True):
+            for what, weight in (("lora_A", A.weight), ("lora_B", B.weight)):
+                if not _is_plain(weight, x.device) or not _is_whole(weight):
+                    raise RuntimeError(
+                        f"{what}: expected a whole weight on {x.device} inside the call of its sharded module, "
+                        f"got a {type(weight).__name__} {list(weight.shape)} on {weight.device}"
+                    )
+            whole.append(adapter._replace(A=A.weight, B=B.weight, bias=B.bias))
+        base = layer.base_layer
+        if _is_plain_linear(base, x) and _is_whole(base.weight):
+            projection = Projection(base.weight, base.bias, tuple(whole))
+        else:
+            projection = Projection(None, None, tuple(whole), base=_call(base, x))
+        return lora_projections(x, (projection,))[0]
+
+    units = [module for pair in factors for module in pair if sharding.is_unit(module, x)]
+    return sharding.inside(list(dict.fromkeys(units)), x, run)
+
+
 def _projection(layer, x) -> Projection | None:
     """What a sibling's call with x alone would compute, if the op covers all of it."""
-    adapters, _ = adapters_of(layer, x, (), {})
     base = layer.base_layer
-    if not adapters or not _is_plain_linear(base, x) or base.weight.dim() != 2:  # 1-D: FSDP has not gathered it yet
+    if type(base) is nn.Linear and not _is_whole(base.weight):
+        layer.__dict__.pop(GROUP, None)  # a unit of its own: alone from now on, or a recomputation could differ
+    if GROUP not in layer.__dict__ or not _is_plain_linear(base, x):
+        return None
+    adapters, reason = adapters_of(layer, x, (), {})
+    if not adapters or reason is not None:
         return None
     return Projection(base.weight, base.bias, adapters)
 
@@ -83,7 +116,7 @@ def _dora(layer) -> str | None:
 
 def _why_no_dora(layer, name: str, adapter: Adapter, x: torch.Tensor) -> str | None:
     base, vector = layer.base_layer, layer.lora_magnitude_vector[name]
-    if not _is_plain_linear(base, x) or base.weight.dim() != 2:
+    if not _is_plain_linear(base, x) or not _is_whole(base.weight):
         return f"DoRA over {type(base).__name__}: the norm needs a plain nn.Linear's weight"
     if base.weight.requires_grad:
         return "DoRA over a weight that is trained"
@@ -106,8 +139,9 @@ def _run_dora(layer, name: str, adapter: Adapter, x: torch.Tensor, base_dropout:
 def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[Adapter, ...] | None, str | None]:
     """(the active adapters, None) if the op covers this call, (None, why not) if it does not.
 
-    (None, None): nothing but the base layer is to run, and PEFT's forward does just that.  ``dora``: an adapter that may
-    be a variant.
+    (None, None): nothing but the base layer is to run, and PEFT's forward does just that.  (the active adapters, SHARDED):
+    the op covers the call, but only inside the calls of modules whose weights are elsewhere now (sharding.py).  ``dora``: an
+    adapter that may be a variant.
     """
     if kwargs.get("adapter_names") is not None:
         return None, "adapter_names: several adapters chosen per row of the batch"
@@ -122,7 +156,7 @@ def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[
         return None, "global module hooks"
     if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
         return None, f"x of {getattr(x, 'dtype', type(x).__name__)}"
-    adapters = []
+    adapters, units = [], set()
     for name in names:
         if name in layer.lora_variant and name != dora:
             return None, f"the LoRA variant {type(layer.lora_variant[name]).__name__}"
@@ -132,12 +166,15 @@ def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[
             ("lora_B", B, (nn.Linear,)),
             ("lora_dropout", drop, _DROPOUTS),
         ):
-            if type(module) not in cls:
-                return None, f"{what} is a {type(module).__name__}"
-            if _has_hooks(module):
-                return None, f"hooks on {what}"
-        for what, weight in (("lora_A", A.weight), ("lora_B", B.weight)):
-            if not _is_plain(weight, x.device):
+            if type(module) in cls and not _has_hooks(module):
+                continue
+            if not sharding.is_unit(module, x):
+                return None, f"hooks on {what}" if type(module) in cls else f"{what} is a {type(module).__name__}"
+            if module is not drop:
+                units.add(module)
+        for what, module in (("lora_A", A), ("lora_B", B)):
+            if module not in units and not _is_plain(weight := module.weight, x.device):
+                _refuse_meta(what, weight, x)
                 return None, f"{what}'s weight is a {type(weight).__name__} of {weight.dtype} on {weight.device.type}"
         if not isinstance(scaling, (float, int)) and not (isinstance(scaling, torch.Tensor) and scaling.dim() == 0):
             return None, f"scaling is a {type(scaling).__name__}"
@@ -145,11 +182,15 @@ def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[
         if not casting and x.dtype is not A.weight.dtype:
             return None, "cast_input_dtype_enabled=False with adapters of another dtype"
         p = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
-        adapters.append(Adapter(A.weight, B.weight, scaling, B.bias, p))
-    return tuple(adapters), None
+        if units:  # not to be read yet: ZeRO-3 would gather them here
+            adapters.append(Adapter(None, None, scaling, None, p))
+        else:
+            adapters.append(Adapter(A.weight, B.weight, scaling, B.bias, p))
+    return tuple(adapters), SHARDED if units else None
 
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
+SHARDED = "lora_A or lora_B is sharded by itself: shard the LoRA layer or the decoder layer"
 
 
 def _is_plain_linear(base: nn.Module, x: torch.Tensor) -> bool:
@@ -163,8 +204,27 @@ def _is_plain_linear(base: nn.Module, x: torch.Tensor) -> bool:
     )
 
 
+def _call(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if not _has_hooks(base):
+        _refuse_meta("base_layer", getattr(base, "weight", None), x)
+    return base(x)
+
+
+def _refuse_meta(what: str, weight, x: torch.Tensor) -> None:
+    # On a CPU torch's own linear takes the weight's bytes from nowhere and answers with numbers (2.13).
+    if isinstance(weight, torch.Tensor) and weight.is_meta and not x.is_meta:
+        raise ValueError(
+            f"{what}: expected a weight on x's device {x.device}, got one on meta: it was never loaded here"
+        )
+
+
 def _is_plain(weight: torch.Tensor, device: torch.device) -> bool:
     return type(weight) in (nn.Parameter, torch.Tensor) and weight.device == device and weight.dtype in DTYPES
+
+
+def _is_whole(weight: torch.Tensor) -> bool:
+    """Not a shard: FSDP2's is a DTensor, FSDP1's 1-D or a matrix without memory, ZeRO-3's empty."""
+    return type(weight) in (nn.Parameter, torch.Tensor) and weight.dim() == 2 and weight.untyped_storage().size() > 0
 
 
 def _has_hooks(module: nn.Module) -> bool:

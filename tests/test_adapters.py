@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +116,67 @@ def test_nothing_half_written(tmp_path, monkeypatch):
         lowrank.save_adapter(by_hand(), path)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import torch
+from test_adapters import by_hand
+import lowrank
+from lowrank import adapters
+torch.set_num_threads(1)
+
+def save(path, scale, kill_at=None):
+    real, calls = adapters.publish, []
+
+    def publish(*args):
+        calls.append(args)
+        if len(calls) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+
+    adapters.publish = publish
+    model = by_hand()
+    with torch.no_grad():
+        model[0].lora_A["default"].weight.fill_(scale)
+        model[0].lora_alpha = 6 * scale if {other} else 6
+    lowrank.save_adapter(model, path)
+
+outcomes = []
+for call in (1, 2, 3):
+    path = f"{out}/{{call}}"
+    save(path, 1.0)
+    if (child := os.fork()) == 0:
+        save(path, 2.0, call)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    model = by_hand()
+    try:
+        lowrank.load_adapter(model, path)
+        found = float(model[0].lora_A["default"].weight.mean())
+        assert model[0].lora_alpha in (6, 6 * found if {other} else 6)
+    except FileNotFoundError:
+        found = None
+    outcomes.append((bool(os.WIFSIGNALED(status)), found))
+print(outcomes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "outcomes"),
+    [
+        (False, [(True, 1.0), (False, 2.0), (False, 2.0)]),  # the weights alone are published
+        (True, [(True, None), (True, None), (False, 2.0)]),  # another alpha: never one's weights under the other's
+    ],
+    ids=["same configuration", "another"],
+)
+def test_killed_while_saving(tmp_path, other, outcomes):
+    """The adapter that was there, or the new one; between two that differ in their configuration, none."""
+    code = KILLED.format(path=[str(Path(__file__).parent)], out=str(tmp_path), other=other)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == str(outcomes)
 
 
 def test_trainer_saves_resumes_and_reloads_the_best(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dora_impl, dropout
-from .lora import Adapter, Projection, autocast_dtype, is_plain
+from .lora import Adapter, Projection, as_shaped, autocast_dtype, is_plain
 from .validation import check_dora, check_projection
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -90,8 +90,7 @@ def dora_linear(
         y = _DoRALinear.apply(spec, seed, *tensors)
     else:
         y = _forward(spec, seed, *tensors)[0]
-    # The Function's output is a fresh 2-D tensor and the view is made here: callers may then add to it in place.
-    return y.view(*x.shape[:-1], y.shape[1])
+    return as_shaped(y, x)
 
 
 class _Spec(NamedTuple):

@@ -162,8 +162,14 @@ def lora_projections(
             x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
             spec.scalings, spec.counts, spec.masks, spec.ps, seeds, dtype, thin_dtype,
         )  # fmt: skip
-    # The Function's outputs are fresh 2-D tensors and the view is made here: callers may then add to it in place.
-    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+    return tuple(as_shaped(y, x) for y in ys)
+
+
+def as_shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y [M,N], which nobody else has, in x's leading shape.  Like F.linear's result it is no view: callers may add to it in
+    place, and FSDP2's hook on a unit's output survives that only where the output is no view.
+    """
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
 class _Spec(NamedTuple):

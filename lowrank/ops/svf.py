@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..svd import SVDFactors
 from . import svf_impl
-from .lora import autocast_dtype, is_plain
+from .lora import as_shaped, autocast_dtype, is_plain
 from .materialize import materialize
 from .validation import check_svf
 
@@ -167,8 +167,7 @@ def svf_projection(x, weight, bias, base, A, B, scales, mix, *, merged: bool = F
         y = _SVFLinear.apply(spec, *tensors)
     else:
         y, _ = _forward(spec, *tensors)
-    # The Function's output is a fresh 2-D tensor and the view is made here: callers may then add to it in place.
-    return y.view(*x.shape[:-1], y.shape[1])
+    return as_shaped(y, x)
 
 
 class _Spec(NamedTuple):

@@ -160,32 +160,33 @@ def test_dropout_and_the_modes(kernel, run):
 
 
 def test_a_fallback_is_counted_once_by_whoever_took_the_call(kernel, run):
-    model = peft_llama(use_dora=True, target_modules=["q_proj"])
+    model = peft_llama(init_lora_weights="mica", target_modules=["q_proj"])
     theirs = step(model)
     run(model)
-    with pytest.warns(UserWarning, match="lowrank falls back to PEFT.*DoraLinearVariant"):
+    with pytest.warns(UserWarning, match="lowrank falls back to PEFT.*MiCALinearVariant"):
         ours = step(model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert list(kernel.stats(model)["fallback"].values()) == [2]
-    with kernel.strict(), pytest.raises(kernel.FallbackError, match="DoraLinearVariant"):
+    with kernel.strict(), pytest.raises(kernel.FallbackError, match="MiCALinearVariant"):
         step(model)
     with model.disable_adapter():  # PEFT's own forward, and no fallback
         torch.testing.assert_close(model(IDS).logits, llama()(IDS).logits)
     assert list(kernel.stats(model)["fallback"].values()) == [2]
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("variant", [False, True])
 @pytest.mark.parametrize("how", [lambda model: patch(), patch], ids=["process", "model"])
-def test_with_the_classes_patched_too(kernel, run, how, dora):
+def test_with_the_classes_patched_too(kernel, run, how, variant):
     """The kernel's layer takes the call and its fallback ends at PEFT: no recursion."""
     for order in ((how, run), (run, how)):
-        model = peft_llama(lora_alpha=3, use_dora=dora, target_modules=["q_proj", "v_proj"])
+        start = "mica" if variant else False
+        model = peft_llama(lora_alpha=3, init_lora_weights=start, target_modules=["q_proj", "v_proj"])
         theirs = step(model)
         for take in order:
             take(model)
         agree(step(model), theirs)
         found = kernel.stats(model)
-        assert (found["fused"], sum(found["fallback"].values())) == ((0, 4) if dora else (4, 0))
+        assert (found["fused"], sum(found["fallback"].values())) == ((0, 4) if variant else (4, 0))
         unpatch()
 
 
@@ -246,7 +247,7 @@ def test_it_holds_what_it_imports_and_the_code_is_ours(repository, kernel):
             changed.append(module.name)
             lines = set(ours.splitlines()) - set(source.splitlines())
             assert all("ops." in line or "add_op_namespace_prefix" in line for line in lines)
-    assert changed == ["lora"]
+    assert changed == ["dora", "lora"]
 
 
 BROKEN = {

@@ -1,0 +1,562 @@
+"""What each of two processes runs for test_distributed.py: a patched model, split, against the whole batch in one process."""
+
+import contextlib
+import datetime
+import os
+import re
+import traceback
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lowrank
+from lowrank import _stats
+from lowrank.integrations.peft import patch
+from lowrank.testing import assert_as_right
+
+IDS = torch.arange(64).view(4, 16) * 7 % 61  # two rows for each process
+LAYERS = 2
+FUSED, SHARED = 7 * LAYERS, 3 * LAYERS  # calls of one forward
+
+
+def serve(rank: int, store: str, pipe) -> None:
+    """Run the checks whose names come through ``pipe`` and answer each with None or a traceback."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=limit)
+    while (order := pipe.recv()) is not None:
+        name, args, options = order
+        try:
+            _stats._all.clear()
+            _stats._warned.clear()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("error", ".*returned a view")  # then an in-place op would lose FSDP2's hook
+                globals()[name](*args, **options)
+            pipe.send(None)
+        except BaseException:
+            pipe.send(traceback.format_exc())
+        lowrank.strict(False)
+    dist.destroy_process_group()
+
+
+def peft_model(dtype=torch.float32, autocast_adapter_dtype=True, tied=False, **config):
+    """A Llama with random adapters, the same in every process."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, vocab_size=61)
+    model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, tie_word_embeddings=tied, **sizes)).to(dtype)
+    config = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False} | config
+    model = get_peft_model(model, LoraConfig(**config), autocast_adapter_dtype=autocast_adapter_dtype)
+    with torch.no_grad():  # PEFT's random start of lora_B makes the adapter outweigh the base
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.mul_(0.2)
+    return model
+
+
+def decoders(model):
+    return [m for m in model.modules() if type(m).__name__.endswith("LlamaDecoderLayer")]
+
+
+def lora_layers(model):
+    return [m for m in model.modules() if hasattr(m, "lora_A")]
+
+
+def mine(ids=IDS):
+    return ids.chunk(2)[dist.get_rank()]
+
+
+def backward(model, ids, scale=1.0):
+    out = model(input_ids=ids, labels=ids)
+    (out.loss * scale).backward()
+    return out.logits.detach()
+
+
+def gradients(model):
+    """Every gradient by the name its parameter has in the PEFT model, gathered."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, f"no gradient for {name}"
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            found[plain(name)] = grad.detach().clone()
+    return found
+
+
+def plain(name):
+    for wrapper in ("module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name.replace("base_model.model.", "")
+
+
+def whole_batch(**config):
+    """PEFT's own gradients of the whole batch in this process alone."""
+    model = peft_model(**config)
+    backward(model, IDS)
+    return gradients(model)
+
+
+def agree(ours, theirs, oracle=None):
+    """Equal; or, with an fp64 ``oracle``, as right as ``theirs`` over all of lora_A and all of lora_B."""
+    assert ours.keys() == theirs.keys()
+    if oracle is None:
+        for name in ours:
+            torch.testing.assert_close(
+                ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )
+        return
+    for factor in ("lora_A", "lora_B"):
+        one = (torch.cat([each[n].flatten() for n in ours if factor in n]) for each in (ours, theirs, oracle))
+        assert_as_right(*one, None, factor)
+
+
+def fused(model, calls=FUSED, shared=SHARED):
+    """All of the calls so far were ours."""
+    assert lowrank.stats(model) == {"fused": calls, "shared": shared, "fallback": {}, "untouched": {}}, lowrank.stats(
+        model
+    )
+
+
+def checkpointing(model, reentrant=False):
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    return model.train()
+
+
+# fully_shard
+
+
+def shard(model, layout, policy=None, **options):
+    """``model`` in FSDP2 units: decoder layers and the whole, or LoRA layers or their factors as well."""
+    options |= {} if policy is None else {"mp_policy": policy}
+    for layer in lora_layers(model):
+        if layout == "factors":
+            for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+                fully_shard(factor, **options)
+        elif layout == "pairs":
+            for a, b in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
+                fully_shard([a, b], **options)
+        elif layout == "layers":
+            fully_shard(layer, **options)
+    for layer in decoders(model) if layout != "whole" else ():
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def fsdp2(layout, checkpointed, **options):
+    model = patch(peft_model())
+    if checkpointed:
+        checkpointing(model)
+    shard(model, layout, **options)
+    together = SHARED if layout in ("whole", "decoders") else 0
+    times = 2 if checkpointed else 1
+    for step in (1, 2):  # the second prefetches by the first's order
+        model.zero_grad()
+        backward(model, mine())
+        fused(model, step * times * FUSED, step * times * together)
+        assert all((type(p).__name__ == "DTensor" and p.grad is None) or p.requires_grad for p in model.parameters())
+        agree(gradients(model), whole_batch())
+
+
+def fsdp2_accumulation(layout):
+    model = shard(patch(peft_model()), layout)
+    for last, ids in enumerate(mine().chunk(2)):
+        model.set_requires_gradient_sync(bool(last))
+        backward(model, ids, 0.5)
+    agree(gradients(model), whole_batch())
+
+
+def fsdp2_dtypes(layout, base, policy, unit_policy="same"):
+    """As right as PEFT in the same units, by fp64.  ``unit_policy``: of the factors' own units."""
+    policy = MixedPrecisionPolicy(**policy)
+    found = []
+    for patched in (False, True):
+        model = peft_model(base)
+        if patched:
+            patch(model)
+        if unit_policy != "same":
+            for layer in lora_layers(model):
+                for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+                    fully_shard(factor, mp_policy=MixedPrecisionPolicy(**unit_policy))
+        shard(model, layout, policy)
+        backward(model, mine())
+        found.append(gradients(model))
+    fused(model, shared=SHARED if layout == "decoders" and unit_policy == "same" else 0)
+    oracle = peft_model(base).double()
+    backward(oracle, IDS)
+    agree(found[1], found[0], gradients(oracle))
+
+
+def fsdp2_cast_away(factor, **policy):
+    """A unit that hands its x on in fewer bits, or its result in others, is PEFT's to call."""
+    found = []
+    for patched in (False, True):
+        model = peft_model()
+        for layer in lora_layers(patch(model) if patched else model):
+            fully_shard(getattr(layer, factor)["default"], mp_policy=MixedPrecisionPolicy(**policy))
+        shard(model, "decoders")
+        backward(model, mine())
+        found.append(gradients(model))
+    assert lowrank.stats(model)["fallback"] == {f"{factor} is a FSDPLinear": FUSED}
+    agree(*found)
+
+
+def dropout(layout):
+    """The masks of a recomputation are the forward's."""
+    found = []
+    for checkpointed in (False, True):
+        model = patch(peft_model(lora_dropout=0.3)).train()
+        if checkpointed:
+            checkpointing(model)
+        shard(model, layout)
+        torch.manual_seed(dist.get_rank())
+        backward(model, mine())
+        found.append(gradients(model))
+    assert lowrank.stats(model)["fallback"] == {}
+    agree(*found)
+    without = whole_batch()
+    assert any(not torch.allclose(grad, without[name], rtol=0.05) for name, grad in found[0].items())
+
+
+def in_place_on_a_result(layout):
+    """What follows a layer may add to its result in place."""
+    model = patch(peft_model())
+    reference = peft_model()
+    for m in (model, reference):
+        for layer in decoders(m):
+            layer.self_attn.o_proj.register_forward_hook(lambda _, __, y: y.mul_(2))
+    shard(model, layout)
+    backward(model, mine())
+    backward(reference, IDS)
+    agree(gradients(model), gradients(reference))
+
+
+def several_adapters(layout):
+    found = []
+    for sharded in (False, True):
+        model = peft_model(lora_bias=True)
+        model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "other"])
+        if sharded:
+            shard(patch(model), layout)
+        backward(model, mine() if sharded else IDS)
+        found.append(gradients(model))
+    assert lowrank.stats(model)["fallback"] == {}
+    agree(*found)
+
+
+def outside_its_unit():
+    """A layer called while its weights are shards: an error that says so, and never a number."""
+    model = shard(patch(peft_model()), "decoders")
+    backward(model, mine())
+    raises("DTensor", lora_layers(model)[0], torch.randn(2, 64))
+    assert any("DTensor" in reason for reason in lowrank.stats(model)["fallback"])
+
+
+def raises(text, call, *args, **kwargs):
+    with pytest.raises(Exception, match=re.escape(text)):
+        call(*args, **kwargs)
+
+
+def tensor_parallel(sharded):
+    """lora_A in columns over both processes, by torch's own hooks; with ``sharded`` a unit of FSDP2 as well."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    model = patch(peft_model())
+    for layer in lora_layers(model):
+        A = layer.lora_A["default"]
+        parallelize_module(A, mesh["tensor"], ColwiseParallel(output_layouts=Replicate()))
+        if sharded:
+            fully_shard(A, mesh=mesh["data"])
+    warnings.simplefilter("ignore")  # torch's own hooks return a view here
+    backward(model, IDS)
+    reason = "lora_A is a FSDPLinear" if sharded else "hooks on lora_A"
+    assert lowrank.stats(model)["fallback"] == {reason: FUSED}
+    agree(gradients(model), whole_batch())
+
+
+# DistributedDataParallel
+
+
+def ddp(checkpointed, accumulate, **options):
+    model = patch(peft_model())
+    if checkpointed:
+        checkpointing(model)
+    wrapped = DistributedDataParallel(model, **options)
+    micro = mine().chunk(2) if accumulate else [mine()]
+    for i, ids in enumerate(micro):
+        with wrapped.no_sync() if i + 1 < len(micro) else contextlib.nullcontext():
+            backward(wrapped, ids, 1 / len(micro))
+    times = len(micro) * (2 if checkpointed else 1)
+    fused(model, times * FUSED, times * SHARED)
+    agree(gradients(model), whole_batch())
+
+
+def ddp_with_an_idle_sibling():
+    """k's result goes unused: find_unused_parameters looks through the one node that q, k and v share."""
+    found = []
+    for split in (False, True):
+        model = peft_model(target_modules=["q_proj", "k_proj", "v_proj"])
+        parts = torch.nn.ModuleList(decoders(model)[0].self_attn.get_submodule(f"{n}_proj") for n in "qkv")
+        model = patch(model)
+
+        class Attention(torch.nn.Module):
+            def __init__(self, parts):
+                super().__init__()
+                self.parts = parts
+
+            def forward(self, x):
+                q, _, v = (part(x) for part in self.parts)
+                return q.sum() + v.pow(2).sum()
+
+        x = torch.linspace(-1, 1, 4 * 64).view(4, 64)
+        attention = Attention(parts)
+        if split:
+            wrapped = DistributedDataParallel(attention, find_unused_parameters=True)
+            (wrapped(x.chunk(2)[dist.get_rank()]) * 2).backward()
+        else:
+            attention(x).backward()
+        found.append({n: p.grad for n, p in attention.named_parameters() if p.requires_grad and ".1." not in n})
+        idle = [p.grad for n, p in attention.named_parameters() if p.requires_grad and ".1." in n]
+        assert all(grad is None or not grad.any() for grad in idle), idle
+    agree(*found)
+
+
+# FullyShardedDataParallel
+
+
+def fsdp1(policy, checkpointed, use_orig_params, bf16=False, strategy="FULL_SHARD"):
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    found = []
+    for patched in (False, True):
+        model = peft_model()
+        if patched:
+            patch(model)
+        if checkpointed:
+            checkpointing(model)
+        wrap = {
+            "peft": lambda model=model: fsdp_auto_wrap_policy(model),
+            "decoders": lambda model=model: ModuleWrapPolicy({type(decoders(model)[0])}),
+            "layers": lambda model=model: ModuleWrapPolicy({type(lora_layers(model)[0])}),
+        }[policy]()
+        wrapped = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=wrap,
+            use_orig_params=use_orig_params,
+            sharding_strategy=ShardingStrategy[strategy],
+            device_id=torch.device("cpu"),
+            mixed_precision=MixedPrecision(torch.bfloat16, torch.float32) if bf16 else None,
+        )
+        optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
+        before = fsdp1_factors(wrapped)
+        for _ in range(2):  # the second prefetches by the first's order
+            optimizer.zero_grad()
+            with torch.autocast(
+                "cpu", torch.bfloat16, enabled=bf16
+            ):  # as accelerate does: PEFT's fp32 x meets bf16 units
+                backward(wrapped, mine())
+        optimizer.step()
+        found.append({name: before[name] - after for name, after in fsdp1_factors(wrapped).items()})
+    times = 4 if checkpointed else 2
+    fused(model, times * FUSED, times * SHARED if policy == "decoders" else 0)
+    whole = whole_batch()
+    if bf16:
+        agree(found[1], found[0], whole)
+    else:
+        agree(found[1], whole)
+
+
+def fsdp1_factors(wrapped):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        return {plain(n): p.detach().clone() for n, p in wrapped.named_parameters() if ".lora_" in n}
+
+
+# Files
+
+
+def state_dicts(layout, folder):
+    """A sharded model's state, gathered and in torch's distributed checkpoint, is the model's that was never split."""
+    from safetensors.torch import load_file
+
+    alone, model = peft_model(), shard(patch(peft_model()), layout)
+    backward(model, mine())  # gathered once, sharded again
+    keys = list(alone.state_dict())
+    assert list(model.state_dict()) == keys
+    sharded = get_model_state_dict(model)
+    dcp.save(sharded, checkpoint_id=folder / "dcp")
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        assert list(whole) == keys
+        expected = get_peft_model_state_dict(alone)
+        found = get_peft_model_state_dict(model, state_dict=whole)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        model.save_pretrained(folder / "adapter", state_dict=whole)
+        alone.save_pretrained(folder / "alone")
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (folder / "adapter" / file).read_bytes() == (folder / "alone" / file).read_bytes(), file
+        written = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(written[key], expected[key]) for key in expected)
+
+    other = peft_model()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(3)
+    shard(patch(other), layout)
+    state = get_model_state_dict(other)
+    dcp.load(state, checkpoint_id=folder / "dcp")
+    set_model_state_dict(other, state)
+    backward(other, mine())
+    fused(other, shared=SHARED if layout == "decoders" else 0)
+    agree(gradients(other), whole_batch())
+
+
+def killed_while_saving(folder):
+    """DCP's directories, one a step: a process that dies in the second save leaves the first as it was."""
+    model = shard(patch(peft_model()), "decoders")
+    state = get_model_state_dict(model)
+    dcp.save(state, checkpoint_id=folder / "1")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    if dist.get_rank() == 1:
+        from torch.distributed.checkpoint import filesystem
+
+        real = filesystem._write_item
+
+        def write(*args, **kwargs):
+            real(*args, **kwargs)
+            os._exit(7)  # after the first of its tensors
+
+        filesystem._write_item = write
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder / "2")
+
+
+def loads_what_was_saved_before(folder):
+    other = peft_model()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(5)
+    shard(patch(other), "decoders")
+    state = get_model_state_dict(other)
+    dcp.load(state, checkpoint_id=folder / "1")
+    set_model_state_dict(other, state)
+    backward(other, mine())
+    agree(gradients(other), whole_batch())
+
+
+def refuses_to_save_shards(kind, folder):
+    model = patch(peft_model())
+    if kind == "fsdp2":
+        shard(model, "decoders")
+    else:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        model = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({type(decoders(model)[0])}),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        ).module
+    raises("is a shard", lowrank.save_adapter, model, folder / str(dist.get_rank()))
+    assert not list(folder.glob("**/*.safetensors"))
+
+
+# A model split over processes by layers
+
+
+class Stage(torch.nn.Module):
+    """Half of a Llama: the embedding and its first layers, or the last ones and the head."""
+
+    def __init__(self, model, rank):
+        super().__init__()
+        whole = model.base_model.model
+        self.embed = whole.model.embed_tokens if rank == 0 else None
+        self.layers = torch.nn.ModuleList(whole.model.layers[rank : rank + 1])
+        self.rotary = whole.model.rotary_emb
+        self.norm, self.head = (whole.model.norm, whole.lm_head) if rank == 1 else (None, None)
+
+    def forward(self, x):
+        if self.embed is not None:
+            x = self.embed(x)
+        positions = self.rotary(x, torch.arange(x.shape[1])[None])
+        for layer in self.layers:
+            x = layer(x, position_embeddings=positions, attention_mask=None)
+        return x if self.head is None else self.head(self.norm(x))
+
+
+def pipeline():
+    """lm_head, tied to the embedding and adapted, on another process than the embedding."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    def make():
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+        return peft_model(target_modules=targets, tied=True)
+
+    def loss(logits, ids):
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    reference = make()
+    loss(reference(IDS).logits, IDS).backward()
+    theirs = gradients(reference)
+    model, rank = patch(make()), dist.get_rank()
+    stage = Stage(model, rank)
+    schedule = ScheduleGPipe(PipelineStage(stage, rank, 2, torch.device("cpu")), n_microbatches=2, loss_fn=loss)
+    schedule.step(*([IDS] if rank == 0 else []), **({"target": IDS} if rank == 1 else {}))
+    assert lowrank.stats(model)["fallback"] == {}
+    assert lowrank.stats(model)["fused"] == 3 * (7 + rank)  # two micro-batches, and torch asks for the shapes first
+    parts = {id(p): n for n, p in model.named_parameters()}
+    ours = {plain(parts[id(p)]): p.grad for p in stage.parameters() if p.requires_grad}
+    agree(ours, {name: theirs[name] for name in ours})
+    assert len(ours) == 2 * (7 + rank)
+
+
+# DeepSpeed
+
+
+def zero3(checkpointed, bf16=False):
+    import deepspeed
+
+    found = []
+    for patched in (False, True):
+        model = peft_model()
+        if patched:
+            patch(model)
+        if checkpointed:
+            checkpointing(model)
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": bf16},
+        }
+        factors = {plain(n): p for n, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.SGD(factors.values(), lr=0.1)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for _ in range(3):  # the first is recorded, the others follow the record
+            engine.backward(engine(input_ids=mine(), labels=mine()).loss)
+            found.append({n: deepspeed.utils.safe_get_full_grad(p).clone() for n, p in factors.items()})
+            engine.step()
+    for theirs, ours in zip(found[:3], found[3:], strict=True):
+        agree(ours, theirs, whole_batch() if bf16 else None)
+    times = 6 if checkpointed else 3
+    fused(model, times * FUSED, 0)
