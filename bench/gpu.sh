@@ -54,6 +54,8 @@ time_ 50 lora_linear $(shapes "$linear") --label compiled --dropouts 0 --modes f
     --peers frozen,lowrank,peft-compiled
 # 4. One Llama-8B layer: frozen, PEFT, PEFT patched
 time_ 30 llama_layer $(shapes "$layer") --sets 1 --seconds 20
+# 4b. A four-layer model of these sizes, trained: tokens per second and peak memory, with Liger where it is installed
+part 60 "$python" bench/llama_model.py --out "$OUT" --steps 5 ${toy:+--toy --device cpu}
 # 5. SVF: each mode against the reference algorithm and the frozen linear, and what the cost rule says
 time_ 40 svf_linear svf_dy materialize $(shapes "$layer") --ranks "${ranks%%,*}",64 --seconds 12
 # 6. Streams over weights: bytes per second against a copy of as many, AdamW against torch's fused one, fold against PEFT's merge

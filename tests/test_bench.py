@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import gate
+import llama_model
 import peers
 import pytest
 import report
@@ -35,6 +36,23 @@ CONFIG = {
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
 }
+
+
+def test_a_whole_model(tmp_path, capsys):
+    """PEFT and PEFT patched train alike, over both bases, with and without checkpointing; Liger is absent on a CPU."""
+    pytest.importorskip("bitsandbytes")
+    assert llama_model.main(["--toy", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "llama_model.json").read_text())
+    rows = {(row["base"], row["checkpointed"], row["method"]): row for row in found["rows"]}
+    for base in ("bf16", "4bit"):
+        losses = [rows[base, on, method]["loss"] for on in (False, True) for method in ("peft", "lowrank")]
+        assert losses == pytest.approx([losses[0]] * 4, rel=5e-3)
+    assert all("liger" in name for name in found["absent"])
+    assert "NOT COMPARABLE" not in capsys.readouterr().out
+    worse = [row | {"loss": 9.0} if row["method"] == "lowrank" else row for row in found["rows"]]
+    assert llama_model.verdict(worse).count("NOT COMPARABLE") == 4
+    with pytest.raises(SystemExit):
+        llama_model.main(["--methods", "unsloth"])
 
 
 def test_runner_and_reports(tmp_path, capsys):
