@@ -76,7 +76,8 @@ def dora_linear(
     wide = torch.promote_types(torch.promote_types(dtype, torch.float32), lora_B.dtype)
 
     if isinstance(scaling, torch.Tensor):
-        scaling = scaling.to(device=x.device, dtype=wide)
+        away = scaling.device != x.device and is_plain(x)  # on a CPU, then: reading it waits for nothing
+        scaling = float(scaling) if away else scaling.to(device=x.device, dtype=wide)
     with torch.no_grad():
         norm = _norm(weight, lora_A, lora_B.to(wide) * scaling)
     g = magnitude.to(wide) / norm

@@ -31,7 +31,7 @@ def forward(x, weight, bias, A, B, gain, p, seed, twice, dtype):
         x, weight = rows_of(x, dtype), weight.to(dtype)
         products, cut = dora_products(x, A, B.dtype), dropout.threshold(p)
         masks, cuts = ([0], [cut]) if cut else ([-1], [])
-        S, keeps = products.shrink(x, [A], B.dtype, masks, cuts, seed)
+        S, keeps = products.shrink(x, [A.to(B.dtype)], B.dtype, masks, cuts, seed)
         v = (products.drop(x, keeps[0]) if twice else x) @ weight.mT
         y = products.expand(S, B, v, gain, bias)
         return y.addmm_(x, weight.mT) if twice else y, S, v, keeps
@@ -53,7 +53,8 @@ def backward(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs):
             weight, dX = weight.to(dtype), dy.new_empty((dy.shape[0], A.shape[1]), dtype=dtype)
         if need_x or need_A:
             x = rows_of(x, dtype) if need_A else None
-            (dA,) = products.x_pass(x, [dS], [A], [need_A], dX, [0] if keeps else [-1], keeps)
+            (dA,) = products.x_pass(x, [dS], [A.to(B.dtype)], [need_A], dX, [0] if keeps else [-1], keeps)
+            dA = dA.to(A.dtype) if need_A else None
         if need_x and twice:
             products.drop(scaled @ weight, keeps[0], dX)
         if need_x:

@@ -101,7 +101,7 @@ def test_the_model_is_patched_wherever_its_adapter_is_made(axolotl, options, whe
 
 
 def test_strict_and_other_configurations(axolotl):
-    plugin, model = axolotl.LowrankPlugin(), peft_llama(use_dora=True, target_modules=["q_proj"])
+    plugin, model = axolotl.LowrankPlugin(), peft_llama(init_lora_weights="mica", target_modules=["q_proj"])
     other = {"plugins": [], "lowrank_strict": True}
     plugin.post_model_load(other, model)
     assert plugin.add_callbacks_post_trainer(other, None) == []
@@ -109,7 +109,7 @@ def test_strict_and_other_configurations(axolotl):
     plugin.post_model_load({"plugins": [NAME], "lowrank_strict": True}, llama())  # no adapter: no business of ours
     assert not _stats.is_strict()
     plugin.post_model_load({"plugins": [NAME], "lowrank_strict": True}, model)
-    with pytest.raises(lowrank.FallbackError, match="Dora"):
+    with pytest.raises(lowrank.FallbackError, match="MiCA"):
         step(model)
 
 
