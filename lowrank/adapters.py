@@ -94,7 +94,7 @@ def save_adapter(model: nn.Module, path, format: str | None = None, *, adapter_n
         target = {file: path / file.relative_to(scratch) for file in written}
         # another configuration makes another adapter: the old one goes first, the new one comes last, and in between there
         # is none.  Beside the same one, weights are replaced at once: whoever is killed here leaves the old or the new.
-        written = [file for file in written if file.name != CONFIG or not _same_bytes(file, target[file])]
+        written = [file for file in written if file.name != CONFIG or not _same_config(file, target[file])]
         for file in written:
             if file.name == CONFIG:
                 target[file].unlink(missing_ok=True)
@@ -155,8 +155,17 @@ def _peft():
     return peft
 
 
-def _same_bytes(one: Path, other: Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()
+def _same_config(*files: Path) -> bool:
+    """Whether both say the same; PEFT writes a set of names in another order in every process."""
+    try:
+        one, other = (json.loads(file.read_text()) for file in files)
+    except (OSError, ValueError):
+        return False
+    for config in (one, other):
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(config.get(key), list):
+                config[key] = sorted(config[key])
+    return one == other
 
 
 def _check_whole(model: nn.Module) -> None:

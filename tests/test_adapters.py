@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank
+from lowrank import adapters
 from lowrank.nn import LoRALinear
 
 IDS = torch.arange(32).view(2, 16) * 7 % 100
@@ -177,6 +178,34 @@ def test_killed_while_saving(tmp_path, other, outcomes):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(outcomes)
+
+
+def test_the_old_adapter_is_there_until_the_new_one_is(tmp_path, monkeypatch):
+    """Also where another process wrote it, in which PEFT's set of names had another order."""
+    model, path, scales = adapted(), tmp_path / "a", []
+    lowrank.save_adapter(model, path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    config["target_modules"].reverse()
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    name, p = next((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    start = p.detach().clone()
+    with torch.no_grad():
+        p.mul_(2)
+    real = adapters.publish
+
+    def scale():
+        return float((lowrank.load_adapter(llama(), path).get_parameter(name) / start).mean())
+
+    def publish(*args):  # whoever is killed finds what is there before or after
+        scales.append(scale())
+        real(*args)
+        scales.append(scale())
+
+    monkeypatch.setattr(adapters, "publish", publish)
+    lowrank.save_adapter(model, path)
+    assert len(scales) > 1
+    assert set(scales) == {1.0, 2.0}
+    assert scales == sorted(scales)
 
 
 def test_trainer_saves_resumes_and_reloads_the_best(tmp_path):

@@ -121,9 +121,8 @@ def agree(ours, theirs, oracle=None):
 
 def fused(model, calls=FUSED, shared=SHARED):
     """All of the calls so far were ours."""
-    assert lowrank.stats(model) == {"fused": calls, "shared": shared, "fallback": {}, "untouched": {}}, lowrank.stats(
-        model
-    )
+    found = lowrank.stats(model)
+    assert found == {"fused": calls, "shared": shared, "fallback": {}, "untouched": {}}, found
 
 
 def checkpointing(model, reentrant=False):
@@ -163,7 +162,7 @@ def fsdp2(layout, checkpointed, **options):
         model.zero_grad()
         backward(model, mine())
         fused(model, step * times * FUSED, step * times * together)
-        assert all((type(p).__name__ == "DTensor" and p.grad is None) or p.requires_grad for p in model.parameters())
+        assert all(type(p).__name__ == "DTensor" for p in model.parameters())
         agree(gradients(model), whole_batch())
 
 
@@ -225,6 +224,19 @@ def dropout(layout):
     agree(*found)
     without = whole_batch()
     assert any(not torch.allclose(grad, without[name], rtol=0.05) for name, grad in found[0].items())
+
+
+def dora(layout, reason=None):
+    found = []
+    for sharded in (False, True):
+        model = peft_model(use_dora=True)
+        if sharded:
+            shard(patch(model), layout)
+        backward(model, mine() if sharded else IDS)
+        found.append(gradients(model))
+    fallback = lowrank.stats(model)["fallback"]
+    assert fallback == ({} if reason is None else {reason: FUSED}), fallback
+    agree(*found)
 
 
 def in_place_on_a_result(layout):
@@ -304,33 +316,34 @@ def ddp(checkpointed, accumulate, **options):
     agree(gradients(model), whole_batch())
 
 
+class Attention(torch.nn.Module):
+    """q, k and v of one x; nothing is made of k."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(parts)
+
+    def forward(self, x):
+        q, _, v = (part(x) for part in self.parts)
+        return q.sum() + v.pow(2).sum()
+
+
 def ddp_with_an_idle_sibling():
-    """k's result goes unused: find_unused_parameters looks through the one node that q, k and v share."""
-    found = []
+    """find_unused_parameters looks through the one node that q, k and v share."""
+    found, x = [], torch.linspace(-1, 1, 4 * 64).view(4, 64)
     for split in (False, True):
-        model = peft_model(target_modules=["q_proj", "k_proj", "v_proj"])
-        parts = torch.nn.ModuleList(decoders(model)[0].self_attn.get_submodule(f"{n}_proj") for n in "qkv")
-        model = patch(model)
-
-        class Attention(torch.nn.Module):
-            def __init__(self, parts):
-                super().__init__()
-                self.parts = parts
-
-            def forward(self, x):
-                q, _, v = (part(x) for part in self.parts)
-                return q.sum() + v.pow(2).sum()
-
-        x = torch.linspace(-1, 1, 4 * 64).view(4, 64)
-        attention = Attention(parts)
+        model = peft_model()
+        self_attn = decoders(patch(model) if split else model)[0].self_attn
+        attention = Attention([self_attn.q_proj, self_attn.k_proj, self_attn.v_proj])
         if split:
             wrapped = DistributedDataParallel(attention, find_unused_parameters=True)
-            (wrapped(x.chunk(2)[dist.get_rank()]) * 2).backward()
+            (wrapped(x.chunk(2)[dist.get_rank()]) * 2).backward()  # a sum, which DDP averages
+            assert lowrank.stats(attention)["shared"] == 2
         else:
             attention(x).backward()
-        found.append({n: p.grad for n, p in attention.named_parameters() if p.requires_grad and ".1." not in n})
-        idle = [p.grad for n, p in attention.named_parameters() if p.requires_grad and ".1." in n]
-        assert all(grad is None or not grad.any() for grad in idle), idle
+        grads = {n: p.grad for n, p in attention.named_parameters() if p.requires_grad}
+        assert not any(grad is not None and grad.any() for n, grad in grads.items() if ".1." in n)
+        found.append({n: grad for n, grad in grads.items() if ".1." not in n})
     agree(*found)
 
 
@@ -366,9 +379,8 @@ def fsdp1(policy, checkpointed, use_orig_params, bf16=False, strategy="FULL_SHAR
         before = fsdp1_factors(wrapped)
         for _ in range(2):  # the second prefetches by the first's order
             optimizer.zero_grad()
-            with torch.autocast(
-                "cpu", torch.bfloat16, enabled=bf16
-            ):  # as accelerate does: PEFT's fp32 x meets bf16 units
+            # as accelerate does, or PEFT's fp32 x meets bf16 units
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 backward(wrapped, mine())
         optimizer.step()
         found.append({name: before[name] - after for name, after in fsdp1_factors(wrapped).items()})

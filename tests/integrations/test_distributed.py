@@ -13,6 +13,10 @@ torch_mp = pytest.importorskip("torch.multiprocessing")
 
 import distributed_worker as worker
 
+import lowrank
+from lowrank.integrations.peft import patch
+from lowrank.layers import SHARDED
+
 bf16, fp32 = torch.bfloat16, torch.float32
 
 
@@ -112,6 +116,15 @@ def test_several_adapters_and_biases(pair, layout):
     pair(worker.several_adapters, layout)
 
 
+@pytest.mark.parametrize("layout", ["decoders", "layers"])
+def test_dora(pair, layout):
+    pair(worker.dora, layout)
+
+
+def test_dora_of_sharded_factors_is_pefts(pair):
+    pair(worker.dora, "factors", SHARDED)
+
+
 def test_a_shard_read_outside_its_unit(pair):
     pair(worker.outside_its_unit)
 
@@ -183,6 +196,27 @@ def test_save_adapter_refuses_shards(pair, kind, tmp_path):
 
 def test_pipeline_with_a_tied_head(pair):
     pair(worker.pipeline)
+
+
+@pytest.mark.parametrize("what", ["base_layer", "lora_A", "lora_B"])
+def test_weights_on_meta_are_refused_by_name(what):
+    """As a stage that was never loaded has them; on a CPU PyTorch's own linear answers with numbers from nowhere."""
+    model = patch(worker.peft_model(target_modules=["lm_head"]))
+    head = model.base_model.model.lm_head
+    part = head.base_layer if what == "base_layer" else getattr(head, what)["default"]
+    part.to("meta")
+    with pytest.raises(ValueError, match=f"{what}: expected a weight on x's device cpu, got one on meta"):
+        model(worker.IDS)
+
+
+def test_offloaded_weights(tmp_path):
+    """accelerate brings every weight by a hook on its module: the base is called, the adapter is PEFT's, counted."""
+    accelerate = pytest.importorskip("accelerate")
+    theirs = worker.peft_model()(worker.IDS).logits
+    model = accelerate.cpu_offload(patch(worker.peft_model()), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())
+    torch.testing.assert_close(model(worker.IDS).logits, theirs)
+    assert lowrank.stats(model)["fallback"] == {"hooks on lora_A": worker.FUSED}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
