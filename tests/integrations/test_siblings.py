@@ -237,7 +237,7 @@ def test_replicas_compute_alone(calls):
     want = attention.q_proj(x)
     replicas = [layer._replicate_for_data_parallel() for layer in (attention.q_proj, attention.k_proj)]
     calls.clear()
-    assert torch.equal(replicas[0](x), want)
+    torch.testing.assert_close(replicas[0](x), want)  # alone, a kernel may be cut another way
     replicas[1](x)
     assert calls == [1, 1]
 
