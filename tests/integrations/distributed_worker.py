@@ -158,9 +158,18 @@ def fsdp2(layout, checkpointed, **options):
     shard(model, layout, **options)
     together = SHARED if layout in ("whole", "decoders") else 0
     times = 2 if checkpointed else 1
+    first, last = decoders(model)
+    seen = []
+
+    def look(grad):  # backward has left the last decoder
+        seen.extend(type(p).__name__ for p in last.parameters())
+
+    first.register_forward_hook(lambda _, __, y: y.register_hook(look) and None)
     for step in (1, 2):  # the second prefetches by the first's order
         model.zero_grad()
         backward(model, mine())
+        if layout != "whole" and not checkpointed:
+            assert set(seen) == {"DTensor"}
         fused(model, step * times * FUSED, step * times * together)
         assert all(type(p).__name__ == "DTensor" for p in model.parameters())
         agree(gradients(model), whole_batch())
