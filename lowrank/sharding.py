@@ -27,7 +27,8 @@ def is_unit(module: nn.Module, x: torch.Tensor) -> bool:
     dtype = autocast_dtype(x) or x.dtype
     linear, cast = module, None  # to what x is cast on its way in
     if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-        if type(module).__mro__[type(module)._orig_cls_mro_index] is not nn.Linear:
+        at = getattr(type(module), "_orig_cls_mro_index", None)  # private, as its state is: without them, PEFT's code
+        if at is None or type(module).__mro__[at] is not nn.Linear:
             return False
         policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
         if policy is None or policy.output_dtype not in (None, dtype):

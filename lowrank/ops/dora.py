@@ -5,7 +5,7 @@
 DoRA (Liu et al. 2024, arXiv 2402.09353): the norm is a constant for the gradient (its section 4.3), which makes y a LoRA
 linear over B' = scaling g ∘ B with a gain on the base's output.  What lies between the magnitude and those two is N and N r
 numbers in fp32, left to PyTorch's own autograd.  The norm is one read of W, without an N x K temporary.  Saved for
-backward: x itself, S, the base's output v (PEFT's keeps three such), and one bit per element of a dropout mask.
+backward: x itself, S, the base's output v (PEFT keeps two of its size), and one bit per element of a dropout mask.
 
 Schemas live here, so that a machine without a GPU traces every op.  Autograd is a plain Function outside the op.
 """

@@ -9,22 +9,12 @@ from torch import nn
 pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
-from test_peft import IDS, agree, fallback, llama, peft_llama, step
+from test_peft import IDS, agree, clean, fallback, llama, peft_llama, step  # noqa: F401
 
 import lowrank
-from lowrank import _stats
 from lowrank.integrations.peft import patch, unpatch
 from lowrank.ops import dropout
 from lowrank.testing import assert_as_right
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    _stats._all.clear()
-    _stats._warned.clear()
-    yield
-    unpatch()
-    lowrank.strict(False)
 
 
 def dora_llama(*args, **config):
