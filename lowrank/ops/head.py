@@ -93,9 +93,11 @@ class Products:
         started = self.bias is not None or t is not None
         for at, part in parts:
             if t is not None:
-                one = self.scaling * _mm(part, self.A.mT, self.wide)
-                t[at] = one
-                torch.mm(one, self.B.mT, out=z[at])
+                t[at] = one = self.scaling * _mm(part, self.A.mT, self.wide)
+                if alone:  # into memory of its own, for the same reason
+                    z[at] = one @ self.B.mT
+                else:
+                    torch.mm(one, self.B.mT, out=z)
             if self.bias is not None:
                 z[at] = self.bias if t is None else z[at] + self.bias
         for block, W in self._blocks():

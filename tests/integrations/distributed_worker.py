@@ -20,7 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lowrank
 from lowrank import _stats
 from lowrank.integrations.peft import patch
-from lowrank.testing import assert_as_right
 
 IDS = torch.arange(64).view(4, 16) * 7 % 61  # two rows for each process
 LAYERS = 2
@@ -106,7 +105,10 @@ def whole_batch(**config):
 
 
 def agree(ours, theirs, oracle=None):
-    """Equal; or, with an fp64 ``oracle``, as right as ``theirs`` over all of lora_A and all of lora_B."""
+    """Equal; or, with an ``oracle``, at most twice as far from it as ``theirs`` over all of lora_A and all of lora_B: one draw.
+
+    Whether ours is as right in the mean is asked where there is one process.
+    """
     assert ours.keys() == theirs.keys()
     if oracle is None:
         for name in ours:
@@ -116,7 +118,8 @@ def agree(ours, theirs, oracle=None):
         return
     for factor in ("lora_A", "lora_B"):
         one = (torch.cat([each[n].flatten() for n in ours if factor in n]) for each in (ours, theirs, oracle))
-        assert_as_right(*one, None, factor)
+        mine, other, exact = (t.double() for t in one)
+        assert (mine - exact).norm() <= 2 * (other - exact).norm(), factor
 
 
 def fused(model, calls=FUSED, shared=SHARED):

@@ -1,6 +1,7 @@
 """PEFT's DoRA layers under the patch: PEFT's function, its gradients, its files; what is not covered falls back by name."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,12 +10,11 @@ from torch import nn
 pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
-from test_peft import IDS, agree, clean, fallback, llama, peft_llama, step  # noqa: F401
+from test_peft import IDS, agree, as_right_as_peft, clean, fallback, llama, peft_llama, step  # noqa: F401
 
 import lowrank
 from lowrank.integrations.peft import patch, unpatch
 from lowrank.ops import dropout
-from lowrank.testing import assert_as_right
 
 
 def dora_llama(*args, **config):
@@ -48,21 +48,12 @@ def test_logits_and_every_gradient_are_pefts(case):
 @pytest.mark.parametrize("adapters", ["bf16", "fp32"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_base_is_as_right_as_peft(adapters, autocast):
-    """By kind of parameter: the ratio of two errors of one layer's 64 numbers is luck."""
-
-    def run(make, autocast=autocast):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return step(make(dora_llama(torch.bfloat16, adapters == "fp32")))
-
-    ours, theirs = run(patch), run(lambda model: model)
-    oracle = run(nn.Module.double, False)
-    for kind in ("logits", "lora_A", "lora_B", "magnitude"):
-        names = [name for name in oracle if kind in name]
-        norms = {name: oracle[name].norm() for name in names}
-        joined = (
-            torch.cat([(of[n] / norms[n].to(of[n].dtype)).flatten() for n in names]) for of in (ours, theirs, oracle)
-        )
-        assert_as_right(*joined, None, kind)
+    as_right_as_peft(
+        functools.partial(dora_llama, torch.bfloat16, adapters == "fp32"),
+        patch,
+        lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ("logits", "lora_A", "lora_B", "magnitude"),
+    )
 
 
 def test_a_bf16_norm_is_worse_than_ours():

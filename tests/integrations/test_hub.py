@@ -18,7 +18,7 @@ import kernels
 from kernels import LocalLayerRepository, Mode, kernelize, replace_kernel_forward_from_hub, use_kernel_mapping
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
-from test_peft import IDS, agree, llama, peft_llama, step
+from test_peft import IDS, agree, as_right_as_peft, llama, peft_llama, step
 
 import lowrank
 from lowrank.integrations.peft import is_patched, patch, unpatch
@@ -125,13 +125,12 @@ def test_it_is_not_the_installed_package(kernel, run):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_is_as_right_as_peft(kernel, run, autocast):
-    model = peft_llama(torch.bfloat16, target_modules=["q_proj"])
-    oracle = step(copy.deepcopy(model).double())
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        theirs = step(model)
-        ours = step(run(model))
-    assert kernel.stats(model)["fused"] == 2
-    agree(ours, theirs, oracle)
+    with kernel.strict():
+        as_right_as_peft(
+            functools.partial(peft_llama, torch.bfloat16, target_modules=["q_proj"]),
+            run,
+            lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        )
 
 
 def test_compile_fullgraph(kernel, run):

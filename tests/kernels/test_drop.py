@@ -1,11 +1,9 @@
 import pytest
 import torch
-from thin_inputs import BF16, DEVICE, FP16, FP32, far_rows, needs_triton, randn, strided
+from thin_inputs import BF16, DEVICE, FP16, FP32, far_rows, randn, strided
 
 from lowrank import bits
 from lowrank.ops.dora_impl import Eager
-
-pytestmark = needs_triton
 
 
 def drop(*args, **options):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from right import in_the_mean, rounded_once, within
 from thin_inputs import (
     BF16,
     CASES,
@@ -7,17 +8,14 @@ from thin_inputs import (
     DTYPES,
     FP16,
     FP32,
+    MEAN,
     absolutes,
-    as_right,
     far_rows,
-    needs_triton,
     randn,
     strided,
 )
 
 from lowrank.ops import eager
-
-pytestmark = needs_triton
 
 
 def shrink(*args, **options):
@@ -48,10 +46,24 @@ def test_against_fp64(M, K, _, ranks, dtype, thin_dtype, dropped):
     cuts = [19661, 32768][: max(masks) + 1]
     seeds = torch.tensor([987654321012345678, 3], device=DEVICE)[: len(cuts)]
     S, keeps = shrink(x, As, thin_dtype, masks, cuts, seeds)
-    same, eager_keeps = eager.shrink(x, As, thin_dtype, masks, cuts, seeds)
+    _, eager_keeps = eager.shrink(x, As, thin_dtype, masks, cuts, seeds)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(keeps, eager_keeps, strict=True))
-    noise = [oracle(*absolutes(x, As), masks, keeps)] if M * sum(ranks) <= 16 else None
-    as_right([S], [same], [oracle(x, As, masks, keeps)], "S", noise)
+    within([S], [oracle(x, As, masks, keeps)], [oracle(*absolutes(x, As), masks, keeps)], ["S"])
+
+
+@pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("masks", [[-1], [0]], ids=str)
+def test_as_right_as_eager(dtype, thin_dtype, masks):
+    M, K, _, (rank,) = MEAN
+    seeds = torch.tensor([987654321012345678], device=DEVICE)
+
+    def draw():
+        x, A = randn(M, K, dtype=dtype), randn(rank, K, dtype=thin_dtype)
+        cuts = [19661][: len(masks)] if masks[0] >= 0 else []
+        S, keeps = shrink(x, [A], thin_dtype, masks, cuts, seeds)
+        return [S], [eager.shrink(x, [A], thin_dtype, masks, cuts, seeds)[0]], [oracle(x, [A], masks, keeps)]
+
+    in_the_mean(draw, ["S"])
 
 
 @pytest.mark.parametrize("split_k", [1, 3, 8])
@@ -62,7 +74,8 @@ def test_split_k_and_every_bit_twice(split_k):
     config = Config(16, 64, split_k, 4, 2)
     runs = [shrink(x, [A], BF16, [0], [6554], torch.tensor([5], device=DEVICE), config=config) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
-    as_right([runs[0][0]], [x @ A.mT], [oracle(x, [A], [0], runs[0][1])], "S")
+    truth = oracle(x, [A], [0], runs[0][1])
+    within([runs[0][0]], [truth], [oracle(*absolutes(x, [A]), [0], runs[0][1])], ["S"])
     assert torch.equal(runs[0][1][0], eager.shrink(x, [A], BF16, [0], [6554], torch.tensor([5], device=DEVICE))[1][0])
 
 
@@ -82,7 +95,7 @@ def test_scales_strides_and_another_factor_dtype():
         out=out[:, 4:36],
     )
     truth = torch.cat([x.double() @ A.to(FP16).double().mT * 1.5, x.double() @ B.double() * 2 * columns.double()], 1)
-    as_right([S], [truth.to(FP16)], [truth], "S")
+    rounded_once([S], [truth], "S")
     assert out[:, :4].isnan().all()
     assert out[:, 36:].isnan().all()
 

@@ -1,17 +1,11 @@
-"""What the kernel tests share: where they run, shapes, inputs, and the three-way comparison."""
+"""What the kernel tests share: where they run, shapes and inputs."""
 
-import os
-
-import pytest
 import torch
 
-from lowrank.testing import assert_as_right
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+MEAN = 33, 130, 66, (24,)  # where the kernels are compared with eager in the mean
 DTYPES = [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP32)]  # activations, thin products
 SHAPES = [
     (1, 65, 33),
@@ -26,7 +20,8 @@ SHAPES = [
 RANKS = [1, 8, 3, 16, 24, 64, 100, 256]
 # every shape and every rank once, not their product; then several adapters of unequal rank
 CASES = [(*shape, (rank,)) for shape, rank in zip(SHAPES, RANKS, strict=True)]
-CASES += [(133, 300, 77, ranks) for ranks in ((3, 16, 24), (16, 16), (64, 100), (512,))]
+CASES += [(133, 300, 77, ranks) for ranks in ((3, 16, 24), (16, 16), (64, 100))]
+CASES += [(40, 150, 77, (512,))]
 
 if DEVICE == "cuda":  # a case is a compilation there, about a second each: a third of them, the interpreter has run all
     CASES = [CASES[i] for i in (0, 5, 7, 8)]
@@ -41,22 +36,6 @@ def strided(t):
     wide = torch.zeros(t.shape[0], 2 * t.shape[1] + 3, dtype=t.dtype, device=t.device)
     wide[:, 1 : 1 + t.shape[1]] = t
     return wide[:, 1 : 1 + t.shape[1]]
-
-
-def as_right(kernel, eager, oracle, what, noise=None):
-    """Lists of tensors.  ``noise``: the oracle of the inputs' absolute values where so few numbers come out (M r <= 16) that
-    the ratio of two errors is luck.
-    """
-    noise = [None] * len(oracle) if noise is None else noise
-    for i, (ours, theirs, truth, bound) in enumerate(zip(kernel, eager, oracle, noise, strict=True)):
-        assert_as_right(ours, theirs, truth, bound, f"{what}[{i}]")
-
-
-def few_or_interpreted(t):
-    """Whether an error is compared with f(|inputs|): t is too few numbers for a ratio, or an fp32 sum in the interpreter,
-    which adds row after row without FMA where a GPU adds a tree.
-    """
-    return t.numel() <= 16 or (INTERPRETED and t.dtype is FP32)
 
 
 def absolutes(*tensors):

@@ -1,18 +1,18 @@
 import itertools
-import os
 
 import pytest
 import torch
+from right import in_the_mean, within
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank.ops import svf
 from lowrank.svd import SVDFactors
-from lowrank.testing import assert_as_right
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 8, 8, 3), (2, 33, 65, 16), (7, 64, 100, 8), (33, 130, 66, 24), (133, 300, 77, 64), (65, 96, 40, 40)]
+MEAN = (33, 130, 66, 64)
+SHAPES = [(1, 8, 8, 3), (2, 33, 65, 16), (7, 64, 100, 8), MEAN, (133, 300, 77, 64), (65, 96, 40, 40)]
 
 
 def factors_of(N, K, k, dtype):
@@ -61,33 +61,31 @@ def wide(leaves):
     return [None if t is None else t.detach().double().requires_grad_() for t in leaves]
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+def once(draw, call, plain):
+    """(ours, eager, oracle, f(|inputs|)) and their names.  ``draw()`` -> (leaves, factors, dy)."""
+    leaves, factors, dy = draw()
+    exact = SVDFactors(*(t.double() for t in factors))
+    positive = [None if t is None else t.detach().double().abs().requires_grad_() for t in leaves]
+    names = ["y", *(name for name, t in zip(("dx", "dW", "dz", "dmix", "db"), leaves, strict=True) if t is not None)]
+    return (
+        run(lambda *ts: call(*ts, factors), leaves, dy),
+        run(lambda *ts: plain(*ts, factors), leaves, dy),
+        run(lambda *ts: plain(*ts, exact), wide(leaves), dy.double()),
+        run(lambda *ts: upper_bound(*ts, exact), positive, dy.double().abs()),
+    ), names
+
+
+def bounded(draw, call, plain):
+    """``call`` and ``plain`` take (leaves..., factors)."""
+    (ours, _, oracle, scales), names = once(draw, call, plain)
+    within(ours, oracle, scales, names, unit=ours[0].dtype)
 
 
 def compare(draw, call, plain):
-    """``draw()`` -> (leaves, factors, dy); ``call`` and ``plain`` take (leaves..., factors).
-
-    The results of several draws are compared as one: dz and dmix alone are too few numbers for a ratio of errors.
-    """
-    runs, dy = [], None
-    while len(runs) < (8 if dy is None or dy.shape[0] < 100 else 2):
-        leaves, factors, dy = draw()
-        exact = SVDFactors(*(t.double() for t in factors))
-        positive = [None if t is None else t.detach().double().abs().requires_grad_() for t in leaves]
-        runs.append((
-            run(lambda *ts, f=factors: call(*ts, f), leaves, dy),
-            run(lambda *ts, f=factors: plain(*ts, f), leaves, dy),
-            run(lambda *ts, f=exact: plain(*ts, f), wide(leaves), dy.double()),
-            run(lambda *ts, f=exact: upper_bound(*ts, f), positive, dy.double().abs()),
-        ))  # fmt: skip
-    present = [name for name, t in zip(("dx", "dW", "dz", "dmix", "db"), leaves, strict=True) if t is not None]
-    for i, name in enumerate(["y", *present]):
-        ours, eager, truth, bound = (
-            torch.stack([values[i].detach() for values in of]) for of in zip(*runs, strict=True)
-        )
-        few = dy.shape[0] * factors.S.shape[0] <= 16 or truth[0].numel() <= 16
-        few |= INTERPRETED and factors.U.dtype is torch.float32  # summed row after row there, without FMA
-        assert_as_right(ours, eager, truth, bound if few else None, name)
+    """As right as eager in the mean: dz's k numbers, too, are enough in 16 draws."""
+    bounded(draw, call, plain)
+    _, names = once(draw, call, plain)
+    in_the_mean(lambda: once(draw, call, plain)[0][:3], names)
 
 
 def upper_bound(x, W, z, mix, b, factors):
@@ -102,23 +100,25 @@ def upper_bound(x, W, z, mix, b, factors):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("E", [None, 3])
 def test_delta_forward_and_every_gradient(shape, dtype, factors_dtype, E):
-    compare(
-        lambda: (*tensors(*shape, dtype, torch.float32 if factors_dtype == "fp32" else dtype, E), dy_of(shape, dtype)),
-        lambda x, W, z, mix, b, f: lowrank.svf_linear(x, W, f, z, bias=b, mix=mix, mode="delta"),
-        formula,
+    def delta(x, W, z, mix, b, f):
+        return lowrank.svf_linear(x, W, f, z, bias=b, mix=mix, mode="delta")
+
+    wider = torch.float32 if factors_dtype == "fp32" else dtype
+    (compare if shape == MEAN else bounded)(
+        lambda: (*tensors(*shape, dtype, wider, E), dy_of(shape, dtype)), delta, formula
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("E", [None, 3])
 @pytest.mark.parametrize("normalize", [None, "nuclear"])
-@pytest.mark.parametrize("shape", [(33, 50, 24, 24), (133, 96, 70, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(33, 96, 70, 70), (133, 96, 24, 24)], ids=str)
 def test_activation_forward_and_every_gradient(dtype, E, normalize, shape):
     def draw():
         (x, _, z, mix, b), factors = tensors(*shape, dtype, E=E)
         return (x, None, z, mix, b), factors, dy_of(shape, dtype)
 
-    compare(
+    (compare if shape[0] == 33 else bounded)(
         draw,
         lambda x, W, z, mix, b, f: lowrank.svf_linear(
             x, W, f, z, bias=b, mix=mix, normalize=normalize, mode="activation"
@@ -130,8 +130,8 @@ def test_activation_forward_and_every_gradient(dtype, E, normalize, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [8, 70])
 def test_merged_forward_and_every_gradient(dtype, k):
-    shape = (133, 96, 70, k)
-    compare(
+    shape = (33, 96, 70, k)
+    (compare if k == 70 else bounded)(
         lambda: (*tensors(*shape, dtype), dy_of(shape, dtype)),
         lambda x, W, z, mix, b, f: lowrank.svf_linear(x, W, f, z, bias=b, mode="merged"),
         formula,
