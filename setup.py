@@ -3,7 +3,8 @@
     lowrank/_C_cpu.so    needs a C++ compiler
     lowrank/_C_cuda.so   needs nvcc, and a CUDA build of torch (or LOWRANK_BUILD_CUDA=1: it compiles, it does not load)
 
-Both need torch's headers, hence ``pip install --no-build-isolation``, or ``python setup.py build_ext --inplace`` later.  What
+Both need the headers of the torch that is installed, and nothing of it that runs: they are found where this Python keeps its
+packages, so that pip's isolated builds find them too.  ``python setup.py build_ext --inplace`` builds in a checkout.  What
 cannot be built is left out with a message: lowrank then does in PyTorch, slower, what the library would have done.
 LOWRANK_REQUIRE_NATIVE=1 makes that an error.  CXX, LOWRANK_NVCC and LOWRANK_ARCHS ("80;90a;100a") choose.
 """
@@ -11,9 +12,11 @@ LOWRANK_REQUIRE_NATIVE=1 makes that an error.  CXX, LOWRANK_NVCC and LOWRANK_ARC
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -49,30 +52,41 @@ def ninja() -> str | None:
     return shutil.which("ninja")
 
 
+def torch_folder() -> Path | None:
+    """Where torch is: on the path, or beside this Python's other packages, which an isolated build does not see."""
+    found = importlib.util.find_spec("torch")
+    folders = [Path(path) for path in found.submodule_search_locations or []] if found else []
+    folders += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    return next((folder for folder in folders if (folder / "include" / "torch" / "csrc" / "stable").is_dir()), None)
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version of that torch, read from its version.py: an isolated build cannot import it."""
+    version = re.search(r"^cuda\b[^=\n]*= *'([^']+)'", (torch_folder() / "version.py").read_text(), re.MULTILINE)
+    return version and version[1]
+
+
 def torch_flags() -> tuple[str, str]:
     """(include directories, libraries).  The libraries only so that the loader finds torch, which Python loads privately."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    includes = " ".join(f"-isystem {path}" for path in include_paths())
-    return includes, " ".join(f"-L{path}" for path in library_paths()) + " -Wl,--no-as-needed -ltorch -ltorch_cpu"
+    torch = torch_folder()
+    includes = f"-isystem {torch / 'include'} -isystem {torch / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"
+    return includes, f"-L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu"
 
 
 def why_not(library: str) -> str | None:
     """Why ``library`` ("cpu" or "cuda") cannot be built here; None if it can."""
     if sys.platform != "linux":
         return "is built on Linux only"
-    if importlib.util.find_spec("torch") is None:
-        return "needs torch when it is built: pip install --no-build-isolation, or python setup.py build_ext --inplace"
+    if torch_folder() is None:
+        return "needs torch 2.10 or later when it is built: install that, then install lowrank again"
     if ninja() is None:
         return "needs ninja: pip install ninja"
     if compiler() is None:
         return "needs a C++ compiler"
     if library == "cuda":
-        import torch
-
         if nvcc() is None:
             return "needs nvcc"
-        if torch.version.cuda is None and os.environ.get("LOWRANK_BUILD_CUDA") != "1":
+        if torch_cuda() is None and os.environ.get("LOWRANK_BUILD_CUDA") != "1":
             return "needs a CUDA build of torch"
     return None
 

@@ -81,7 +81,7 @@ def test_reasons_to_leave_a_library_out(setup, monkeypatch):
     monkeypatch.setattr(setup, "ninja", lambda: "ninja")
     monkeypatch.setattr(setup, "compiler", lambda: "g++")
     monkeypatch.setattr(setup, "nvcc", lambda: "nvcc")
-    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(setup, "torch_cuda", lambda: None)
     monkeypatch.delenv("LOWRANK_BUILD_CUDA", raising=False)
     assert setup.why_not("cpu") is None
     assert setup.why_not("cuda") == "needs a CUDA build of torch"
@@ -93,8 +93,20 @@ def test_reasons_to_leave_a_library_out(setup, monkeypatch):
     assert setup.why_not("cpu") == "needs a C++ compiler"
     monkeypatch.setattr(setup, "ninja", lambda: None)
     assert "needs ninja" in setup.why_not("cpu")
+    monkeypatch.setattr(setup, "torch_folder", lambda: None)
+    assert "install lowrank again" in setup.why_not("cpu")
+
+
+def test_torch_is_found_without_being_imported(setup, monkeypatch, tmp_path):
+    """As pip's isolated builds must: by the folder of this Python's packages."""
+    here = setup.torch_folder()
+    assert here.samefile(Path(torch.__file__).parent)
+    assert setup.torch_cuda() == torch.version.cuda
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
-    assert "--no-build-isolation" in setup.why_not("cpu")
+    assert setup.torch_folder().samefile(here)
+    (tmp_path / "version.py").write_text("__version__ = '2.14.1+cu130'\ncuda: Optional[str] = '13.0'\nhip = None\n")
+    monkeypatch.setattr(setup, "torch_folder", lambda: tmp_path)
+    assert setup.torch_cuda() == "13.0"
 
 
 @pytest.fixture
@@ -111,6 +123,26 @@ def test_a_library_that_is_not_there_or_does_not_load(reason, tmp_path, monkeypa
     assert reason("cuda").startswith("lowrank/_C_cuda.so does not load: ")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert reason("cuda") == "this torch is not a CUDA build"
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (
+            '{"url": "file:///src/low%20rank", "dir_info": {}}',
+            "pip install -v --force-reinstall --no-deps '/src/low rank' ",
+        ),
+        ('{"url": "file:///src", "dir_info": {"editable": true}}', "python setup.py build_ext --inplace "),
+        (None, "python setup.py build_ext --inplace "),
+    ],
+)
+def test_a_library_that_was_not_built_names_the_command_that_builds_it(reason, monkeypatch, origin, command):
+    import importlib.metadata
+    import types
+
+    distribution = types.SimpleNamespace(read_text=lambda name: origin)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: distribution)
+    assert command in reason("cpu")
 
 
 KERNELS = {
