@@ -1,7 +1,9 @@
 """AdamW as one stream over the weights: masks, stochastic rounding, compact state, and a map of what changed."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -15,6 +17,31 @@ _POLICIES = ("raise", "skip", "propagate")
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient has infinities or NaN; nothing was written."""
+
+
+class _Memory:
+    """Where parameters lie: the spans of each device's memory that they take, apart and in order."""
+
+    def __init__(self):
+        self.pointers: list[int] = []
+        self.spans: dict[torch.device, list[tuple[int, int, list[Tensor]]]] = {}  # first byte, end, whose
+
+    def add(self, params: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The first two that overlap, if there are any: then all of this is void."""
+        for p in params:
+            self.pointers.append(p.data_ptr())
+            if p.is_meta or p.numel() == 0:
+                continue
+            first = p.data_ptr()
+            last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+            end = first + (last + 1) * p.element_size()
+            spans = self.spans.setdefault(p.device, [])
+            shared = slice(bisect_right(spans, first, key=itemgetter(1)), bisect_left(spans, end, key=itemgetter(0)))
+            for _, _, owners in spans[shared]:
+                if owners[0] is not p:
+                    return owners[0], p
+            spans[shared] = [(first, end, [p])]
+        return None
 
 
 class AdamW(torch.optim.Optimizer):
@@ -65,7 +92,10 @@ class AdamW(torch.optim.Optimizer):
         self._firsts: dict[Tensor, int] = {}
         self._changes: dict[Tensor, Tensor] = {}
         self._versions: dict[Tensor, int] = {}
+        self._memory: _Memory | None = None  # looked at once for all groups, below
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self._memory = _Memory()
+        self._refuse_overlaps()
         for p, words in self._by_parameter(masks, "masks"):
             self._set_mask(p, words)
         for p, first in self._by_parameter(offsets, "offsets"):
@@ -77,13 +107,19 @@ class AdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if type(p).__name__ == "DTensor":
-                raise TypeError(f"AdamW: {self._name(p)} is a DTensor, which is not supported")
-            if p.dtype not in _DTYPES:
-                raise TypeError(f"AdamW: expected fp32, bf16, fp16 or fp64, got {p.dtype} for {self._name(p)}")
-            self._refuse_overlap(p)
-            if self.track_changes:
+        try:
+            for p in self.param_groups[-1]["params"]:
+                if type(p).__name__ == "DTensor":
+                    raise TypeError(f"AdamW: {self._name(p)} is a DTensor, which is not supported")
+                if p.dtype not in _DTYPES:
+                    raise TypeError(f"AdamW: expected fp32, bf16, fp16 or fp64, got {p.dtype} for {self._name(p)}")
+            if self._memory is not None:
+                self._refuse_overlaps()
+        except Exception:
+            del self.param_groups[-1]
+            raise
+        if self.track_changes:
+            for p in self.param_groups[-1]["params"]:
                 self._changes[p] = torch.zeros(-(-p.numel() // 32), dtype=torch.int32, device=p.device)
                 self._versions[p] = p._version
 
@@ -110,19 +146,15 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"AdamW: {what} has {shown}, which is none of the parameters")
             yield p, value
 
-    def _refuse_overlap(self, p: Tensor) -> None:
-        def extent(t):
-            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-            return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-        if p.is_meta or p.numel() == 0:
-            return
-        first, end = extent(p)
-        for q in self._parameters():
-            if q is not p and q.numel() and q.device == p.device:
-                other, other_end = extent(q)
-                if first < other_end and other < end:
-                    raise ValueError(f"AdamW: {self._name(p)} and {self._name(q)} overlap in memory")
+    def _refuse_overlaps(self) -> None:
+        """Of the last group's parameters with each other and with all before; with all anew where those have moved."""
+        params = self.param_groups[-1]["params"]
+        before = [p.data_ptr() for group in self.param_groups[:-1] for p in group["params"]]
+        if before != self._memory.pointers:
+            self._memory, params = _Memory(), list(self._parameters())
+        if pair := self._memory.add(params):
+            self._memory = _Memory()
+            raise ValueError(f"AdamW: {' and '.join(map(self._name, pair))} overlap in memory")
 
     def _set_mask(self, p: Tensor, words) -> None:
         expected = -(-p.numel() // 32)
@@ -295,12 +327,14 @@ class AdamW(torch.optim.Optimizer):
     def mark_all_changed(self, p: Tensor | None = None) -> None:
         """Of one parameter, or of all: for writes that PyTorch does not count (``p.data``, other processes)."""
         self._need_tracking()
-        for q, words in self._changes.items():
-            if p is None or p is q:
-                words.fill_(-1)
-                if tail := q.numel() % 32:
-                    words[-1] = (1 << tail) - 1 if tail < 31 else 0x7FFFFFFF
-                self._versions[q] = q._version
+        if p is not None and p not in self._changes:
+            raise ValueError(f"AdamW: expected one of the parameters, got a tensor {list(p.shape)}")
+        for q in self._changes if p is None else [p]:
+            words = self._changes[q]
+            words.fill_(-1)
+            if tail := q.numel() % 32:
+                words[-1] = (1 << tail) - 1 if tail < 31 else 0x7FFFFFFF
+            self._versions[q] = q._version
 
     def _need_tracking(self) -> None:
         if not self.track_changes:

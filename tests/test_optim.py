@@ -583,6 +583,74 @@ def test_versions_are_counted():
         y.backward()
 
 
+# many parameters
+
+
+def test_work_grows_with_the_number_of_parameters(monkeypatch):
+    """Construction, groups, steps and maps look at each parameter a fixed number of times."""
+    looks = 0
+
+    def counted(name):
+        real = getattr(torch.Tensor, name)
+
+        def look(*args):
+            nonlocal looks
+            looks += 1
+            return real(*args)
+
+        return look
+
+    for name in ("data_ptr", "stride", "numel", "element_size"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+
+    def run(count):
+        nonlocal looks
+        params, _ = with_grads([4] * count, FP32)
+        looks = 0
+        optimizer = AdamW(params[: count // 2], track_changes=True, nonfinite="propagate")
+        optimizer.add_param_group({"params": params[count // 2 :]})
+        with torch.no_grad():
+            torch._foreach_add_(params, 1.0)
+        optimizer.step()
+        optimizer.changes()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.mark_all_changed()
+        optimizer.zero_changes()
+        return looks
+
+    once = run(100)
+    assert run(400) <= 4.1 * once
+
+
+def test_twenty_thousand_parameters():
+    params = [torch.nn.Parameter(t) for t in torch.zeros(20_000, 3).unbind()]
+    optimizer = AdamW(params, track_changes=True)
+    optimizer.mark_all_changed(params[7])
+    assert [i for i, words in enumerate(optimizer.changes().values()) if words.any()] == [7]
+    with pytest.raises(ValueError, match="expected one of the parameters"):
+        optimizer.mark_all_changed(parameter(torch.ones(3)))
+
+
+def test_a_refused_group_is_not_there():
+    """Overlap is found between groups, after parameters have moved, and where memory is used again."""
+    p, q = parameter(torch.ones(40)), parameter(torch.ones(4))
+    optimizer = AdamW([p])
+    for bad, error in (
+        ([q, torch.nn.Parameter(p.detach()[30:])], "parameter 0 of group 0 and parameter 1 of group 1 overlap"),
+        ([q, parameter(torch.ones(3, dtype=torch.complex64))], "parameter 1 of group 1"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=error):
+            optimizer.add_param_group({"params": bad})
+        assert len(optimizer.param_groups) == 1
+    before = torch.nn.Parameter(p.detach()[:10])
+    p.data = torch.ones(40)
+    optimizer.add_param_group({"params": [before]})  # p lies elsewhere now
+    with pytest.raises(ValueError, match="overlap"):
+        optimizer.add_param_group({"params": torch.nn.Parameter(p.detach()[:10])})
+    optimizer.add_param_group({"params": [q]})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1]
+
+
 # bad input
 
 
