@@ -26,22 +26,72 @@ class _Memory:
         self.pointers: list[int] = []
         self.spans: dict[torch.device, list[tuple[int, int, list[Tensor]]]] = {}  # first byte, end, whose
 
-    def add(self, params: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """The first two that overlap, if there are any: then all of this is void."""
+    def add(self, params: list[Tensor]) -> list[Tensor]:
+        """The first two that overlap, or one that overlaps itself, if there are any: then all of this is void."""
+        crowded: dict[int, list[Tensor]] = {}
         for p in params:
             self.pointers.append(p.data_ptr())
             if p.is_meta or p.numel() == 0:
                 continue
-            first = p.data_ptr()
-            last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
-            end = first + (last + 1) * p.element_size()
+            first, end, run, outer = _pieces(p)
             spans = self.spans.setdefault(p.device, [])
             shared = slice(bisect_right(spans, first, key=itemgetter(1)), bisect_left(spans, end, key=itemgetter(0)))
-            for _, _, owners in spans[shared]:
-                if owners[0] is not p:
-                    return owners[0], p
-            spans[shared] = [(first, end, [p])]
-        return None
+            owners: list[Tensor] = []
+            for start, stop, others in spans[shared]:
+                first, end = min(first, start), max(end, stop)
+                crowded.pop(id(others), None)
+                owners = [*owners, *others] if owners else others
+            if not any(p is q for q in owners):
+                owners.append(p)
+            spans[shared] = [(first, end, owners)]
+            if len(owners) > 1 or any(stride < inner for stride, inner in _nesting(run, outer)):
+                crowded[id(owners)] = owners
+        return next((found for owners in crowded.values() if (found := _first_overlap(owners))), [])
+
+
+def _pieces(t: Tensor) -> tuple[int, int, int, list[tuple[int, int]]]:
+    """(first byte, end, bytes of a contiguous piece, [(stride in bytes, size)]: how these repeat, from the inside)."""
+    run, outer = t.element_size(), []
+    strides = sorted((stride * run, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
+    for stride, size in strides:
+        if stride == run and not outer:
+            run *= size
+        else:
+            outer.append((stride, size))
+    first = t.data_ptr()
+    return first, first + run + sum(stride * (size - 1) for stride, size in outer), run, outer
+
+
+def _nesting(run: int, outer: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+    """(stride, what it has to step over) of each."""
+    for stride, size in outer:
+        yield stride, run
+        run += stride * (size - 1)
+
+
+def _first_overlap(params: list[Tensor]) -> list[Tensor]:
+    """On a map of the memory that they span, in the largest unit that all of their pieces are whole multiples of."""
+    pieces = [_pieces(p) for p in params]
+    start, end = min(first for first, *_ in pieces), max(end for _, end, *_ in pieces)
+    unit = math.gcd(*(n for first, _, run, outer in pieces for n in (first - start, run, *(s for s, _ in outer))))
+    taken = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
+
+    def place(first, _, run, outer, on=taken):
+        sizes, strides = [*(size for _, size in outer), run // unit], [*(stride // unit for stride, _ in outer), 1]
+        return on.as_strided(sizes, strides, (first - start) // unit)
+
+    for p, piece in zip(params, pieces, strict=True):
+        if place(*piece).any():
+            taken.zero_()
+            place(*piece).fill_(True)
+            return [next(q for q, other in zip(params, pieces, strict=True) if place(*other).any()), p]
+        place(*piece).fill_(True)
+        if any(stride < inner for stride, inner in _nesting(*piece[2:])):
+            alone = torch.zeros_like(taken)
+            place(*piece, on=alone).fill_(True)
+            if int(alone.sum()) != place(*piece).numel():
+                return [p]
+    return []
 
 
 class AdamW(torch.optim.Optimizer):
@@ -152,9 +202,10 @@ class AdamW(torch.optim.Optimizer):
         before = [p.data_ptr() for group in self.param_groups[:-1] for p in group["params"]]
         if before != self._memory.pointers:
             self._memory, params = _Memory(), list(self._parameters())
-        if pair := self._memory.add(params):
+        if found := self._memory.add(params):
             self._memory = _Memory()
-            raise ValueError(f"AdamW: {' and '.join(map(self._name, pair))} overlap in memory")
+            names = " and ".join(map(self._name, found))
+            raise ValueError(f"AdamW: {names} overlap{'s itself' if len(found) == 1 else ''} in memory")
 
     def _set_mask(self, p: Tensor, words) -> None:
         expected = -(-p.numel() // 32)
@@ -200,6 +251,8 @@ class AdamW(torch.optim.Optimizer):
                 raise NonFiniteGradientError(f"the gradient of {self._name(bad)} is not finite; nothing was written")
             self.skipped_steps += 1
             return loss
+        for p in self._changes:  # before anything is written: views of one tensor share its version
+            self._see_foreign_writes(p)
         calls: dict[tuple, list] = {}
         for group, p in work:
             state = self._state(p)
@@ -209,14 +262,14 @@ class AdamW(torch.optim.Optimizer):
             calls.setdefault(key, [group]).append((p, g))
         for (_, dtype, _, _, step), (group, *pairs) in calls.items():
             self._call(group, pairs, int(step), streams, self.stochastic_rounding and dtype.itemsize == 2)
+        for p in self._changes:
+            self._versions[p] = p._version
         return loss
 
     def _call(self, group, pairs, step, streams, stochastic) -> None:
         none = torch.empty(0)
         params, back = [], []
         for p, _ in pairs:
-            if self.track_changes:
-                self._see_foreign_writes(p)
             params.append(p if p.is_contiguous() else p.contiguous())
             if params[-1] is not p:
                 back.append((p, params[-1]))
@@ -249,9 +302,6 @@ class AdamW(torch.optim.Optimizer):
         )
         for p, copy in back:
             p.copy_(copy)
-        if self.track_changes:
-            for p, _ in pairs:
-                self._versions[p] = p._version
 
     def _state(self, p: Tensor) -> dict:
         state = self.state[p]

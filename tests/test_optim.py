@@ -651,6 +651,79 @@ def test_a_refused_group_is_not_there():
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1]
 
 
+# views
+
+
+VIEWS = {
+    "column halves": lambda w: [w[:, :8], w[:, 8:]],
+    "interleaved rows": lambda w: [w[::2], w[1::2]],
+    "interleaved columns": lambda w: [w[:, i::3] for i in range(3)],
+    "halves of rows and columns": lambda w: [w[:6, :8], w[:6, 8:], w[6:, :8], w[6:, 8:]],
+    "a checkerboard's rows": lambda w: [w[::2, ::2], w[1::2, 1::2], w[::2, 1::2], w[1::2, ::2]],
+    "transposed": lambda w: [w[:, :5].mT, w[:, 5:7].mT, w[:, 7:]],
+    "a diagonal and a corner": lambda w: [w.diagonal(), w[8:, :8]],
+    "blocks of a deeper shape": lambda w: list(w.view(3, 4, 4, 4).permute(2, 0, 3, 1).unbind(0)),
+    "slices of a flat one": lambda w: list(w.view(-1).split([7, 100, 85])),
+}
+
+
+@pytest.mark.parametrize("views", VIEWS)
+def test_views_that_share_no_element(views):
+    """One tensor's parts step as separate parameters do, in one group or several, and nobody else's writes are seen."""
+    whole = torch.randn(12, 16).to(BF16)
+    parts = [torch.nn.Parameter(view) for view in VIEWS[views](whole)]
+    apart = [parameter(p) for p in parts]
+    for p, q in zip(parts, apart, strict=True):
+        q.grad = torch.randn(p.shape).to(BF16)
+        p.grad = q.grad.clone()
+    ours = AdamW([{"params": [p], "lr": 0.1 + i} for i, p in enumerate(parts)], track_changes=True)
+    theirs = AdamW([{"params": [p], "lr": 0.1 + i} for i, p in enumerate(apart)], track_changes=True)
+    for lr in (None, 1e-4):
+        for optimizer in (ours, theirs):
+            optimizer.zero_changes()
+            if lr is not None:
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.param_groups[-1]["params"][0].grad = None
+            optimizer.step()
+        for p, q in zip(parts, apart, strict=True):
+            assert same_bits(p, q)
+            assert torch.equal(ours.changes()[p], theirs.changes()[q])
+    assert len(AdamW(parts).param_groups[0]["params"]) == len(parts)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda w: [w[:, :9], w[:, 8:]],
+        lambda w: [w[::2], w[::3]],
+        lambda w: [w[::2], w[1::2], w[3]],
+        lambda w: [w[:, :8], w[:, 8:], w.view(-1)[40:42]],
+        lambda w: [w.diagonal(), w[:, ::2]],
+        lambda w: [w, w.mT],
+        lambda w: [w, w.clone(), w.view(torch.int32).view(FP32)],
+        lambda w: [w[:, :8], w[:, 8:].view(BF16), w.view(BF16)[1:, 17:19]],
+    ],
+)
+@pytest.mark.parametrize("later", [False, True])
+def test_views_that_share_an_element(views, later):
+    params = [torch.nn.Parameter(view) for view in views(torch.randn(12, 16))]
+    if not later:
+        with pytest.raises(ValueError, match="overlap in memory"):
+            AdamW(params)
+        return
+    optimizer = AdamW(params[:-1])
+    with pytest.raises(ValueError, match="and parameter 0 of group 1 overlap in memory"):
+        optimizer.add_param_group({"params": params[-1:]})
+    optimizer.add_param_group({"params": parameter(params[-1])})
+
+
+def test_a_view_that_repeats_an_element():
+    for view in (torch.ones(1).expand(4), torch.ones(9).as_strided((4, 4), (1, 1)), torch.ones(9).unfold(0, 4, 2)):
+        with pytest.raises(ValueError, match="parameter 0 of group 0 overlaps itself in memory"):
+            AdamW([torch.nn.Parameter(view)])
+    AdamW([torch.nn.Parameter(torch.ones(22).as_strided((4, 4), (3, 4))), parameter(torch.ones(1).expand(1, 1))])
+
+
 # bad input
 
 
