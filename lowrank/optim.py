@@ -13,6 +13,10 @@ from .ops import adamw
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _POLICIES = ("raise", "skip", "propagate")
+_KEPT = (
+    "master_weights", "stochastic_rounding", "seed", "compact", "track_changes", "nonfinite", "skipped_steps",
+    "_masks", "_prefixes", "_firsts", "_changes",
+)  # fmt: skip
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -394,7 +398,18 @@ class AdamW(torch.optim.Optimizer):
         if p._version != self._versions[p]:
             self.mark_all_changed(p)
 
-    # files
+    # copies and files
+
+    def __getstate__(self):
+        if self.track_changes:
+            self.changes()  # with what others have written: a copy's versions count from elsewhere
+        return super().__getstate__() | {name: getattr(self, name) for name in _KEPT}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "_changes" in state:  # a copy; torch's load_state_dict comes here with groups and state alone
+            self._memory = _Memory()
+            self._versions = {p: p._version for p in self._changes}
 
     def state_dict(self):
         """torch.optim.Optimizer's, with the masks in it: {index of the parameter: words}."""

@@ -1,8 +1,10 @@
 """lowrank.optim.AdamW: against torch's, against fp64, in each native form and in PyTorch."""
 
 import copy
+import io
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -649,6 +651,96 @@ def test_a_refused_group_is_not_there():
         optimizer.add_param_group({"params": torch.nn.Parameter(p.detach()[:10])})
     optimizer.add_param_group({"params": [q]})
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1]
+
+
+# copies
+
+
+def through_torch_save(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda o: pickle.loads(pickle.dumps(o)),
+    "torch.save": through_torch_save,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"master_weights": True}, {"stochastic_rounding": True, "seed": 5}], ids=str)
+def test_a_copy_goes_on_as_the_original(how, steps, options):
+    """The same bits of weights, moments, masters and maps; neither sees what the other does."""
+    params, generator = with_grads([100, 3000, 64], BF16)
+    masks = {params[1]: bits.pack(torch.rand(3000, generator=generator) < 0.1), "c": bits.pack(torch.arange(64) < 50)}
+    groups = [{"params": [("a", params[0]), ("b", params[1])], "lr": 0.1}, {"params": [("c", params[2])]}]
+    original = AdamW(groups, masks=masks, track_changes=True, nonfinite="skip", offsets={"a": 16}, **options)
+    for _ in range(steps):
+        new_grads(params, BF16, generator)
+        original.step()
+    params[0].grad[3] = math.inf
+    original.step()
+    original.zero_changes()
+    with torch.no_grad():
+        params[2].mul_(2)  # a write of others, not yet looked at
+    copied = COPIES[how](original)
+    again = [p for group in copied.param_groups for p in group["params"]]
+    assert copied.skipped_steps == 1
+    assert all(same_bits(p, q) and p is not q for p, q in zip(params, again, strict=True))
+
+    def compare():
+        for p, q in zip(params, again, strict=True):
+            assert same_bits(p, q)
+            assert torch.equal(original.changes()[p], copied.changes()[q])
+            assert original.state.get(p, {}).keys() == copied.state.get(q, {}).keys()
+            for name, value in original.state.get(p, {}).items():
+                assert torch.equal(value, copied.state[q][name])
+
+    compare()
+    before = copy.deepcopy(original.state_dict())
+    kept = [p.detach().clone() for p in params]
+    for _ in range(2):
+        for q in again:
+            q.grad = torch.randn(q.shape, generator=generator).to(BF16)
+        copied.step()
+    assert all(same_bits(p, old) for p, old in zip(params, kept, strict=True))
+    after = original.state_dict()
+    assert after["state"].keys() == before["state"].keys()
+    assert all(torch.equal(t, after["state"][i][k]) for i, state in before["state"].items() for k, t in state.items())
+    copied = COPIES[how](original)
+    again = [p for group in copied.param_groups for p in group["params"]]
+    for _ in range(2):
+        new_grads(params, BF16, generator)
+        for p, q in zip(params, again, strict=True):
+            q.grad = p.grad.clone()
+        original.step()
+        copied.step()
+        compare()
+    assert bits.unpack(copied.changes()[again[2]], again[2].shape).all()
+    assert not bits.unpack(copied.changes()[again[1]], again[1].shape).all()
+    copied.add_param_group({"params": [("d", parameter(torch.ones(3)))]})
+    with pytest.raises(ValueError, match="overlap"):
+        copied.add_param_group({"params": [("e", torch.nn.Parameter(again[0].detach()[:3]))]})
+
+
+@pytest.mark.filterwarnings("ignore:Seems like")
+def test_a_model_and_its_optimizer_are_copied_together():
+    model = torch.nn.Linear(4, 3)
+    optimizer = AdamW(model.named_parameters(), masks={"weight": bits.pack(torch.arange(12) < 3)})
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for copier in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
+        other, copied, schedule = copier((model, optimizer, scheduler))
+        assert schedule.optimizer is copied
+        other(torch.ones(2, 4)).sum().backward()
+        copied.step()
+        schedule.step()
+        changed = other.weight != model.weight
+        assert torch.equal(changed.view(-1), torch.arange(12) < 3)
+        assert copied.param_groups[0]["lr"] == pytest.approx(0.1 * optimizer.param_groups[0]["lr"])
 
 
 # views
