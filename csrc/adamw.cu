@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(THREADS) adamw_kernel(const __grid_constant__ 
   Vector<Bits> fresh = old;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    float x = p.of[i], mi = m.of[i], vi = v.of[i];
+    float x = t.master ? start_of<T>(p.of[i], old.of[i]) : p.of[i], mi = m.of[i], vi = v.of[i];
     adamw_element(x, G::value(g.of[i]), mi, vi, batch.scalars);
     if (mask >> i & 1) {
       p.of[i] = x, m.of[i] = mi, v.of[i] = vi;

@@ -4,12 +4,12 @@
 //   m = m + (1 - beta1) (g - m)          v = beta2 v + (1 - beta2) g g
 //   p = p (1 - lr wd)                    p = p - lr / (1 - beta1^t) · m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
-// Scalars are computed on the host, in double, and rounded once.  p is the fp32 master where there is one, else the stored
-// parameter; it is stored rounded to nearest, or stochastically: Philox4x32-10 (Salmon et al. 2011) keyed by the seed, its
+// Scalars are computed on the host, in double, and rounded once.  p is the fp32 master where there is one that rounds to the
+// stored parameter, else the stored parameter, which somebody has replaced; it is stored rounded to nearest, or stochastically: Philox4x32-10 (Salmon et al. 2011) keyed by the seed, its
 // counter (element / 8, stream, step), gives one call's 128 bits to 8 elements, so that shards and replays agree.
 //
 // A thread owns 8 elements: a byte of each mask, one 16-byte vector of each 16-bit tensor, one Philox call.
-// Floor: bytes.  bf16 p and g, fp32 m and v: 22 an element; 28 with a master; 1/8 for the mask and for the changes each.
+// Floor: bytes.  bf16 p and g, fp32 m and v: 22 an element; 30 with a master; 1/8 for the mask and for the changes each.
 #pragma once
 
 #include "dtype.h"
@@ -88,6 +88,12 @@ LOWRANK_HD uint16_t round_stochastically<Fp16>(float x, uint32_t random) {
   const uint32_t subnormal = uint32_t(whole) + ((scaled - float(whole)) * 65536.0f > float(65535 - random) + 0.5f);
   const uint32_t magnitude = rest < 0x38800000 ? subnormal : normal;
   return rest >= 0x477fe000 ? nearest : uint16_t(sign | magnitude);
+}
+
+// What a step with a master starts from.
+template <class T>
+LOWRANK_HD float start_of(float master, typename T::Bits stored) {
+  return T::round(master) == stored ? master : T::value(stored);
 }
 
 LOWRANK_HD void adamw_element(float& p, float g, float& m, float& v, const AdamWScalars& s) {

@@ -63,7 +63,7 @@ inline void compact_block(const AdamWTask& t, int64_t index, const AdamWScalars&
   if (count == 0) return;
   for (int j = 0; j < count; ++j) b.g[j] = G::value(g[b.active[j]]);
   if (master)
-    for (int j = 0; j < count; ++j) b.p[j] = master[b.active[j]];
+    for (int j = 0; j < count; ++j) b.p[j] = start_of<T>(master[b.active[j]], stored[b.active[j]]);
   else
     for (int j = 0; j < count; ++j) b.p[j] = T::value(stored[b.active[j]]);
   for (int j = 0; j < count; ++j) adamw_element(b.p[j], b.g[j], m[j], v[j], s);
@@ -96,12 +96,14 @@ inline void block(const AdamWTask& t, int64_t index, const AdamWScalars& s, Bloc
     for (int i = 0; i < n; i += 8)
       for (int bit = 0; bit < 8; ++bit) b.active[i + bit] = t.mask[(at + i) / 8] >> bit & 1;
     for (int i = 0; i < n; ++i) {
-      float p = b.p[i], mi = m[i], vi = v[i];
+      float p = t.master ? start_of<T>(b.p[i], stored[i]) : b.p[i], mi = m[i], vi = v[i];
       adamw_element(p, b.g[i], mi, vi, s);
       const bool on = b.active[i];
       b.p[i] = on ? p : b.p[i], m[i] = on ? mi : m[i], v[i] = on ? vi : v[i];
     }
   } else {
+    if (t.master)
+      for (int i = 0; i < n; ++i) b.p[i] = start_of<T>(b.p[i], stored[i]);
     for (int i = 0; i < n; ++i) adamw_element(b.p[i], b.g[i], m[i], v[i], s);
   }
 

@@ -13,6 +13,7 @@ from .ops import adamw
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _POLICIES = ("raise", "skip", "propagate")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _KEPT = (
     "master_weights", "stochastic_rounding", "seed", "compact", "track_changes", "nonfinite", "skipped_steps",
     "_masks", "_prefixes", "_firsts", "_changes",
@@ -21,6 +22,30 @@ _KEPT = (
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient has infinities or NaN; nothing was written."""
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    """The moments' dtype."""
+    return torch.float64 if p.dtype is torch.float64 else torch.float32
+
+
+def _version(p: Tensor) -> tuple:
+    """What differs after a write by others: PyTorch's count, and where the numbers lie, which ``p.data = other`` changes."""
+    return -1 if p.is_inference() else p._version, p.dtype, p.device, p.data_ptr()
+
+
+def _ordinary(make, *args, **options) -> Tensor:
+    """A tensor that can be written in any mode, also if this is inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return make(*args, **options)
+
+
+def _zeros(size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _ordinary(torch.zeros, size, dtype=dtype, device=device)
+
+
+def _no_changes(p: Tensor) -> Tensor:
+    return _zeros(-(-p.numel() // 32), torch.int32, p.device)
 
 
 class _Memory:
@@ -104,7 +129,8 @@ class AdamW(torch.optim.Optimizer):
     Args:
         params, lr, betas, eps, weight_decay: torch.optim.AdamW's; fp32, bf16 or fp16 parameters (fp64 in PyTorch), also as
             (name, parameter) pairs.  Moments are fp32 whatever the parameters' dtype.
-        master_weights: keep an fp32 copy of each 16-bit parameter and step that.
+        master_weights: keep an fp32 copy of each 16-bit parameter and step that; where it does not round to the parameter
+            any more, somebody has replaced the weight, and the step starts from the weight.
         stochastic_rounding: round 16-bit parameters up or down at random, so that small updates are right on average.  Drawn
             from Philox by (seed, step, position of the parameter, element), so that a replay gives the same bits.
         seed: of that, an integer.
@@ -112,8 +138,8 @@ class AdamW(torch.optim.Optimizer):
             are left alone.  Parameters without an entry train whole.
         compact: keep moments of active elements only; by default where a mask has less than half of its bits set.
         track_changes: keep a bit per element of what changed in the stored dtype since :meth:`zero_changes`.  A write by
-            others in place is noticed and sets all bits of its parameter; who writes through ``.data`` calls
-            :meth:`mark_all_changed`.
+            others in place is noticed and sets all bits of its parameter, and so is ``p.data = other``; who writes into
+            ``p.data`` calls :meth:`mark_all_changed`.
         offsets: {parameter or its name: index of its first element in the whole} for shards, in multiples of 8: shards of
             one parameter then draw what the whole would have drawn.
         nonfinite: on a gradient with infinities or NaN in active elements: "raise" :class:`NonFiniteGradientError`, "skip"
@@ -145,7 +171,7 @@ class AdamW(torch.optim.Optimizer):
         self._prefixes: dict[Tensor, Tensor] = {}
         self._firsts: dict[Tensor, int] = {}
         self._changes: dict[Tensor, Tensor] = {}
-        self._versions: dict[Tensor, int] = {}
+        self._versions: dict[Tensor, tuple] = {}
         self._memory: _Memory | None = None  # looked at once for all groups, below
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self._memory = _Memory()
@@ -174,8 +200,7 @@ class AdamW(torch.optim.Optimizer):
             raise
         if self.track_changes:
             for p in self.param_groups[-1]["params"]:
-                self._changes[p] = torch.zeros(-(-p.numel() // 32), dtype=torch.int32, device=p.device)
-                self._versions[p] = p._version
+                self._changes[p], self._versions[p] = _no_changes(p), _version(p)
 
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -258,8 +283,8 @@ class AdamW(torch.optim.Optimizer):
         for p in self._changes:  # before anything is written: views of one tensor share its version
             self._see_foreign_writes(p)
         calls: dict[tuple, list] = {}
-        for group, p in work:
-            state = self._state(p)
+        states = [self._state(p) for _, p in work]
+        for (group, p), state in zip(work, states, strict=True):
             state["step"] += 1
             g = p.grad if p.grad.dtype is p.dtype else p.grad.float()
             key = (p.device, p.dtype, g.dtype, id(group), float(state["step"]))
@@ -267,7 +292,7 @@ class AdamW(torch.optim.Optimizer):
         for (_, dtype, _, _, step), (group, *pairs) in calls.items():
             self._call(group, pairs, int(step), streams, self.stochastic_rounding and dtype.itemsize == 2)
         for p in self._changes:
-            self._versions[p] = p._version
+            self._versions[p] = _version(p)
         return loss
 
     def _call(self, group, pairs, step, streams, stochastic) -> None:
@@ -308,15 +333,30 @@ class AdamW(torch.optim.Optimizer):
             p.copy_(copy)
 
     def _state(self, p: Tensor) -> dict:
-        state = self.state[p]
+        """p's, in the dtypes and on the device that it has by now."""
+        state, wide = self.state[p], _wide(p)
+        if p in self._masks and self._masks[p].device != p.device:
+            for kept in (self._masks, self._prefixes):
+                if p in kept:
+                    kept[p] = kept[p].to(p.device)
         if not state:
-            wide = torch.float64 if p.dtype is torch.float64 else torch.float32
             size = p.shape if p not in self._prefixes else (int(self._prefixes[p][-1]),)
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros(size, dtype=wide, device=p.device)
-            state["exp_avg_sq"] = torch.zeros(size, dtype=wide, device=p.device)
-            if self.master_weights and p.dtype.itemsize == 2:
-                state["master"] = p.detach().float().contiguous()
+            state["step"] = _zeros((), torch.float32, torch.device("cpu"))
+            state.update({name: _zeros(size, wide, p.device) for name in _MOMENTS})
+        for name in _MOMENTS:
+            if state[name].dtype is not wide or state[name].device != p.device:
+                state[name] = state[name].to(p.device, wide)
+            if p not in self._prefixes and state[name].numel() != p.numel():
+                raise ValueError(
+                    f"AdamW: {self._name(p)} has {p.numel()} elements by now, its {name} {state[name].numel()}"
+                )
+        master = state.get("master")
+        if not (self.master_weights and p.dtype.itemsize == 2):
+            state.pop("master", None)
+        elif master is None:
+            state["master"] = _ordinary(lambda: p.detach().float().contiguous())
+        elif master.device != p.device:
+            state["master"] = master.to(p.device)
         return state
 
     # gradients
@@ -374,28 +414,35 @@ class AdamW(torch.optim.Optimizer):
     def zero_changes(self) -> None:
         """From here on."""
         self._need_tracking()
-        for p, words in self._changes.items():
-            words.zero_()
-            self._versions[p] = p._version
+        for p in self._changes:
+            self._see_foreign_writes(p)
+            self._changes[p].zero_()
 
     def mark_all_changed(self, p: Tensor | None = None) -> None:
-        """Of one parameter, or of all: for writes that PyTorch does not count (``p.data``, other processes)."""
+        """Of one parameter, or of all: for writes that PyTorch does not count (into ``p.data``, by other processes)."""
         self._need_tracking()
         if p is not None and p not in self._changes:
             raise ValueError(f"AdamW: expected one of the parameters, got a tensor {list(p.shape)}")
         for q in self._changes if p is None else [p]:
+            if self._changes[q].shape != (-(-q.numel() // 32),) or self._changes[q].device != q.device:
+                self._changes[q] = _no_changes(q)
             words = self._changes[q]
             words.fill_(-1)
             if tail := q.numel() % 32:
                 words[-1] = (1 << tail) - 1 if tail < 31 else 0x7FFFFFFF
-            self._versions[q] = q._version
+            self._versions[q] = _version(q)
 
     def _need_tracking(self) -> None:
         if not self.track_changes:
             raise RuntimeError("AdamW: made without track_changes=True")
 
     def _see_foreign_writes(self, p: Tensor) -> None:
-        if p._version != self._versions[p]:
+        now, seen = _version(p), self._versions[p]
+        if now == seen:
+            return
+        if now[:2] == seen[:2] and p.device != seen[2]:  # moved, as it was
+            self._changes[p], self._versions[p] = self._changes[p].to(p.device), now
+        else:
             self.mark_all_changed(p)
 
     # copies and files
@@ -409,7 +456,7 @@ class AdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_changes" in state:  # a copy; torch's load_state_dict comes here with groups and state alone
             self._memory = _Memory()
-            self._versions = {p: p._version for p in self._changes}
+            self._versions = {p: _version(p) for p in self._changes}
 
     def state_dict(self):
         """torch.optim.Optimizer's, with the masks in it: {index of the parameter: words}."""

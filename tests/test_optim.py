@@ -443,8 +443,160 @@ def test_foreign_writes_are_seen():
     p.grad = torch.zeros(40)
     optimizer.step()  # before the step, not only between it and changes()
     assert torch.equal(optimizer.changes()[p], all_of_40)
+    optimizer.zero_changes()
+    q.data = q.data.clone()
+    assert torch.equal(optimizer.changes()[q], all_of_40)
+    assert not optimizer.changes()[p].any()
+    optimizer.zero_changes()
+    assert not optimizer.changes()[q].any()
+    q.data = q.data.to(BF16)
+    assert torch.equal(optimizer.changes()[q], all_of_40)
+    q.data = torch.ones(3)
+    assert bits.unpack(optimizer.changes()[q], (3,)).all()
     with pytest.raises(RuntimeError, match="track_changes"):
         AdamW([p]).changes()
+
+
+# replaced weights
+
+
+def replace_in_place(module, new):
+    with torch.no_grad():
+        module.weight.copy_(new)
+
+
+def replace_in_data(module, new):
+    module.weight.data.copy_(new)
+
+
+def replace_data(module, new):
+    module.weight.data = new.clone()
+
+
+def replace_by_loading(module, new):
+    module.load_state_dict({"weight": new})
+
+
+def replace_through_a_view(module, new):
+    module.weight.detach().view(-1)[:] = new.view(-1)
+
+
+def replace_by_swapping_and_back(module, new):
+    kept, module.weight.data = module.weight.data, new.clone()
+    module.weight.data = kept.copy_(new)
+
+
+REPLACE = [
+    replace_in_place, replace_in_data, replace_data, replace_by_loading, replace_through_a_view,
+    replace_by_swapping_and_back,
+]  # fmt: skip
+
+
+def replaced_run(replace, dtype, density, compact, form_of=lambda new: new):
+    """What three steps, a replacement and a step leave, and what they should: from masters where the weight is still theirs."""
+    module = torch.nn.Linear(40, 50, bias=False, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    active = torch.rand(module.weight.shape, generator=generator) < density
+    masks = {} if density == 1 else {"weight": bits.pack(active)}
+    optimizer = AdamW(
+        module.named_parameters(), lr=1e-3, master_weights=True, masks=masks, compact=compact, nonfinite="propagate"
+    )
+    for _ in range(3):
+        new_grads([module.weight], dtype, generator)
+        optimizer.step()
+    old, state = module.weight.detach().clone(), optimizer.state[module.weight]
+    new = torch.randn(old.shape, generator=generator).to(dtype)
+    new[::3] = old[::3]
+    new[1, :4] = torch.tensor([math.inf, -0.0, math.nan, 1e-7])
+    master = torch.where(raw(new) == raw(old), state["master"], new.float())
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["master"] = master
+    expected = torch.nn.Linear(40, 50, bias=False, dtype=dtype)
+    replace_in_place(expected, new)
+    other = AdamW(expected.named_parameters(), lr=1e-3, master_weights=True, compact=compact, nonfinite="propagate")
+    other.load_state_dict(saved)
+    kept = state["master"].clone()
+    replace(module, new)
+    new_grads([module.weight], dtype, generator)
+    expected.weight.grad = module.weight.grad.clone()
+    optimizer.step()
+    other.step()
+    inactive = ~active
+    assert same_bits(state["master"][inactive], kept[inactive])
+    return module.weight, state, expected.weight, other.state[expected.weight], active
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("density", "compact"), [(1, None), (0.3, True), (0.3, False)])
+def test_masters_follow_weights_that_were_replaced(form, dtype, density, compact):
+    """Element by element: where the weight is another, the step starts from it; where it has its bits, from the master."""
+    p, state, q, expected, active = replaced_run(replace_in_data, dtype, density, compact)
+    assert torch.equal(p.isnan(), q.isnan())
+    assert same_bits(p.nan_to_num(), q.nan_to_num())
+    for name in ("master", "exp_avg", "exp_avg_sq"):
+        a, b = (s[name] if name != "master" else s[name][active].nan_to_num() for s in (state, expected))
+        assert same_bits(a, b)
+    assert not same_bits(state["master"].to(dtype).float()[active], state["master"][active])
+
+
+@pytest.mark.parametrize("replace", REPLACE)
+def test_weights_are_replaced_in_many_ways(replace):
+    p, state, q, expected, _ = replaced_run(replace, BF16, 1, None)
+    assert same_bits(p.nan_to_num(), q.nan_to_num())
+    assert same_bits(state["master"].nan_to_num(), expected["master"].nan_to_num())
+
+
+def test_what_is_written_back_keeps_the_masters(form):
+    """Weights that were away and are back, bit for bit (a merge undone, averages evaluated), lose no small steps."""
+    moved = {}
+    for away in (False, True):
+        p = parameter(torch.ones(100, dtype=BF16))
+        optimizer = AdamW([p], lr=2**-8 / 20, weight_decay=0, master_weights=True)
+        for _ in range(15):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            if away:
+                kept = p.detach().clone()
+                p.data.fill_(3)
+                with torch.no_grad():
+                    p.copy_(kept)
+        moved[away] = optimizer.state[p]["master"].clone()
+    assert same_bits(moved[False], moved[True])
+    assert float(moved[True][0]) == pytest.approx(1 - 15 / 20 * 2**-8, abs=1e-5)
+
+
+def test_state_follows_a_parameters_dtype():
+    """Masters come with 16 bits and go with 32; moments are never less than fp32."""
+    p = parameter(torch.ones(40))
+    optimizer = AdamW([p], lr=0.01, master_weights=True)
+    for dtype, moments in ((FP32, FP32), (BF16, FP32), (torch.float64, torch.float64), (FP16, FP32)):
+        p.data, p.grad = p.data.to(dtype), None
+        p.grad = torch.ones(40, dtype=dtype)
+        optimizer.step()
+        state = optimizer.state[p]
+        assert state["exp_avg"].dtype is moments
+        assert ("master" in state) == (dtype in (BF16, FP16))
+    assert float(p[0]) == pytest.approx(0.96, abs=0.01)
+    p.data, p.grad = torch.ones(3, dtype=FP16), None
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="parameter 0 of group 0 has 3 elements by now, its exp_avg 40"):
+        optimizer.step()
+
+
+def test_a_first_step_in_inference_mode(form):
+    """What is kept there can be written afterwards."""
+    both = []
+    for inference in (False, True):
+        p, generator = with_grads([100], BF16)
+        with torch.inference_mode(inference):
+            optimizer = AdamW(p, master_weights=True, track_changes=True)
+            optimizer.step()
+        for _ in range(2):
+            new_grads(p, BF16, generator)
+            optimizer.step()
+        copied = copy.deepcopy(optimizer)
+        both.append([*p, *optimizer.changes().values(), *copied.changes().values(), optimizer.state[p[0]]["master"]])
+    assert all(same_bits(a, b) for a, b in zip(*both, strict=True))
 
 
 # torch.optim.Optimizer

@@ -68,7 +68,9 @@ def _in_torch(
         master, mask, offset, changed = entry
         active = None if mask is None else bits.unpack(mask, p.shape)
         wide = torch.float64 if p.dtype is torch.float64 else torch.float32
-        x = (p if master is None else master).to(wide, copy=True)
+        x = p.to(wide, copy=True)
+        if master is not None:  # where it is not the stored number's any more, somebody has replaced that
+            x = torch.where(_raw(master.to(p.dtype)) == _raw(p), master, x)
         mi, vi = m, v
         if offset is not None:
             mi, vi = (torch.zeros(p.shape, dtype=wide, device=p.device).masked_scatter_(active, s) for s in (m, v))
