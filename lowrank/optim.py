@@ -1,6 +1,7 @@
 """AdamW as one stream over the weights: masks, stochastic rounding, compact state, and a map of what changed."""
 
 import math
+import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from operator import itemgetter
@@ -177,7 +178,7 @@ class AdamW(torch.optim.Optimizer):
         self._memory = _Memory()
         self._refuse_overlaps()
         for p, words in self._by_parameter(masks, "masks"):
-            self._set_mask(p, words)
+            self._set_mask(p, words, self._masks, self._prefixes)
         for p, first in self._by_parameter(offsets, "offsets"):
             if not isinstance(first, int) or first < 0 or first % 8:
                 raise ValueError(f"AdamW: expected offsets in multiples of 8, got {first!r} for {self._name(p)}")
@@ -236,7 +237,7 @@ class AdamW(torch.optim.Optimizer):
             names = " and ".join(map(self._name, found))
             raise ValueError(f"AdamW: {names} overlap{'s itself' if len(found) == 1 else ''} in memory")
 
-    def _set_mask(self, p: Tensor, words) -> None:
+    def _set_mask(self, p: Tensor, words, masks: dict[Tensor, Tensor], prefixes: dict[Tensor, Tensor]) -> None:
         expected = -(-p.numel() // 32)
         if not isinstance(words, Tensor) or words.dtype is not torch.int32:
             got = getattr(words, "dtype", type(words).__name__)
@@ -249,10 +250,10 @@ class AdamW(torch.optim.Optimizer):
         words = words.contiguous().clone()
         if tail := p.numel() % 32:
             words[-1] &= (1 << tail) - 1 if tail < 31 else 0x7FFFFFFF
-        self._masks[p] = words
+        masks[p] = words
         offsets = adamw.block_offsets(words, p.numel())
         if self.compact or (self.compact is None and 2 * int(offsets[-1]) < p.numel()):
-            self._prefixes[p] = offsets
+            prefixes[p] = offsets
 
     @property
     def masks(self) -> dict[Tensor, Tensor]:
@@ -466,41 +467,70 @@ class AdamW(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict) -> None:
-        """What :meth:`state_dict` gave, or torch.optim.AdamW's; moments stay fp32, and all is marked as changed."""
+        """What :meth:`state_dict` gave, or torch.optim.AdamW's; moments stay fp32, and all is marked as changed.
+
+        Masters are this optimizer's choice: with ``master_weights``, those that the state lacks are made from the weights;
+        without, those that it has are left out, with a warning.
+
+        Raises: ValueError if moments, masters or masks do not fit, before anything is written.
+        """
         params = list(self._parameters())
-        given = {
-            params[i]: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-            for i, state in self._in_order(state_dict).items()
-        }
-        masks = {params[i]: words.to(params[i].device) for i, words in state_dict.get("masks", {}).items()}
-        before = dict(self._masks), dict(self._prefixes)
-        if "masks" in state_dict:
-            self._masks.clear(), self._prefixes.clear()
-            for p, words in masks.items():
-                self._set_mask(p, words)
+        found: dict[Tensor, dict] = {}
+        masks, prefixes = self._masks, self._prefixes
+
+        def take(_, given):  # after all other hooks; torch's load_state_dict would cast to 16 bits, and is quadratic
+            nonlocal masks, prefixes
+            sizes = [[len(g["params"]) for g in groups] for groups in (self.param_groups, given["param_groups"])]
+            if sizes[0] != sizes[1]:
+                return given  # which it refuses
+            if "masks" in given:
+                masks, prefixes = {}, {}
+                for i, words in given["masks"].items():
+                    self._set_mask(params[i], words.to(params[i].device), masks, prefixes)
+            for i, state in self._in_order(given).items():
+                if state:
+                    found[params[i]] = self._fitted(params[i], state, prefixes.get(params[i]))
+            return {key: value for key, value in given.items() if key != "masks"} | {"state": {}}
+
+        def put(_):
+            self._masks, self._prefixes = masks, prefixes
+            if not self.master_weights and any("master" in state for state in found.values()):
+                warnings.warn("AdamW: made without master_weights: the state's masters are left out", stacklevel=3)
+            self.state.update(found)
+            for p in found:
+                self._state(p)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        )
         try:
-            for p, state in given.items():
-                expected = p.numel() if p not in self._prefixes else int(self._prefixes[p][-1])
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if name not in state or state[name].numel() != expected:
-                        got = state[name].numel() if name in state else "none"
-                        raise ValueError(
-                            f"AdamW: expected {name} with {expected} elements for {self._name(p)}, got {got}: another mask?"
-                        )
-            super().load_state_dict({k: v for k, v in state_dict.items() if k != "masks"})
-        except Exception:
-            self._masks, self._prefixes = before
-            raise
-        for p, state in given.items():  # the base class has cast it to the parameter's dtype
-            wide = torch.float64 if p.dtype is torch.float64 else torch.float32
-            self.state[p] = {
-                name: value if name == "step" or not isinstance(value, Tensor) else value.to(p.device, wide)
-                for name, value in state.items()
-            }
-            step = state.get("step", 0.0)
-            self.state[p]["step"] = torch.as_tensor(float(step))
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
         if self.track_changes:
             self.mark_all_changed()
+
+    def _fitted(self, p: Tensor, state: dict, prefix: Tensor | None) -> dict:
+        """A copy of p's state, contiguous and in its dtypes."""
+        active = p.numel() if prefix is None else int(prefix[-1])
+        for name in (*_MOMENTS, *(["master"] if "master" in state else [])):
+            expected, got = p.numel() if name == "master" else active, state.get(name)
+            if not isinstance(got, Tensor) or got.numel() != expected:
+                got = got.numel() if isinstance(got, Tensor) else "none"
+                raise ValueError(
+                    f"AdamW: expected {name} with {expected} elements for {self._name(p)}, got {got}: another mask?"
+                )
+        with torch.inference_mode(False), torch.no_grad():
+            fitted = {
+                name: value.to(p.device, _wide(p), copy=True, memory_format=torch.contiguous_format)
+                if isinstance(value, Tensor)
+                else value
+                for name, value in state.items()
+            }
+            fitted["step"] = torch.tensor(float(state.get("step", 0.0)), dtype=torch.float32, device="cpu")
+        return fitted
 
     @staticmethod
     def _in_order(state_dict) -> dict[int, dict]:

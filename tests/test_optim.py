@@ -776,6 +776,29 @@ def test_work_grows_with_the_number_of_parameters(monkeypatch):
     assert run(400) <= 4.1 * once
 
 
+def test_loading_is_linear(monkeypatch):
+    """torch's own looks for each tensor's parameter among all of its group."""
+    looks = 0
+
+    class Index(int):
+        __hash__ = int.__hash__
+
+        def __eq__(self, other):
+            nonlocal looks
+            looks += 1
+            return int(self) == int(other)
+
+    for count in (50, 200):
+        params, _ = with_grads([4] * count, FP32)
+        optimizer = AdamW(params)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        saved["state"] = {Index(i): state for i, state in saved["state"].items()}
+        looks = 0
+        optimizer.load_state_dict(saved)
+        assert looks <= 10 * count
+
+
 def test_twenty_thousand_parameters():
     params = [torch.nn.Parameter(t) for t in torch.zeros(20_000, 3).unbind()]
     optimizer = AdamW(params, track_changes=True)
@@ -803,6 +826,120 @@ def test_a_refused_group_is_not_there():
         optimizer.add_param_group({"params": torch.nn.Parameter(p.detach()[:10])})
     optimizer.add_param_group({"params": [q]})
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1]
+
+
+# states of other optimizers
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("by", [torch.optim.AdamW, AdamW])
+def test_masters_are_made_where_a_state_has_none(by, dtype):
+    """From the weights at hand, whether these come before the state or after; then small steps count."""
+    p = parameter(torch.ones(40, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    before = by([p], lr=1e-4, weight_decay=0)
+    before.step()
+    for late in (False, True):
+        q = parameter(torch.zeros_like(p) if late else p)
+        optimizer = AdamW([q], lr=1e-4, weight_decay=0, master_weights=True)
+        optimizer.load_state_dict(before.state_dict())
+        assert same_bits(optimizer.state[q]["master"], q.float())
+        with torch.no_grad():
+            q.copy_(p)
+        fresh = parameter(p)
+        wide = AdamW([fresh], lr=1e-4, weight_decay=0, master_weights=True)
+        for _ in range(50):
+            for t in (q, fresh):
+                t.grad = torch.ones_like(t)
+            optimizer.step()
+            wide.step()
+        assert float(optimizer.state[q]["step"]) == 51
+        assert same_bits(q, optimizer.state[q]["master"].to(dtype))
+        torch.testing.assert_close(q, fresh, rtol=torch.finfo(dtype).eps, atol=0)
+        assert float(q[0]) == pytest.approx(0.995, abs=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("options", [{}, {"stochastic_rounding": True}], ids=str)
+def test_masters_are_left_out_where_none_are_wanted(options):
+    """What steps on is what would without: the weights."""
+    p = parameter(torch.ones(40, dtype=BF16))
+    p.grad = torch.ones_like(p)
+    before = AdamW([p], master_weights=True)
+    before.step()
+    saved = before.state_dict()
+    both = []
+    for masters in (True, False):
+        q = parameter(p)
+        optimizer = AdamW([q], **options)
+        if masters:
+            with pytest.warns(UserWarning, match="made without master_weights: the state's masters are left out"):
+                optimizer.load_state_dict(saved)
+        else:
+            bare = {k: v for k, v in saved["state"][0].items() if k != "master"}
+            optimizer.load_state_dict({**saved, "state": {0: bare}})
+        assert "master" not in optimizer.state[q]
+        assert "master" not in optimizer.state_dict()["state"][0]
+        for _ in range(3):
+            q.grad = torch.ones_like(q)
+            optimizer.step()
+        both.append(q)
+    assert same_bits(*both)
+    wide = parameter(p.float())
+    optimizer = AdamW([wide], master_weights=True)
+    optimizer.load_state_dict(saved)  # fp32 parameters are their own masters
+    assert "master" not in optimizer.state[wide]
+    assert "master" in saved["state"][0]
+
+
+def test_a_state_is_copied_checked_and_contiguous(form):
+    """torch's moments lie as their parameter does; a state that does not fit changes nothing; an empty one is none."""
+    p = torch.nn.Parameter(torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
+    q = torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format))
+    theirs, ours = torch.optim.AdamW([p], foreach=False), AdamW([q])
+    for _ in range(3):
+        grad = torch.randn(4, 3, 2, 2)
+        p.grad, q.grad = grad.clone(), grad.clone()
+        theirs.step()
+        ours.step()
+        ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-6)
+    saved = ours.state_dict()
+    again = AdamW([q])
+    again.load_state_dict(saved)
+    assert again.state[q]["exp_avg"].data_ptr() != saved["state"][0]["exp_avg"].data_ptr()
+    for wrong in ({"exp_avg": torch.ones(3)}, {"master": torch.ones(3)}, {"exp_avg_sq": 1.0}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"expected {name} with 48 elements"):
+            again.load_state_dict({**saved, "state": {0: saved["state"][0] | wrong}})
+        assert again.state[q].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert same_bits(again.state[q]["exp_avg"], ours.state[q]["exp_avg"])
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        again.load_state_dict({"state": {}, "param_groups": []})
+    empty = AdamW([q])
+    assert not empty.state[q]  # torch's defaultdict: asked for, it is there
+    empty.load_state_dict(empty.state_dict())
+    empty.step()
+    assert float(empty.state[q]["step"]) == 1
+
+
+def test_hooks_on_loading():
+    """One before sees the state and may give another; one after finds the optimizer loaded."""
+    p = parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer = AdamW([p])
+    optimizer.step()
+    saved, seen = optimizer.state_dict(), []
+
+    def twice(_, given):
+        state = {i: {**state, "exp_avg": 2 * state["exp_avg"]} for i, state in given["state"].items()}
+        return {**given, "state": state}
+
+    optimizer.register_load_state_dict_pre_hook(twice)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(float(o.state[p]["exp_avg"][0])))
+    for _ in range(2):
+        optimizer.load_state_dict(saved)
+    assert seen == [float(2 * saved["state"][0]["exp_avg"][0])] * 2
+    assert float(optimizer.state[p]["exp_avg"][0]) == seen[0]
 
 
 # copies
