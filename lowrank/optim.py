@@ -4,7 +4,7 @@ import math
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from operator import itemgetter
+from operator import is_, itemgetter
 
 import torch
 from torch import Tensor
@@ -173,6 +173,7 @@ class AdamW(torch.optim.Optimizer):
         self._firsts: dict[Tensor, int] = {}
         self._changes: dict[Tensor, Tensor] = {}
         self._versions: dict[Tensor, tuple] = {}
+        self._known: list[Tensor] = []  # the parameters, as last seen in the groups
         self._memory: _Memory | None = None  # looked at once for all groups, below
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self._memory = _Memory()
@@ -187,21 +188,68 @@ class AdamW(torch.optim.Optimizer):
     # what is stepped
 
     def add_param_group(self, param_group):
+        if self._memory is not None:
+            self._follow()
         super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
         try:
-            for p in self.param_groups[-1]["params"]:
-                if type(p).__name__ == "DTensor":
-                    raise TypeError(f"AdamW: {self._name(p)} is a DTensor, which is not supported")
-                if p.dtype not in _DTYPES:
-                    raise TypeError(f"AdamW: expected fp32, bf16, fp16 or fp64, got {p.dtype} for {self._name(p)}")
+            for p in params:
+                self._refuse_unsupported(p)
             if self._memory is not None:
                 self._refuse_overlaps()
         except Exception:
             del self.param_groups[-1]
             raise
+        self._known += params
         if self.track_changes:
-            for p in self.param_groups[-1]["params"]:
+            for p in params:
                 self._changes[p], self._versions[p] = _no_changes(p), _version(p)
+
+    def _refuse_unsupported(self, p: Tensor) -> None:
+        if type(p).__name__ == "DTensor":
+            raise TypeError(f"AdamW: {self._name(p)} is a DTensor, which is not supported")
+        if p.dtype not in _DTYPES:
+            raise TypeError(f"AdamW: expected fp32, bf16, fp16 or fp64, got {p.dtype} for {self._name(p)}")
+
+    def _follow(self) -> None:
+        """Look at the groups again, which others (accelerate, for one) write to, and at where the parameters are."""
+        params = list(self._parameters())
+        if len(params) != len(self._known) or not all(map(is_, params, self._known)):
+            self._take_over(params)
+        for kept in (self._masks, self._prefixes):
+            for p, words in kept.items():
+                if words.device != p.device:
+                    kept[p] = words.to(p.device)
+
+    @torch.no_grad()
+    def _take_over(self, params: list[Tensor]) -> None:
+        """``params`` are those in the groups now: in the place of another one, they take what is kept of that."""
+        before, now = set(self._known), set(params)
+        places = zip(self._known, params, strict=True) if len(params) == len(self._known) else ()
+        heirs = {p: q for p, q in places if p not in now and q not in before}
+        for q in now - before:
+            self._refuse_unsupported(q)
+        for p, q in heirs.items():
+            if p.shape != q.shape and (p in self._masks or p in self._firsts or self.state.get(p)):
+                raise ValueError(f"AdamW: {self._name(q)} is {list(q.shape)}, in the place of one {list(p.shape)}")
+        if self.track_changes:
+            self._changes |= {q: _no_changes(q) for q in now - before}
+            self._versions |= {q: _version(q) for q in now - before}
+            for p, q in heirs.items():
+                self._see_foreign_writes(p)
+                shared = p.data_ptr() == q.data_ptr() and _version(q)[0] not in (0, _version(p)[0])
+                if p.shape == q.shape and p.dtype is q.dtype and p.untyped_storage().nbytes() and not shared:
+                    differs = bits.pack(adamw._raw(p) != adamw._raw(q.to(p.device)))
+                    self._changes[q].copy_(self._changes[p].to(p.device) | differs)
+                else:
+                    self.mark_all_changed(q)
+        for kept in (self._masks, self._prefixes, self._firsts, self.state):
+            for p in before - now & kept.keys():
+                value = kept.pop(p)
+                if p in heirs:
+                    kept[heirs[p]] = value
+        self._changes = {p: self._changes[p] for p in params if p in self._changes}
+        self._known, self._memory = params, _Memory()
 
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -258,6 +306,7 @@ class AdamW(torch.optim.Optimizer):
     @property
     def masks(self) -> dict[Tensor, Tensor]:
         """{parameter: words} of those that train in part."""
+        self._follow()
         return dict(self._masks)
 
     # the step
@@ -269,6 +318,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow()
         work, streams = [], {p: i for i, p in enumerate(self._parameters())}
         for group in self.param_groups:
             for p in group["params"]:
@@ -336,10 +386,6 @@ class AdamW(torch.optim.Optimizer):
     def _state(self, p: Tensor) -> dict:
         """p's, in the dtypes and on the device that it has by now."""
         state, wide = self.state[p], _wide(p)
-        if p in self._masks and self._masks[p].device != p.device:
-            for kept in (self._masks, self._prefixes):
-                if p in kept:
-                    kept[p] = kept[p].to(p.device)
         if not state:
             size = p.shape if p not in self._prefixes else (int(self._prefixes[p][-1]),)
             state["step"] = _zeros((), torch.float32, torch.device("cpu"))
@@ -381,6 +427,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """The 2-norm of all gradients together, active elements only; 0-d, fp32.  Waits for the device if there are several."""
+        self._follow()
         norms: dict[torch.device, list[Tensor]] = {}
         for p in self._parameters():
             if p.grad is not None:
@@ -408,6 +455,7 @@ class AdamW(torch.optim.Optimizer):
     def changes(self) -> dict[Tensor, Tensor]:
         """{parameter: int32 words}: what changed since :meth:`zero_changes`, bit by bit (:mod:`lowrank.bits`)."""
         self._need_tracking()
+        self._follow()
         for p in self._changes:
             self._see_foreign_writes(p)
         return dict(self._changes)
@@ -415,6 +463,7 @@ class AdamW(torch.optim.Optimizer):
     def zero_changes(self) -> None:
         """From here on."""
         self._need_tracking()
+        self._follow()
         for p in self._changes:
             self._see_foreign_writes(p)
             self._changes[p].zero_()
@@ -422,6 +471,8 @@ class AdamW(torch.optim.Optimizer):
     def mark_all_changed(self, p: Tensor | None = None) -> None:
         """Of one parameter, or of all: for writes that PyTorch does not count (into ``p.data``, by other processes)."""
         self._need_tracking()
+        if p not in self._changes:
+            self._follow()
         if p is not None and p not in self._changes:
             raise ValueError(f"AdamW: expected one of the parameters, got a tensor {list(p.shape)}")
         for q in self._changes if p is None else [p]:
@@ -449,6 +500,7 @@ class AdamW(torch.optim.Optimizer):
     # copies and files
 
     def __getstate__(self):
+        self._follow()
         if self.track_changes:
             self.changes()  # with what others have written: a copy's versions count from elsewhere
         return super().__getstate__() | {name: getattr(self, name) for name in _KEPT}
@@ -456,24 +508,26 @@ class AdamW(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         if "_changes" in state:  # a copy; torch's load_state_dict comes here with groups and state alone
-            self._memory = _Memory()
+            self._known, self._memory = list(self._parameters()), _Memory()
             self._versions = {p: _version(p) for p in self._changes}
 
     def state_dict(self):
         """torch.optim.Optimizer's, with the masks in it: {index of the parameter: words}."""
+        self._follow()
         found = super().state_dict()
         index = {p: i for i, p in enumerate(self._parameters())}
         found["masks"] = {index[p]: words for p, words in self._masks.items()}
         return found
 
     def load_state_dict(self, state_dict) -> None:
-        """What :meth:`state_dict` gave, or torch.optim.AdamW's; moments stay fp32, and all is marked as changed.
+        """What :meth:`state_dict` gave, or torch.optim.AdamW's; moments stay fp32.  The weights have not changed.
 
         Masters are this optimizer's choice: with ``master_weights``, those that the state lacks are made from the weights;
         without, those that it has are left out, with a warning.
 
         Raises: ValueError if moments, masters or masks do not fit, before anything is written.
         """
+        self._follow()
         params = list(self._parameters())
         found: dict[Tensor, dict] = {}
         masks, prefixes = self._masks, self._prefixes
@@ -509,8 +563,6 @@ class AdamW(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-        if self.track_changes:
-            self.mark_all_changed()
 
     def _fitted(self, p: Tensor, state: dict, prefix: Tensor | None) -> dict:
         """A copy of p's state, contiguous and in its dtypes."""

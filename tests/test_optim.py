@@ -457,6 +457,105 @@ def test_foreign_writes_are_seen():
         AdamW([p]).changes()
 
 
+# replaced parameters
+
+
+def switch(optimizer, others):
+    """As accelerate does where a model's parameters become others."""
+    for group in optimizer.param_groups:
+        group["params"] = [others.get(p, p) for p in group["params"]]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("density", [0.1, 0.7, 1])
+def test_who_takes_a_parameters_place_takes_its_mask_and_state(steps, density):
+    """The run goes on bit for bit, and nothing counts as changed that has not."""
+    both = []
+    for switched in (False, True):
+        params, generator = with_grads([3000, 50, 100], BF16)
+        masks = {"a": bits.pack(torch.rand(3000, generator=generator) < density)} if density < 1 else {}
+        options = dict(master_weights=True, track_changes=True, offsets={"b": 8})
+        named = list(zip("abc", params, strict=True))
+        optimizer = AdamW([{"params": named[:1]}, {"params": named[1:], "lr": 0.1}], masks=masks, **options)
+        for _ in range(steps):
+            optimizer.step()
+            new_grads(params, BF16, generator)
+        optimizer.zero_changes()
+        if switched:
+            others = {p: parameter(p) for p in params[:2]}
+            switch(optimizer, others)
+            params = [others.get(p, p) for p in params]
+            assert not any(words.any() for words in optimizer.changes().values())
+            assert list(optimizer.changes()) == params
+            assert list(optimizer.masks) == params[: len(masks)]
+            assert optimizer.state.keys() <= set(params)
+        for _ in range(2):
+            new_grads(params, BF16, generator)
+            optimizer.step()
+        saved = optimizer.state_dict()
+        state = [t for _, state in sorted(saved["state"].items()) for t in state.values() if t.dim()]
+        both.append([*params, *optimizer.changes().values(), *saved["masks"].values(), *state])
+    assert all(same_bits(a, b) for a, b in zip(*both, strict=True))
+
+
+def test_what_a_new_parameter_holds_is_compared():
+    p, q, r = (parameter(torch.ones(40)) for _ in range(3))
+    optimizer = AdamW([p, q, r], track_changes=True)
+    with torch.no_grad():
+        r.mul_(1)  # a write before: all of it
+    others = {t: parameter(t) for t in (p, q, r)}
+    others[p].data[7] = 3
+    with torch.no_grad():
+        others[q].detach_()  # the same
+    switch(optimizer, others)
+    found = [bits.unpack(optimizer.changes()[others[t]], (40,)) for t in (p, q, r)]
+    assert [int(found[0].sum()), bool(found[0][7])] == [1, True]
+    assert [int(t.sum()) for t in found] == [1, 0, 40]
+    optimizer.zero_changes()
+    shared = torch.nn.Parameter(others[p].data)
+    with torch.no_grad():
+        shared.mul_(2)  # which cannot be seen by looking at the old one
+    switch(optimizer, {others[p]: shared})
+    optimizer.mark_all_changed(shared)
+    assert bits.unpack(optimizer.changes()[shared], (40,)).all()
+
+
+def test_groups_that_others_rearrange():
+    """Reordered, removed and added by hand: masks stay with their parameters."""
+    p, q, r = (parameter(torch.ones(40)) for _ in range(3))
+    optimizer = AdamW([{"params": [t]} for t in (p, q)], masks={q: bits.pack(torch.arange(40) < 5)}, track_changes=True)
+    optimizer.param_groups.reverse()
+    assert list(optimizer.masks) == [q]
+    optimizer.param_groups.pop()
+    optimizer.param_groups[0]["params"].append(r)
+    for t in (p, q, r):
+        t.grad = torch.ones(40)
+    optimizer.step()
+    assert [int(bits.unpack(words, (40,)).sum()) for words in optimizer.changes().values()] == [5, 40]
+    assert list(optimizer.changes()) == [q, r]
+    assert [int((t != 1).sum()) for t in (p, q, r)] == [0, 5, 40]
+    switch(optimizer, {q: parameter(torch.ones(3))})
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 is \[3\], in the place of one \[40\]"):
+        optimizer.step()
+
+
+@pytest.mark.gpu
+def test_a_model_that_is_moved_has_not_changed():
+    model = torch.nn.Linear(40, 50, dtype=BF16)
+    options = dict(masks={"weight": bits.pack(torch.arange(2000) < 100)}, track_changes=True, master_weights=True)
+    optimizer = AdamW(model.named_parameters(), **options)
+    for device in ("cpu", "cuda", "cpu", "cuda"):
+        model.to(device)
+        assert not any(words.any() for words in optimizer.changes().values())
+        model.zero_grad()
+        model(torch.ones(2, 40, device=device, dtype=BF16)).sum().backward()
+        assert optimizer.grad_norm() > 0
+        optimizer.step()
+        assert all(words.any() and words.device.type == device for words in optimizer.changes().values())
+        assert not bits.unpack(optimizer.changes()[model.weight], (2000,))[100:].any()
+        optimizer.zero_changes()
+
+
 # replaced weights
 
 
@@ -650,7 +749,7 @@ def test_state_dict_round_trip(tmp_path, dtype, master):
     loaded = [parameter(p) for p in saved["model"]]
     again = AdamW(loaded, master_weights=master, track_changes=True)
     again.load_state_dict(saved["optimizer"])
-    assert all(words.any() for words in again.changes().values())
+    assert not any(words.any() for words in again.changes().values())  # the weights are as they were
     for _ in range(3):
         new_grads(params, dtype, generator)
         for p, q in zip(params, loaded, strict=True):

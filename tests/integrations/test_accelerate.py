@@ -10,9 +10,13 @@ import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
+from accelerate import Accelerator
 from accelerate.commands import launch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from test_peft import llama
+
+from lowrank import bits
+from lowrank.optim import AdamW
 
 DOCS = Path(__file__).parents[2] / "docs" / "accelerate"
 SCRIPT = """
@@ -51,6 +55,39 @@ def test_ddp(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     said = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
     assert said == [f"process {rank} of 2: DistributedDataParallel" for rank in (0, 1)]
+
+
+def test_prepare_changes_nothing(tmp_path):
+    """Maps and masks survive ``prepare`` and a state that is saved and loaded; the wrapped optimizer steps as the bare one."""
+    runs = []
+    for prepared in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)).bfloat16()
+        masks = {"0.weight": bits.pack(torch.arange(128) < 20)}
+        optimizer = AdamW(model.named_parameters(), lr=0.1, masks=masks, track_changes=True, master_weights=True)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+        x = torch.randn(5, 8).bfloat16()
+        inner, accelerator = optimizer, Accelerator(cpu=True)
+        if prepared:
+            model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+            assert not any(words.any() for words in inner.changes().values())
+            assert optimizer.optimizer is inner
+        for step in range(4):
+            if prepared and step == 2:
+                inner.zero_changes()
+                accelerator.save_state(tmp_path)
+                optimizer.load_state_dict(torch.load(tmp_path / "optimizer.bin", weights_only=True))
+                assert not any(words.any() for words in inner.changes().values())
+                accelerator.load_state(tmp_path)  # which writes all weights
+                assert all(words.any() for words in inner.changes().values())
+                inner.zero_changes()
+            optimizer.zero_grad()
+            accelerator.backward(model(x).square().sum())
+            optimizer.step()
+            scheduler.step()
+        assert not bits.unpack(inner.changes()[inner.param_groups[0]["params"][0]], (128,))[20:].any()
+        runs.append([p.detach().float() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("version", [1, 2])
