@@ -14,6 +14,15 @@ from .ops import adamw
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _POLICIES = ("raise", "skip", "propagate")
+_TORCHS = {
+    "amsgrad": "False, there is no such form",
+    "maximize": "False: negate the loss",
+    "foreach": "None or False: all parameters are one call already",
+    "fused": "None or False: it is one pass already",
+    "capturable": "False: scalars are computed on the host",
+    "differentiable": "False: a step has no graph",
+}  # torch.optim.AdamW's, and what they may be here
+_DROPPED = (*_TORCHS, "decoupled_weight_decay")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _KEPT = (
     "master_weights", "stochastic_rounding", "seed", "compact", "track_changes", "nonfinite", "skipped_steps",
@@ -23,6 +32,13 @@ _KEPT = (
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient has infinities or NaN; nothing was written."""
+
+
+def _refuse_options(options: dict) -> None:
+    """ValueError for those of torch.optim.AdamW's that ask for what is not there."""
+    for name, meant in _TORCHS.items():
+        if options.get(name):
+            raise ValueError(f"AdamW: expected {name} to be {meant}, got {options[name]!r}")
 
 
 def _wide(p: Tensor) -> torch.dtype:
@@ -130,6 +146,8 @@ class AdamW(torch.optim.Optimizer):
     Args:
         params, lr, betas, eps, weight_decay: torch.optim.AdamW's; fp32, bf16 or fp16 parameters (fp64 in PyTorch), also as
             (name, parameter) pairs.  Moments are fp32 whatever the parameters' dtype.
+        amsgrad, maximize, foreach, capturable, differentiable, fused: torch.optim.AdamW's, where they ask for nothing: False
+            or None.
         master_weights: keep an fp32 copy of each 16-bit parameter and step that; where it does not round to the parameter
             any more, somebody has replaced the weight, and the step starts from the weight.
         stochastic_rounding: round 16-bit parameters up or down at random, so that small updates are right on average.  Drawn
@@ -151,8 +169,9 @@ class AdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, master_weights=False,
-        stochastic_rounding=False, seed=0, masks=None, compact=None, track_changes=False, offsets=None, nonfinite="raise",
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
+        foreach=None, capturable=False, differentiable=False, fused=None, master_weights=False, stochastic_rounding=False,
+        seed=0, masks=None, compact=None, track_changes=False, offsets=None, nonfinite="raise",
     ):  # fmt: skip
         for name, value, fits in (
             ("lr", lr, lr >= 0),
@@ -164,6 +183,10 @@ class AdamW(torch.optim.Optimizer):
         ):
             if not fits:
                 raise ValueError(f"AdamW: {name} does not fit, got {value!r}")
+        _refuse_options(
+            dict(amsgrad=amsgrad, maximize=maximize, foreach=foreach, capturable=capturable, fused=fused)
+            | dict(differentiable=differentiable)
+        )
         if master_weights and stochastic_rounding:
             raise ValueError("AdamW: expected master_weights or stochastic_rounding, got both")
         self.master_weights, self.stochastic_rounding, self.seed = master_weights, stochastic_rounding, seed
@@ -175,7 +198,7 @@ class AdamW(torch.optim.Optimizer):
         self._versions: dict[Tensor, tuple] = {}
         self._known: list[Tensor] = []  # the parameters, as last seen in the groups
         self._memory: _Memory | None = None  # looked at once for all groups, below
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, betas=tuple(map(float, betas)), eps=eps, weight_decay=weight_decay))
         self._memory = _Memory()
         self._refuse_overlaps()
         for p, words in self._by_parameter(masks, "masks"):
@@ -190,6 +213,10 @@ class AdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group):
         if self._memory is not None:
             self._follow()
+        if isinstance(param_group, dict):
+            _refuse_options(param_group)
+            for name in _DROPPED:
+                param_group.pop(name, None)
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         try:
@@ -358,11 +385,10 @@ class AdamW(torch.optim.Optimizer):
         def all_or_none(values):
             return [none if t is None else t for t in values] if any(t is not None for t in values) else []
 
-        beta1, beta2 = group["betas"]
-        lr = float(group["lr"])
+        beta1, beta2 = map(float, group["betas"])
+        lr, decay, eps = (float(group[name]) for name in ("lr", "weight_decay", "eps"))
         scalars = [
-            1.0, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"], lr / (1 - beta1**step),
-            math.sqrt(1 - beta2**step), group["eps"],
+            1.0, 1 - beta1, beta2, 1 - beta2, 1 - lr * decay, lr / (1 - beta1**step), math.sqrt(1 - beta2**step), eps,
         ]  # fmt: skip
         adamw.step(
             params,
@@ -544,7 +570,16 @@ class AdamW(torch.optim.Optimizer):
             for i, state in self._in_order(given).items():
                 if state:
                     found[params[i]] = self._fitted(params[i], state, prefixes.get(params[i]))
-            return {key: value for key, value in given.items() if key != "masks"} | {"state": {}}
+            groups = []
+            for group in given[
+                "param_groups"
+            ]:  # what chose among torch's implementations of one formula means nothing here
+                _refuse_options({name: group.get(name) for name in ("amsgrad", "maximize")})
+                groups.append({name: value for name, value in group.items() if name not in _DROPPED})
+            return {key: value for key, value in given.items() if key != "masks"} | {
+                "state": {},
+                "param_groups": groups,
+            }
 
         def put(_):
             self._masks, self._prefixes = masks, prefixes

@@ -927,6 +927,139 @@ def test_a_refused_group_is_not_there():
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1]
 
 
+# torch.optim.AdamW's options
+
+
+NOTHING = {
+    "foreach": [None, False], "fused": [None, False], "amsgrad": [False], "maximize": [False], "capturable": [False],
+    "differentiable": [False],
+}  # fmt: skip
+
+
+def test_options_that_ask_for_nothing():
+    """Alone, together, by position, in a group, and in the groups of a torch optimizer; none of them is kept."""
+    p = parameter(torch.ones(4))
+    bare = AdamW([p]).param_groups[0].keys()
+    for name, values in NOTHING.items():
+        for value in values:
+            assert AdamW([p], **{name: value}).param_groups[0].keys() == bare
+            assert AdamW([{"params": [p], name: value}]).param_groups[0].keys() == bare
+    AdamW(
+        [p],
+        1e-3,
+        (0.9, 0.999),
+        1e-8,
+        1e-2,
+        False,
+        **{name: values[0] for name, values in NOTHING.items() if name != "amsgrad"},
+    )
+    for chosen in ({}, {"foreach": True}, {"fused": True}, {"foreach": False, "fused": False}):
+        theirs = torch.optim.AdamW([p], lr=0.5, **chosen)
+        p.grad = torch.ones(4)
+        theirs.step()
+        ours = AdamW([p])
+        ours.load_state_dict(theirs.state_dict())
+        assert ours.param_groups[0].keys() == bare
+        assert ours.param_groups[0]["lr"] == 0.5
+        again = torch.optim.AdamW([p], **chosen)
+        again.load_state_dict(ours.state_dict())
+        for optimizer in (ours, again):
+            optimizer.step()
+    assert AdamW(torch.optim.AdamW([p], lr=0.25).param_groups).param_groups[0]["lr"] == 0.25
+    group = {"params": [parameter(p)], "lr": 0.125, "fused": None}
+    ours.add_param_group(group)
+    group["lr"] = 0.25  # the group itself, as torch keeps it
+    assert ours.param_groups[1]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_options_that_ask_for_something(name):
+    p, q = parameter(torch.ones(4)), parameter(torch.ones(4))
+    error = f"AdamW: expected {name} to be .*False.*, got True"
+    with pytest.raises(ValueError, match=error):
+        AdamW([p], **{name: True})
+    with pytest.raises(ValueError, match=error):
+        AdamW([{"params": [p], name: True}])
+    optimizer = AdamW([p])
+    with pytest.raises(ValueError, match=error):
+        optimizer.add_param_group({"params": [q], name: True})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize"])
+def test_a_state_of_another_formula(name):
+    p = parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    theirs, ours = torch.optim.AdamW([p], **{name: True}), AdamW([p])
+    theirs.step()
+    with pytest.raises(ValueError, match=f"expected {name} to be False.*, got True"):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+    with pytest.raises(TypeError, match="nonsense"):
+        AdamW([p], nonsense=None)
+
+
+def test_scalars_may_be_tensors():
+    p, q = parameter(torch.ones(4)), parameter(torch.ones(4))
+    p.grad, q.grad = torch.ones(4), torch.ones(4)
+    lr, betas = torch.tensor(0.25), (torch.tensor(0.5), torch.tensor(0.75))
+    ours = AdamW([p], lr, betas, weight_decay=torch.tensor(0.5), eps=1e-8)
+    floats = AdamW([q], 0.25, [0.5, 0.75], weight_decay=0.5)
+    for factor in (1, 0.5):
+        lr.mul_(factor)
+        floats.param_groups[0]["lr"] *= factor
+        ours.step(), floats.step()
+        assert same_bits(p, q)
+    assert copy.deepcopy(ours).param_groups[0]["betas"] == (0.5, 0.75)
+
+
+SCHEDULERS = {
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-3, 0.1, step_size_up=3, cycle_momentum=False),
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "sequence": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.ConstantLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("to_none", [False, True])
+def test_schedulers_that_go_on_after_a_save(name, to_none, tmp_path):
+    """Groups come in between, state dicts of both go through a file; torch.optim.AdamW's rates and, in fp32, its steps."""
+    runs = []
+    for cls in (torch.optim.AdamW, AdamW):
+        params, generator = with_grads([30, 40, 50], FP32)
+
+        def make(params=params, cls=cls):
+            optimizer = cls([{"params": params[:1], "lr": 0.01}, {"params": params[1:2]}], lr=0.02)
+            return optimizer, SCHEDULERS[name](optimizer)
+
+        optimizer, scheduler = make()
+        for step in range(8):
+            if step == 4:
+                torch.save((optimizer.state_dict(), scheduler.state_dict()), tmp_path / "state.pt")
+                optimizer, scheduler = make()
+                saved = torch.load(tmp_path / "state.pt", weights_only=name != "lambda")
+                optimizer.load_state_dict(saved[0]), scheduler.load_state_dict(saved[1])
+            if step == 6:
+                optimizer.add_param_group({"params": params[2:], "lr": 0.03})
+            optimizer.zero_grad(set_to_none=to_none)
+            for p in params:
+                p.grad = (0 if p.grad is None else p.grad) + torch.randn(p.shape, generator=generator)
+            optimizer.step()
+            if step < 6:
+                scheduler.step(*[1.0] * (name == "plateau"))
+        runs.append((optimizer, params))
+    (theirs, params), (ours, copies) = runs
+    assert [g["lr"] for g in theirs.param_groups] == [g["lr"] for g in ours.param_groups]
+    assert [g["betas"] for g in theirs.param_groups] == [g["betas"] for g in ours.param_groups]
+    for p, q in zip(params, copies, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 # states of other optimizers
 
 
