@@ -15,8 +15,10 @@ from torch._dynamo.utils import counters
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lowrank
+from lowrank import bits
 from lowrank.integrations.peft import is_patched
 from lowrank.integrations.transformers import PatchCallback
+from lowrank.optim import AdamW
 
 STEPS = 32
 KINDS = ["Trainer", "SFTTrainer"]
@@ -336,3 +338,28 @@ def test_compiled_by_the_trainer(tmp_path, caplog, kind):
     assert first == second == logging.INFO
     assert re.search(r"'fused': [1-9]\d*, 'shared': 0, 'fallback': {}", text)  # TRL's graph breaks trace some twice
     assert "'fused': 0, 'shared': 0, 'fallback': {}" in again
+
+
+def test_a_run_of_our_optimizer_resumes_bit_for_bit(tmp_path):
+    """bf16 weights, masters, masks and maps: six steps, or three, a checkpoint and three more in new objects."""
+
+    def run(resume=None):
+        model = llama().bfloat16()
+        masks = {"model.embed_tokens.weight": bits.pack(torch.arange(64 * 32) % 11 == 0)}
+        optimizer = AdamW(model.named_parameters(), lr=1e-3, masks=masks, master_weights=True, track_changes=True)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, report_to=[], use_cpu=True, seed=3,
+            save_strategy="steps", save_steps=3, disable_tqdm=True, logging_strategy="no", gradient_checkpointing=False,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=blocks(), optimizers=(optimizer, None)).train(resume)
+        return model, optimizer
+
+    (whole, first), (resumed, second) = run(), run(str(tmp_path / "checkpoint-3"))
+    masks = list(second.masks.values())
+    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert all(torch.equal(t, second.state[q][key]) for key, t in first.state[p].items()), name
+    assert len(masks) == 1
+    changed = bits.unpack(first.changes()[whole.model.embed_tokens.weight], (64 * 32,))
+    assert changed.any()
+    assert not changed[torch.arange(64 * 32) % 11 != 0].any()
