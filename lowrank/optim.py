@@ -332,9 +332,9 @@ class AdamW(torch.optim.Optimizer):
 
     @property
     def masks(self) -> dict[Tensor, Tensor]:
-        """{parameter: words} of those that train in part."""
+        """{parameter: words} of those that train in part; copies."""
         self._follow()
-        return dict(self._masks)
+        return {p: words.clone() for p, words in self._masks.items()}
 
     # the step
 
@@ -479,12 +479,12 @@ class AdamW(torch.optim.Optimizer):
     # changes
 
     def changes(self) -> dict[Tensor, Tensor]:
-        """{parameter: int32 words}: what changed since :meth:`zero_changes`, bit by bit (:mod:`lowrank.bits`)."""
+        """{parameter: int32 words}: what changed since :meth:`zero_changes`, bit by bit (:mod:`lowrank.bits`); copies."""
         self._need_tracking()
         self._follow()
         for p in self._changes:
             self._see_foreign_writes(p)
-        return dict(self._changes)
+        return {p: words.clone() for p, words in self._changes.items()}
 
     def zero_changes(self) -> None:
         """From here on."""
@@ -542,7 +542,7 @@ class AdamW(torch.optim.Optimizer):
         self._follow()
         found = super().state_dict()
         index = {p: i for i, p in enumerate(self._parameters())}
-        found["masks"] = {index[p]: words for p, words in self._masks.items()}
+        found["masks"] = {index[p]: words.clone() for p, words in self._masks.items()}
         return found
 
     def load_state_dict(self, state_dict) -> None:

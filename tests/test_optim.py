@@ -424,6 +424,23 @@ def test_changes_are_what_changed(form, dtype):
     assert not all(same_bits(p, old) for p, old in zip(params, start, strict=True))
 
 
+def test_maps_and_masks_are_copies():
+    """What was asked for stays what it was, and cannot reach what the next step goes by."""
+    p = parameter(torch.ones(64))
+    optimizer = AdamW([p], masks={p: bits.pack(torch.arange(64) < 5)}, track_changes=True)
+    p.grad = torch.ones(64)
+    optimizer.step()
+    changes, expected = optimizer.changes(), bits.pack(torch.arange(64) < 5)
+    optimizer.masks[p].fill_(-1)
+    optimizer.state_dict()["masks"][0].fill_(-1)
+    optimizer.zero_changes()
+    assert torch.equal(changes[p], expected)
+    optimizer.step()
+    assert torch.equal(optimizer.changes()[p], expected)
+    changes[p].zero_()
+    assert torch.equal(optimizer.changes()[p], expected)
+
+
 def test_foreign_writes_are_seen():
     p, q = parameter(torch.ones(40)), parameter(torch.ones(40))
     optimizer = AdamW([p, q], track_changes=True)
