@@ -106,8 +106,8 @@ def sweep(name: str, p: Problem, rates, args) -> list[dict]:
                 found, bound = error(ours, truth), 2 * error(theirs, truth) + 1.5 * torch.finfo(ours.dtype).eps
                 if not found <= bound:
                     raise AssertionError(f"{name}: error {found:.3e} > {bound:.3e}")
-        except Exception as error:  # too much shared memory, a compiler's failure, a wrong result: all are answers
-            row["refused"] = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
+        except Exception as refusal:  # too much shared memory, a compiler's failure, a wrong result: all are answers
+            row["refused"] = f"{type(refusal).__name__}: {(str(refusal) or '-').splitlines()[0]}"
         else:
             sound[n] = config, row
     if args.compile_only:
