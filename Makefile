@@ -1,4 +1,5 @@
-# One command sets everything up:   make demo | make test | make lint | make bench [NAMES="shrink lora_linear"] | make hub REPO=you/lowrank
+# One command sets everything up:   make demo | make test | make check | make lint | make bench [NAMES="shrink lora_linear"]
+#                                   make test-cpus [ONLY=avx2] | make test-install | make compile-all | make hub REPO=you/lowrank
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
@@ -6,16 +7,35 @@ BIN    := $(VENV)/bin
 NAMES  ?= all
 REPO   ?= ACCOUNT/lowrank
 
-.PHONY: demo test compile-all lint bench hub clean
+.PHONY: demo test check test-cpus test-install compile-all lint bench hub clean
 demo: $(VENV)/.demo
 	$(BIN)/lowrank compare
 
 # Kernels run in Triton's interpreter, so they need a process of their own: it is decided when triton is imported.
+PYTEST      = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+INTERPRETER = TRITON_INTERPRET=1 LOWRANK_BACKEND=triton $(PYTEST) -m "not slow"
+
+# Both lanes, whatever the first says; red if either is.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-	TRITON_INTERPRET=1 LOWRANK_BACKEND=triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" \
-	    tests/kernels tests/ops tests/nn tests/integrations/test_peft.py tests/integrations/test_siblings.py \
-	    tests/integrations/test_hub.py::test_every_layer_runs_on_the_kernel_as_it_does_patched
+	@status=0; set -x; \
+	$(PYTEST) -rs || status=1; \
+	$(INTERPRETER) tests/kernels tests/ops tests/nn tests/integrations/test_peft.py tests/integrations/test_siblings.py \
+	    tests/integrations/test_hub.py::test_every_layer_runs_on_the_kernel_as_it_does_patched || status=1; \
+	exit $$status
+
+# For the day's work, under 90 s: style, the ops and layers, PEFT under the patch, and one kernel of each kind.
+check: lint
+	@status=0; set -x; \
+	$(PYTEST) -q -m "not slow" tests/ops tests/nn tests/test_imports.py tests/integrations/test_peft.py tests/integrations/test_siblings.py || status=1; \
+	$(INTERPRETER) -q tests/kernels -k as_right_as_eager || status=1; \
+	exit $$status
+
+# The numeric tests as on other CPUs: make test-cpus, or some settings of tests/other_cpus.sh: make test-cpus ONLY="avx2 nehalem"
+test-cpus: $(VENV)/.dev
+	PYTHON=$(BIN)/python ONLY="$(ONLY)" bash tests/other_cpus.sh
+
+test-install:
+	TORCH="$(TORCH)" PYTHON=$(PYTHON) bash tests/install.sh
 
 # The whole matrix of configs, dtypes and architectures, with this Triton and with the one beside torch 2.11: hours.
 compile-all: $(VENV)/.dev $(VENV)-triton-3.6/.done
