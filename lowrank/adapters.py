@@ -51,8 +51,9 @@ def adapt(model: nn.Module, config, adapter_name: str = "default", *, autocast_a
     model = peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
     swap_layers(model)
     if _changes_base(config):
-        tensors = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
-        model.__dict__["_lowrank_initial"] = {key: t.detach().clone() for key, t in tensors.items()}
+        tensors = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        factors = {key: t.detach().clone() for key, t in tensors.items() if _rank_dim(key) is not None}
+        model.__dict__["_lowrank_initial"] = model.peft_config[adapter_name], factors
     return model
 
 
@@ -64,11 +65,13 @@ def save_adapter(model: nn.Module, path, format: str | None = None, *, adapter_n
         path: created, or its adapter files replaced.
         format: None: PEFT's two files, or for SVF the experts' vectors in one.  "lora": a plain LoRA of the model as it was
             before it was adapted, which any LoRA server can run.  That is an SVF expert as the rank-k LoRA it is, A = Vh,
-            B = U diag(σ (z - 1)); and PiSSA and OLoRA starts, which changed the base, as one of twice the rank,
-            A = [A, A_0], B = [B, -B_0].
+            B = U diag(σ (z - 1)); and starts that changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) as one of twice the rank,
+            A = [A, A_0], B = [B, -B_0], without the weights they changed.
         adapter_name: of SVF's experts only: which one; None for all, or for the active one as LoRA.
 
-    Raises: ValueError for another format, a model without adapters, or one whose parameters are shards.
+    Raises: ValueError for another format, a model without adapters, or one whose parameters are shards; for "lora", for what
+    is no LoRA of the original weights: another method than LoRA, a base that is quantised, tied to another layer, shared with
+    another adapter, or changed by more than its factors (LoftQ, KaSA).
     """
     if format not in (None, "lora"):
         raise ValueError(f"format: expected None or 'lora', got {format!r}")
@@ -88,6 +91,7 @@ def save_adapter(model: nn.Module, path, format: str | None = None, *, adapter_n
             model.save_pretrained(scratch)
             if format == "lora":
                 _make_plain(model, Path(scratch), peft)
+            _check_unmerged(model, Path(scratch))
         else:
             _write_lora_linears(model, Path(scratch), peft, plain=format == "lora")
         written = [file for file in Path(scratch).rglob("*") if file.is_file()]
@@ -225,40 +229,142 @@ def _lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def _changes_base(config) -> bool:
-    init = config.init_lora_weights
-    return isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
+    """Whether PEFT's start of this adapter leaves W - s B_0 A_0 in the base, or for LoftQ and KaSA something else."""
+    init = getattr(config, "init_lora_weights", None)
+    init = init.lower() if isinstance(init, str) else ""
+    return init.startswith(("pissa", "corda")) or init in ("olora", "lora_ga") or _loses_base(config)
+
+
+def _loses_base(config) -> bool:
+    return config.init_lora_weights == "loftq" or getattr(config, "kasa_config", None) is not None
 
 
 def _make_plain(model, path: Path, peft) -> None:
-    """Rewrite PEFT's files of a PiSSA or OLoRA start as a LoRA of twice the rank on the model's original weights."""
-    config = model.peft_config[model.active_adapter]
-    if not _changes_base(config):
+    """Rewrite PEFT's files of a start that changed the base as a LoRA of twice the rank on the model's original weights."""
+    configs = model.peft_config
+    if odd := [name for name, config in configs.items() if config.peft_type != peft.PeftType.LORA]:
+        raise ValueError(f"format: 'lora' of {odd[0]!r}, which is {configs[odd[0]].peft_type.value} and no LoRA")
+    owner, initial = model.__dict__.get("_lowrank_initial", (None, None))
+    changing = [name for name, config in configs.items() if _changes_base(config)]
+    if not changing and owner is None:
         return
-    from safetensors.torch import save_file
-
-    initial = model.__dict__.get("_lowrank_initial")
-    if initial is None:
+    if len(configs) > 1 or (owner is not None and all(config is not owner for config in configs.values())):
+        raise ValueError(
+            f"format: 'lora' of {', '.join(configs)}: one start changed the base of every adapter this model has or had,"
+            " and a plain LoRA holds one alone"
+        )
+    ((name, config),) = configs.items()
+    if _loses_base(config):
+        raise ValueError(
+            f"format: 'lora' of init_lora_weights={config.init_lora_weights!r}, whose base is no W - s B A"
+        )
+    if owner is None:
         raise ValueError(
             f"format: 'lora' needs the factors that init_lora_weights={config.init_lora_weights!r} started from, which"
             " lowrank.adapt keeps; this model was made or loaded otherwise"
         )
+    from safetensors.torch import save_file
+
+    base = model.get_base_model()
+    _check_starts(base, name, config)
+    parameters = dict(base.named_parameters(remove_duplicate=False))
     file = next(path.rglob(WEIGHTS))
-    tensors = {key: _beside(key, t, initial[key].to(t)) for key, t in _read(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
+    written, tensors = _read(file), {}
+    resized = any(key.endswith(".base_layer.weight") for key in written) and _is_resized(model, config)
+    for key, t in written.items():
+        if key.endswith(".base_layer.weight"):
+            layer = key.removesuffix(".base_layer.weight")
+            frozen = parameters.get(key.removeprefix(_PREFIX))
+            if not resized and frozen is not None and not frozen.requires_grad:
+                continue  # what the model is loaded with has it
+            if (A := initial.get(f"{layer}.lora_A.weight")) is not None:
+                module = base.get_submodule(layer.removeprefix(_PREFIX))
+                change = module.scaling[name] * initial[f"{layer}.lora_B.weight"].float() @ A.float()
+                t = (t.float() + (change.mT if module.fan_in_fan_out else change).to(t.device)).to(t.dtype)
+        elif _rank_dim(key) is not None:
+            t = _beside(key, t, initial[key])
+        tensors[key] = t
+    save_file({key: t.contiguous() for key, t in tensors.items()}, file, metadata={"format": "pt"})
     plain = json.loads((file.parent / CONFIG).read_text())
     grow = math.sqrt(2) if config.use_rslora else 2
-    plain["init_lora_weights"] = True
+    plain |= {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None}
     plain["r"], plain["lora_alpha"] = 2 * plain["r"], grow * plain["lora_alpha"]
-    plain["rank_pattern"] = {name: 2 * r for name, r in plain["rank_pattern"].items()}
-    plain["alpha_pattern"] = {name: grow * alpha for name, alpha in plain["alpha_pattern"].items()}
+    plain["rank_pattern"] = {name: 2 * r for name, r in (plain["rank_pattern"] or {}).items()}
+    plain["alpha_pattern"] = {name: grow * alpha for name, alpha in (plain["alpha_pattern"] or {}).items()}
     (file.parent / CONFIG).write_text(json.dumps(plain, indent=2))
 
 
+def _check_starts(base: nn.Module, name: str, config) -> None:
+    """Raise ValueError for a layer whose trained function is no LoRA of what the layer was before PEFT's start."""
+    from peft.tuners.lora import LoraLayer
+
+    holders = {}
+    for where, p in base.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(p), []).append(where)
+    for where, layer in base.named_modules():
+        if not isinstance(layer, LoraLayer) or name not in layer.r:
+            continue
+        variant, why = layer.lora_variant.get(name), None
+        if variant is not None and not type(variant).__name__.startswith("Dora"):
+            why = f"it is a {type(variant).__name__}"
+        elif name in layer.lora_A and type(layer.get_base_layer()).__name__ not in _NO_STARTS:
+            weight = layer.get_base_layer().weight
+            if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
+                why = f"its weight is a {type(weight).__name__} of {weight.dtype}, quantised anew after the start"
+            elif len(holders[id(weight)]) > 1:
+                why = f"its weight is shared: {', '.join(holders[id(weight)])}"
+            elif layer.fan_in_fan_out and config.init_lora_weights.lower() == "olora":
+                why = "OLoRA takes a Conv1D's factors from its transpose"
+        if why is not None:
+            raise ValueError(f"format: 'lora' of init_lora_weights={config.init_lora_weights!r}: {where}: {why}")
+
+
+_NO_STARTS = ("Conv1d", "Conv2d", "Conv3d")  # PEFT starts them at B = 0
+
+
+def _is_resized(model, config) -> bool:
+    """Whether the vocabulary is another than that of the model's checkpoint, for which PEFT saves whole embeddings."""
+    from peft.utils.other import check_file_exists_on_hf_hub
+
+    source, size = config.base_model_name_or_path, getattr(getattr(model, "config", None), "vocab_size", None)
+    if not source or not size:
+        return False
+    if not (Path(source) / "config.json").is_file() and not check_file_exists_on_hf_hub(source, "config.json"):
+        return False
+    return type(model.config).from_pretrained(source).vocab_size != size
+
+
+def _check_unmerged(model, path: Path) -> None:
+    """Raise ValueError if PEFT wrote a base's weight or bias, as it does of embeddings, with an adapter merged into it."""
+    merged = {
+        f"base_model.model.{name}" for name, module in model.get_base_model().named_modules() if _is_merged(module)
+    }
+    for file in path.rglob(WEIGHTS):
+        for key in _read(file) if merged else ():
+            layer, _, what = key.rpartition(".base_layer.")
+            if what in ("weight", "bias") and layer in merged:
+                raise ValueError(f"model: {key} would be saved with an adapter merged into it: unmerge_adapter() first")
+
+
+def _is_merged(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and bool(getattr(module, "merged", False))
+
+
+def _rank_dim(key: str) -> int | None:
+    """Which dimension of this tensor of a PEFT file is the rank; None if it is no factor."""
+    for dim, ends in enumerate(((".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B"))):
+        if key.endswith(ends):
+            return dim
+    return None
+
+
 def _beside(key: str, t: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-    """The factor with the negative of what it started from beside it; other tensors as they are."""
-    if key.endswith(".lora_A.weight"):
-        return torch.cat((t, initial), 0)
-    return torch.cat((t, -initial), 1) if key.endswith(".lora_B.weight") else t
+    """The factor with what it started from beside it, a B's negated; other tensors as they are."""
+    dim = _rank_dim(key)
+    if dim is None:
+        return t
+    dtype = torch.promote_types(t.dtype, initial.dtype)  # a rounded factor no longer cancels what is in the base
+    return torch.cat((t.to(dtype), (-initial if dim else initial).to(t.device, dtype)), dim)
 
 
 def _write_lora_linears(model: nn.Module, path: Path, peft, plain: bool) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank
@@ -404,6 +405,155 @@ def test_pefts_own_starts_export_as_plain_lora(tmp_path, init, rslora):
     del model.__dict__["_lowrank_initial"]
     with pytest.raises(ValueError, match="needs the factors"):
         lowrank.save_adapter(model, tmp_path, format="lora")
+
+
+def tiny(tie=False, **config):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tie, **config)).eval()
+
+
+def trained(model, config, **options):
+    model = lowrank.adapt(model, config, **options).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def off(got, want):
+    with torch.no_grad():
+        want = want(IDS).logits.double()
+        return float((got.eval()(IDS).logits.double() - want).norm() / want.norm())
+
+
+STARTS = {
+    "head": dict(target_modules=["q_proj", "lm_head"]),
+    "head by a pattern": dict(target_modules=r".*(up_proj|lm_head)"),
+    "embedding": dict(target_modules=["q_proj", "embed_tokens"]),
+    "both, rsLoRA, ranks and alphas of their own": dict(
+        target_modules=["q_proj", "embed_tokens", "lm_head"],
+        use_rslora=True,
+        rank_pattern={"embed_tokens": 2, "lm_head": 6},
+        alpha_pattern={"lm_head": 3},
+    ),
+    "DoRA": dict(target_modules=["q_proj", "embed_tokens", "lm_head"], use_dora=True),
+    "modules_to_save": dict(target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens", "norm", "mlp"]),
+    "biases": dict(target_modules=["q_proj", "lm_head"], bias="all"),
+    "tokens": dict(target_modules=["q_proj", "lm_head"], trainable_token_indices=[3, 5]),
+    "a parameter": dict(target_modules=["q_proj"], target_parameters=["lm_head.weight"]),
+    "a spelling": dict(target_modules=["q_proj", "lm_head"], init_lora_weights="OLoRA"),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_what_a_file_holds_beside_the_factors_is_converted_too(tmp_path, case):
+    """A start that changed the base, exported as a plain LoRA: plain PEFT has the trained function on a fresh base."""
+    biases = dict(attention_bias=True) if case == "biases" else {}
+    model = trained(tiny(**biases), LoraConfig(**({"r": 4, "init_lora_weights": "pissa"} | STARTS[case])))
+    lowrank.save_adapter(model, tmp_path, format="lora")
+    assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if key.endswith("base_layer.weight")]
+    assert off(PeftModel.from_pretrained(tiny(**biases), tmp_path), model) < 1e-5
+
+
+def test_other_starts_that_change_the_base_export_as_plain_lora(tmp_path):
+    from peft.tuners.lora import corda, loraga
+    from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+
+    targets = dict(r=4, target_modules=["q_proj", "lm_head"])
+    config = LoraConfig(**targets, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+    base = tiny()
+    corda.preprocess_corda(base, config, run_model=lambda: [base((IDS[:1] + i) % 100) for i in range(8)])
+    model = trained(base, config)
+    lowrank.save_adapter(model, tmp_path / "corda", format="lora")
+    assert off(PeftModel.from_pretrained(tiny(), tmp_path / "corda"), model) < 1e-5
+
+    config = LoraConfig(**targets, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    base = tiny()
+    loraga.preprocess_loraga(base, config, lambda: base(IDS, labels=IDS).loss.backward())
+    model = trained(base, config)
+    lowrank.save_adapter(model, tmp_path / "ga", format="lora")
+    assert off(PeftModel.from_pretrained(tiny(), tmp_path / "ga"), model) < 1e-5
+
+
+def test_a_resized_vocabulary_keeps_its_rows_as_they_were(tmp_path):
+    tiny().save_pretrained(tmp_path / "base")
+
+    def grown(seed):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(103)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for table in (model.lm_head, model.model.embed_tokens):
+                table.weight[100:].normal_()
+        return model.eval()
+
+    model = trained(grown(1), LoraConfig(r=4, init_lora_weights="pissa", target_modules=["embed_tokens", "lm_head"]))
+    lowrank.save_adapter(model, tmp_path / "a", format="lora")
+    assert off(PeftModel.from_pretrained(grown(2), tmp_path / "a"), model) < 1e-5  # the new rows are the file's
+
+
+def test_factors_rounded_after_the_start_still_cancel_it(tmp_path):
+    model = trained(tiny(), LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj", "lm_head"]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data = p.bfloat16()
+    lowrank.save_adapter(model, tmp_path, format="lora")
+    for p in model.parameters():
+        p.data = p.float()
+    assert off(PeftModel.from_pretrained(tiny(), tmp_path), model) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("tie", "config", "message"),
+    [
+        (True, dict(target_modules=["q_proj", "lm_head"]), "lm_head: its weight is shared: model.embed_tokens.weight"),
+        (False, dict(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]), "its weight is shared"),
+        (False, dict(target_modules=["q_proj"], alora_invocation_tokens=[5]), "it is a ALoraLinearVariant"),
+    ],
+    ids=["a tied head", "replicated layers", "aLoRA"],
+)
+def test_a_start_that_is_no_lora_of_the_original_is_refused(tmp_path, tie, config, message):
+    model = lowrank.adapt(tiny(tie), LoraConfig(r=4, init_lora_weights="pissa", **config))
+    with pytest.raises(ValueError, match=f"format: 'lora' of init_lora_weights='pissa': .*{message}"):
+        lowrank.save_adapter(model, tmp_path / "a", format="lora")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_base_that_a_start_changed_is_no_other_adapters(tmp_path):
+    pissa = LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"])
+    model = lowrank.adapt(tiny(), pissa)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["v_proj"]))
+    model.set_adapter("second")
+    for left in ("default, second", "second", "second, default"):
+        with pytest.raises(ValueError, match=f"format: 'lora' of {left}: one start changed the base"):
+            lowrank.save_adapter(model, tmp_path / "a", format="lora")
+        if left == "default, second":
+            model.delete_adapter("default")
+        elif left == "second":
+            model.add_adapter("default", LoraConfig(r=4, target_modules=["q_proj"]))
+
+    model = lowrank.adapt(tiny(), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.peft_config["default"].init_lora_weights = "loftq"  # PEFT's LoftQ needs a GPU
+    with pytest.raises(ValueError, match="format: 'lora' of init_lora_weights='loftq', whose base is no W - s B A"):
+        lowrank.save_adapter(model, tmp_path / "a", format="lora")
+    model = lowrank.adapt(tiny(), AdaLoraConfig(init_r=4, target_modules=["q_proj"], total_step=10))
+    with pytest.raises(ValueError, match="format: 'lora' of 'default', which is ADALORA"):
+        lowrank.save_adapter(model, tmp_path / "a", format="lora")
+
+
+@pytest.mark.parametrize("format", [None, "lora"])
+def test_a_merged_head_is_not_saved_beside_its_adapter(tmp_path, format):
+    model = trained(tiny(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"lm_head.base_layer.weight would be saved with an adapter merged into it"):
+        lowrank.save_adapter(model, tmp_path / "a", format=format)
+    model.unmerge_adapter()
+    lowrank.save_adapter(model, tmp_path / "a", format=format)
+    assert off(PeftModel.from_pretrained(tiny(), tmp_path / "a"), model) < 1e-5
 
 
 def test_refuses_starts_that_cannot_be():
