@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from . import svf
+from ._fits import check_fits, check_same
 from .checkpoints import publish
+from .factors import is_conv1d
 from .nn import LoRALinear
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."  # of every key in a PEFT file
 
 
@@ -46,7 +48,8 @@ def adapt(model: nn.Module, config, adapter_name: str = "default", *, autocast_a
         raise TypeError(f"config: expected a peft.LoraConfig or a lowrank.SVFConfig, got {type(config).__name__}")
     from .integrations.peft import swap_layers
 
-    if not any(isinstance(module, nn.Linear) for module in model.modules()) and config.target_modules == "all-linear":
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    if all_linear and not any(isinstance(module, nn.Linear) or is_conv1d(module) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has no nn.Linear layer to adapt")
     model = peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
     swap_layers(model)
@@ -112,9 +115,11 @@ def load_adapter(model: nn.Module, path, adapter_name: str = "default", *, is_tr
     """Load an adapter that :func:`save_adapter` or PEFT wrote, and return the model with it.
 
     A model with :class:`lowrank.nn.LoRALinear` layers has its factors overwritten; a PeftModel gets the adapter added
-    and made active; any other model becomes a PeftModel whose layers run on lowrank.  The factors' layers, sizes and ranks
-    are checked against the model before anything is changed.  ``path`` may also be what a PeftModel with named adapters was
-    saved to: then the folder ``adapter_name`` in it is meant.
+    and made active; any other model becomes a PeftModel whose layers run on lowrank.  What PEFT makes of the file (names of
+    older transformers, a linear per expert, convolutions, replicated layers) is checked against the model before anything is
+    changed: every tensor has its place and size, and none is missing.  A pickled ``adapter_model.bin`` is read with
+    ``torch.load(weights_only=True)`` alone.  ``path`` may also be what a PeftModel with named adapters was saved to: then the
+    folder ``adapter_name`` in it is meant.
 
     SVF's experts are added to a model with SVF layers, or the model is adapted first, in place.  A single expert is named
     ``adapter_name``; several keep their names.  Each layer's weight must have the checksum of the one they were trained on.
@@ -127,18 +132,26 @@ def load_adapter(model: nn.Module, path, adapter_name: str = "default", *, is_tr
     peft = _peft()
     if not (path / CONFIG).is_file() and (path / adapter_name / CONFIG).is_file():
         path = path / adapter_name
-    for name in (CONFIG, WEIGHTS):
+    weights = WEIGHTS if (path / WEIGHTS).is_file() or not (path / PICKLED).is_file() else PICKLED
+    for name in (CONFIG, weights):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path}: expected an adapter directory with {CONFIG} and {WEIGHTS}; no {name}")
-    tensors = _read(path / WEIGHTS)
+    tensors = _read(path / weights)
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         return _load_lora_linears(model, path, tensors)
     from .integrations.peft import swap_layers
 
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    _check_fits(base, path, tensors)
+    tried = check_fits(base, path, tensors, adapter_name, peft)
     if isinstance(model, peft.PeftModel):
-        model.load_adapter(path, adapter_name, is_trainable=is_trainable)
+        if tried is not None and adapter_name in model.peft_config:
+            check_same(model, tried, path, adapter_name)
+            one, other = (m.peft_config[adapter_name] for m in (model, tried))
+            if _changes_base(one) != _changes_base(other):
+                inits = f"{one.init_lora_weights!r}, {path} from {other.init_lora_weights!r}"
+                raise ValueError(f"adapter_name: the model's {adapter_name!r} is from init_lora_weights={inits}")
+        mapping = getattr(base, "_checkpoint_conversion_mapping", None)  # as from_pretrained
+        model.load_adapter(path, adapter_name, is_trainable=is_trainable, key_mapping=mapping)
         model.set_adapter(adapter_name, inference_mode=not is_trainable)
     else:
         model = peft.PeftModel.from_pretrained(model, path, adapter_name, is_trainable=is_trainable)
@@ -186,6 +199,16 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if file.name == PICKLED:
+        with open(file, "rb") as opened:
+            try:
+                tensors = torch.load(opened, map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever half a pickle or another file's bytes lead to
+                why = next(iter(str(error).splitlines()), "") or type(error).__name__
+                raise ValueError(f"{file}: no whole file of tensors alone: {why}") from error
+        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            raise ValueError(f"{file}: expected a dict of tensors")
+        return tensors
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -198,30 +221,6 @@ def _pattern(config: dict, pattern: str, name: str, default):
 
     patterns = config.get(pattern) or {}
     return patterns.get(get_pattern_key(patterns.keys(), name), default)
-
-
-def _check_fits(base: nn.Module, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError unless every LoRA factor in the file has its layer in ``base``, of its size, and the config's rank."""
-    config = json.loads((path / CONFIG).read_text())
-    layers = {name.replace(".base_layer", ""): module for name, module in base.named_modules()}
-    for key, tensor in tensors.items():
-        name, _, factor = key.removeprefix(_PREFIX).replace(".base_layer", "").rpartition(".lora_")
-        if not name or factor not in ("A.weight", "B.weight"):
-            continue  # lora_bias, DoRA vectors, embeddings, modules_to_save: PEFT checks them itself
-        if name not in layers:
-            raise ValueError(f"{path}: an adapter of another model: it has {name}, which {type(base).__name__} lacks")
-        if tensor.dim() != 2:
-            raise ValueError(f"{path}: {key} is {list(tensor.shape)}; a LoRA factor has two dimensions")
-        side = "in_features" if factor == "A.weight" else "out_features"
-        size = getattr(layers[name], side, None)
-        rank, given = tensor.shape if factor == "A.weight" else tensor.shape[::-1]
-        if size is None:
-            continue  # no nn.Linear: what its sizes are called is PEFT's knowledge
-        if size != given:
-            shape = list(tensor.shape)
-            raise ValueError(f"{path}: an adapter of another model: {key} is {shape}, {name} has {side}={size}")
-        if rank != (wanted := _pattern(config, "rank_pattern", name, config["r"])):
-            raise ValueError(f"{path}: {key} has rank {rank}, {CONFIG} says {wanted}")
 
 
 def _lora_linears(model: nn.Module) -> dict[str, LoRALinear]:

@@ -8,9 +8,21 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
+import peft
 from peft import AdaLoraConfig, LoraConfig, PeftModel
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import lowrank
 from lowrank import adapters
@@ -554,6 +566,245 @@ def test_a_merged_head_is_not_saved_beside_its_adapter(tmp_path, format):
     model.unmerge_adapter()
     lowrank.save_adapter(model, tmp_path / "a", format=format)
     assert off(PeftModel.from_pretrained(tiny(), tmp_path / "a"), model) < 1e-5
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.grouped = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2)
+        self.line, self.fc = nn.Conv1d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.line(self.grouped(self.conv(x)).flatten(2)).mean(2))
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=100)).eval()
+
+
+def mixtral():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=4, num_local_experts=2)).eval()
+
+
+def llava():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=16)
+    text = LlamaConfig(**sizes, vocab_size=100)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=99)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def run(model):
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return model(x) if isinstance(getattr(model, "base_model", model).model, Convolutions) else model(IDS).logits
+
+
+def written_by_peft(path, model, config):
+    """A trained adapter in PEFT's files, and what the model computes with it."""
+    model = peft.get_peft_model(model, config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    model.save_pretrained(path)
+    return run(model)
+
+
+def rewrite(path, change, **config):
+    weights, described = path / "adapter_model.safetensors", path / "adapter_config.json"
+    tensors = {key: t.contiguous() for key, t in change(load_file(weights)).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    described.write_text(json.dumps(json.loads(described.read_text()) | config))
+
+
+WRITTEN = {
+    "convolutions": (Convolutions, dict(target_modules=["conv", "grouped", "line", "fc"])),
+    "embedding and head": (tiny, dict(target_modules=["q_proj", "embed_tokens", "lm_head"])),
+    "Conv1D and embedding": (gpt2, dict(target_modules=["c_attn", "wte"])),
+    "replicated layers": (tiny, dict(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]])),
+    "stacked experts": (mixtral, dict(target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])),
+    "a parameter": (tiny, dict(target_modules=[], target_parameters=["up_proj.weight"])),
+    "tokens": (tiny, dict(target_modules=["q_proj"], trainable_token_indices=[3, 5])),
+    "biases": (tiny, dict(target_modules=["q_proj"], bias="all")),
+    "modules_to_save": (tiny, dict(target_modules=["q_proj"], modules_to_save=["lm_head", "norm"])),
+    "DoRA, ranks of their own": (tiny, dict(target_modules="all-linear", use_dora=True, rank_pattern={"q_proj": 2})),
+    "PiSSA": (tiny, dict(target_modules=["q_proj"], init_lora_weights="pissa")),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_loads_what_peft_wrote(tmp_path, case):
+    make, config = WRITTEN[case]
+    want = written_by_peft(tmp_path, make(), LoraConfig(r=4, **config))
+    torch.testing.assert_close(run(lowrank.load_adapter(make(), tmp_path).eval()), want)
+
+
+def test_loads_a_pickled_file_of_tensors_and_runs_nothing_in_it(tmp_path):
+    want = written_by_peft(tmp_path, tiny(), LoraConfig(r=4, target_modules=["q_proj"]))
+    weights, pickled = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_model.bin"
+    torch.save(load_file(weights), pickled)
+    weights.unlink()
+    torch.testing.assert_close(run(lowrank.load_adapter(tiny(), tmp_path).eval()), want)
+
+    whole, ran = pickled.read_bytes(), tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self):
+            return (Path.touch, (ran,))
+
+    model = tiny()
+    before = str(model)
+    torch.save({"a": Code()}, pickled)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: no whole file of tensors alone"):
+        lowrank.load_adapter(model, tmp_path)
+    assert not ran.exists()
+    for content in (whole[:-200], b""):
+        pickled.write_bytes(content)
+        with pytest.raises(ValueError, match="no whole file of tensors alone"):
+            lowrank.load_adapter(model, tmp_path)
+    torch.save([1, 2], pickled)
+    with pytest.raises(ValueError, match="expected a dict of tensors"):
+        lowrank.load_adapter(model, tmp_path)
+    assert str(model) == before
+
+
+def test_loads_the_names_of_older_transformers(tmp_path):
+    want = written_by_peft(tmp_path, llava(), LoraConfig(r=4, target_modules=r".*language_model.*\.q_proj"))
+
+    def older(tensors):
+        new, old = "model.model.language_model.", "model.language_model.model."
+        assert all(new in key for key in tensors)
+        return {key.replace(new, old): t for key, t in tensors.items()}
+
+    rewrite(tmp_path, older)
+    torch.testing.assert_close(run(lowrank.load_adapter(llava(), tmp_path).eval()), want)
+
+
+def a_linear_per_expert(tensors):
+    """Transformers 4's Mixtral: a linear layer for each of w1, w2, w3 of each expert."""
+    torch.manual_seed(3)
+    for layer, expert in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        for name, (K, N) in dict(w1=(32, 48), w2=(48, 32), w3=(32, 48)).items():
+            key = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.lora_"
+            tensors |= {key + "A.weight": torch.randn(4, K), key + "B.weight": 0.1 * torch.randn(N, 4)}
+    return tensors
+
+
+def test_loads_a_linear_per_expert(tmp_path):
+    plain = written_by_peft(tmp_path, mixtral(), LoraConfig(r=4, target_modules=["q_proj"]))
+    rewrite(tmp_path, a_linear_per_expert, target_modules=["q_proj", "w1", "w2", "w3"])
+    want = run(PeftModel.from_pretrained(mixtral(), tmp_path).eval())
+    assert not torch.allclose(want, plain)
+    torch.testing.assert_close(run(lowrank.load_adapter(mixtral(), tmp_path).eval()), want)
+
+
+def without(part):
+    return lambda tensors: {key: t for key, t in tensors.items() if part not in key}
+
+
+def repeated(part, other):
+    return lambda tensors: tensors | {key.replace(part, other): t.clone() for key, t in tensors.items() if part in key}
+
+
+MISFITS = {  # what PEFT loads with a warning or without, or finds when the model is changed already
+    "a layer missing": (tiny, {}, without("layers.1"), {}, r"part of one: it lacks model\.layers\.1\.\S*lora_A"),
+    "a factor missing": (tiny, {}, without("layers.1.self_attn.q_proj.lora_B"), {}, "lacks model.layers.1.*lora_B"),
+    "a magnitude missing": (tiny, dict(use_dora=True), without("magnitude"), {}, "lacks .*lora_magnitude_vector"),
+    "a head missing": (tiny, dict(modules_to_save=["lm_head"]), without("lm_head"), {}, "it lacks .*lm_head"),
+    "a layer too many": (
+        tiny,
+        {},
+        repeated("layers.1", "layers.2"),
+        {},
+        r"it has model\.layers\.2\.self_attn\.q_proj,",
+    ),
+    "a layer not targeted": (
+        tiny,
+        {},
+        repeated("q_proj", "k_proj"),
+        {},
+        r"it has model\.layers\.0\.self_attn\.k_proj,",
+    ),
+    "no replication": (
+        tiny,
+        dict(layer_replication=[[0, 2], [1, 2]]),
+        without("none"),
+        dict(layer_replication=None),
+        r"it has model\.layers\.2",
+    ),
+    "another kernel": (
+        Convolutions,
+        dict(target_modules=["conv"]),
+        lambda tensors: {key: t[..., :2] if t.shape[-1] == 3 else t for key, t in tensors.items()},
+        {},
+        r"conv\.lora_A\.weight is \[4, 3, 3, 2\], the model's is \[4, 3, 3, 3\]",
+    ),
+    "an expert missing": (
+        mixtral,
+        {},
+        lambda tensors: without("experts.1.w2")(a_linear_per_expert(tensors)),
+        dict(target_modules=["q_proj", "w1", "w2", "w3"]),
+        r"experts\.lora_A\.weight has rank 4, adapter_config\.json says 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_is_refused_before_the_model_is_touched(tmp_path, case):
+    make, options, change, described, message = MISFITS[case]
+    written_by_peft(tmp_path, make(), LoraConfig(**({"r": 4, "target_modules": ["q_proj"]} | options)))
+    rewrite(tmp_path, change, **described)
+
+    def facts(model):
+        config = getattr(model, "config", None)
+        tensors = [(name, p.data_ptr(), p._version, p.requires_grad) for name, p in model.named_parameters()]
+        return str(model), tensors, config and config.to_dict(), [sorted(module.__dict__) for module in model.modules()]
+
+    model = make()
+    before = facts(model)
+    with pytest.raises(ValueError, match=message):
+        lowrank.load_adapter(model, tmp_path)
+    assert facts(model) == before
+    model = lowrank.adapt(make(), LoraConfig(r=2, target_modules=options.get("target_modules", ["v_proj"])))
+    before = facts(model)
+    with pytest.raises(ValueError, match=message):
+        lowrank.load_adapter(model, tmp_path, "second")
+    assert facts(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(lora_alpha=9), "has a scaling of 2.0, .* 2.25"),
+        (dict(use_dora=True), "has a variant .*NoneType.*Dora"),
+        (dict(target_modules=["q_proj", "v_proj"]), "has no model.layers.0.self_attn.v_proj"),
+        (dict(init_lora_weights="pissa"), "is from init_lora_weights=True, .* from 'pissa'"),
+    ],
+)
+def test_an_adapter_is_not_overwritten_by_one_of_another_configuration(tmp_path, options, message):
+    """PEFT would run the file's tensors as the model's configuration says."""
+    config = dict(r=4, target_modules=["q_proj"])
+    written_by_peft(tmp_path / "other", tiny(), LoraConfig(**(config | options)))
+    want = written_by_peft(tmp_path / "same", tiny(), LoraConfig(**config))
+    model = lowrank.adapt(tiny(), LoraConfig(**config)).eval()
+    with pytest.raises(ValueError, match=f"adapter_name: .*{message}"):
+        lowrank.load_adapter(model, tmp_path / "other")
+    torch.testing.assert_close(run(lowrank.load_adapter(model, tmp_path / "same")), want)
+
+
+def test_adapts_a_model_of_conv1d_alone():
+    torch.manual_seed(0)
+    base = GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=100))
+    model = lowrank.adapt(base, LoraConfig(target_modules="all-linear"))
+    model(IDS)
+    assert lowrank.stats(model)["fused"] == 4
 
 
 def test_refuses_starts_that_cannot_be():

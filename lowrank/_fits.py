@@ -1,0 +1,163 @@
+"""Whether a LoRA in PEFT's files fits a model, found out before the model is touched: PEFT itself injects the adapter into a
+skeleton of the model and converts the file's names and tensors for it, and both sides are compared."""
+
+import copy
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+_PREFIX = "base_model.model."
+
+
+def check_fits(base: nn.Module, path: Path, tensors: dict[str, torch.Tensor], adapter_name: str, peft):
+    """Raise ValueError unless PEFT, loading ``path`` into ``base``, would fill the whole adapter with the whole file.
+
+    Returns the PeftModel that was tried, on the meta device; None for other methods than LoRA, which are PEFT's to check.
+    """
+    from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    config = peft.PeftConfig.from_pretrained(path)
+    if config.peft_type != peft.PeftType.LORA:
+        return None
+    if config.init_lora_weights == "loftq":
+        config.init_lora_weights = True  # it quantises a weight, of which a skeleton has none
+    config.inference_mode = True
+    if mapping := getattr(base, "_checkpoint_conversion_mapping", None):
+        tensors = load_peft_weights(path, device="cpu", key_mapping=mapping)
+    cls = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+    layers = {name for name, _ in base.named_modules()}
+    loaded = {}
+
+    def load(state, *_, **__):
+        loaded.update(state)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = cls(skeleton(base), config, adapter_name, low_cpu_mem_usage=True)
+        except ValueError as error:
+            names = (key.removeprefix(_PREFIX).rpartition(".lora_")[0].replace(".base_layer", "") for key in tensors)
+            odd = next((name for name in names if name and name not in layers), None)
+            why = error if odd is None else f"it has {odd}, which {type(base).__name__} lacks"
+            raise ValueError(f"{path}: an adapter of another model: {why}") from error
+        model.load_state_dict = load
+        try:
+            set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=True)
+        except KeyError as error:
+            raise ValueError(f"{path}: an adapter of another model: it lacks {error.args[0]}") from error
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: an adapter of another model: {error}") from error
+        state = model.state_dict()
+        saved = get_peft_model_state_dict(model, state, adapter_name, save_embedding_layers=False)
+
+    def name_of(key: str) -> str:
+        return key.removeprefix(_PREFIX).replace(f".{adapter_name}", "")
+
+    if odd := [key for key in loaded if key not in state]:
+        layer = name_of(odd[0]).rpartition(".lora_")[0] or name_of(odd[0])
+        raise ValueError(f"{path}: an adapter of another model: it has {layer}, which {type(base).__name__} lacks")
+    for key, t in loaded.items():
+        if t.shape != state[key].shape:
+            raise ValueError(f"{path}: {_misfit(name_of(key), list(t.shape), list(state[key].shape))}")
+    whole = set(map(id, saved.values()))
+    if absent := [key for key, t in state.items() if id(t) in whole and key not in loaded]:
+        raise ValueError(
+            f"{path}: an adapter of another model, or part of one: it lacks {name_of(absent[0])} and"
+            f" {len(absent) - 1} more that its configuration asks for in {type(base).__name__}"
+        )
+    return model
+
+
+def check_same(model: nn.Module, tried: nn.Module, path: Path, adapter_name: str) -> None:
+    """Raise ValueError if ``model``'s adapter, which is to be overwritten, would not run as the file's configuration says.
+
+    PEFT takes the tensors alone: ranks, alphas and variants stay what the model has.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    modules = dict(model.named_modules())
+    for name, theirs in tried.named_modules():
+        if not isinstance(theirs, LoraLayer) or adapter_name not in theirs.scaling:
+            continue
+        ours, where = modules.get(name), name.removeprefix(_PREFIX)
+        if not isinstance(ours, LoraLayer) or adapter_name not in ours.scaling:
+            raise ValueError(f"adapter_name: the model's {adapter_name!r} has no {where}, {path} has")
+        for what, one, other in (
+            ("a rank of", ours.r[adapter_name], theirs.r[adapter_name]),
+            ("a scaling of", float(ours.scaling[adapter_name]), float(theirs.scaling[adapter_name])),
+            ("a variant", type(ours.lora_variant.get(adapter_name)), type(theirs.lora_variant.get(adapter_name))),
+        ):
+            if one != other:
+                raise ValueError(
+                    f"adapter_name: {where} of the model's {adapter_name!r} has {what} {one}, {path} {other}"
+                )
+
+
+def _misfit(key: str, given: list[int], wanted: list[int]) -> str:
+    layer, _, factor = key.rpartition(".lora_")
+    rank = {"A.weight": 0, "B.weight": 1}.get(factor)
+    if rank is None or len(given) != 2 or len(wanted) != 2:
+        return f"an adapter of another model: {key} is {given}, the model's is {wanted}"
+    if given[1 - rank] == wanted[1 - rank]:
+        return f"{key} has rank {given[rank]}, adapter_config.json says {wanted[rank]}"
+    side = "out_features" if rank else "in_features"
+    return f"an adapter of another model: {key} is {given}, {layer} has {side}={wanted[1 - rank]}"
+
+
+_LEFT_OUT = {  # hooks, offloading, sharding, a replaced forward: nothing that says what the model consists of
+    "forward", "_hf_hook", "_old_forward", "hf_device_map", "_hf_tp_plan", "_hf_device_mesh", "_device_mesh", "_tp_size",
+}  # fmt: skip
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """The model as it is without adapters: modules of the same classes and names with parameters on the meta device.
+
+    PEFT may inject into it; the model shares nothing with it that PEFT writes to.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    known: dict[int, object] = {}  # what is tied or shared in the model is so in the skeleton
+
+    def once(original, make):
+        if original is None:
+            return None
+        if id(original) not in known:
+            known[id(original)] = make(original)
+        return known[id(original)]
+
+    def tensor(t):
+        empty = torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta")
+        return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+
+    def module(m):
+        if isinstance(m, BaseTunerLayer):
+            return once(m.get_base_layer(), module)
+        if isinstance(m, AuxiliaryTrainingWrapper):
+            return once(m.original_module, module)
+        if isinstance(m, torch.jit.ScriptModule):
+            return m
+        if isinstance(m, nn.Linear) and not m.weight.is_floating_point():  # packed by a quantiser: not its own shape
+            return nn.Linear(m.in_features, m.out_features, m.bias is not None, device="meta")
+        new = object.__new__(type(m))
+        for key, value in m.__dict__.items():
+            if key in _LEFT_OUT:
+                continue
+            if key == "_modules":
+                value = {name: once(child, module) for name, child in value.items()}
+            elif key == "_parameters" or key == "_buffers":
+                value = {name: once(t, tensor) for name, t in value.items()}
+            elif key == "config":
+                value = once(value, copy.copy)  # PEFT writes the number of replicated layers there
+            elif isinstance(value, OrderedDict) and "_hooks" in key:
+                value = OrderedDict()
+            elif type(value) in (dict, list, set):
+                value = value.copy()
+            new.__dict__[key] = value
+        return new
+
+    return once(model, module)
