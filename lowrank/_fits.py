@@ -59,7 +59,8 @@ def check_fits(base: nn.Module, path: Path, tensors: dict[str, torch.Tensor], ad
 
     if odd := [key for key in loaded if key not in state]:
         layer = name_of(odd[0]).rpartition(".lora_")[0] or name_of(odd[0])
-        raise ValueError(f"{path}: an adapter of another model: it has {layer}, which {type(base).__name__} lacks")
+        why = "lacks" if layer not in layers else "has, but PEFT does not adapt it by the file's configuration"
+        raise ValueError(f"{path}: an adapter of another model: it has {layer}, which {type(base).__name__} {why}")
     for key, t in loaded.items():
         if t.shape != state[key].shape:
             raise ValueError(f"{path}: {_misfit(name_of(key), list(t.shape), list(state[key].shape))}")
@@ -108,6 +109,41 @@ def _misfit(key: str, given: list[int], wanted: list[int]) -> str:
     return f"an adapter of another model: {key} is {given}, {layer} has {side}={wanted[1 - rank]}"
 
 
+def warn_of_misfits(model: nn.Module, path: Path, tensors: dict[str, torch.Tensor], peft) -> None:
+    """Warn where PEFT would not load all of what was just written: PEFT drops what it does not find without a word."""
+    try:
+        check_fits(model, path, tensors, "default", peft)
+    except ValueError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        warnings.warn(f"PEFT does not load all of this into a {type(model).__name__}: {why}", stacklevel=4)
+
+
+def targets(model: nn.Module, pattern: str, names: list[str], peft) -> tuple[str | list[str], list[str]]:
+    """(target_modules, target_parameters) with which PEFT adapts the linear layers ``names``, which ``pattern`` matches.
+
+    Of a model whose experts transformers 5 stacks, PEFT takes the last parts of names for those of transformers 4: it widens a
+    pattern to every layer, and gate_proj of a dense layer or a shared expert it takes for the experts'.  There the layers have
+    their whole names, and those that PEFT takes for experts are targeted by their weight.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # another PEFT than the one that does so
+        return pattern, []
+
+    def converted(chosen):
+        config = peft.LoraConfig(target_modules=chosen)
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # one of what it fuses
+            return None
+        return config.target_modules
+
+    if converted(pattern) == pattern:
+        return pattern, []
+    modules = [name for name in names if converted([name]) == {name}]
+    return modules, [f"{name}.weight" for name in names if name not in modules]
+
+
 _LEFT_OUT = {  # hooks, offloading, sharding, a replaced forward: nothing that says what the model consists of
     "forward", "_hf_hook", "_old_forward", "hf_device_map", "_hf_tp_plan", "_hf_device_mesh", "_device_mesh", "_tp_size",
 }  # fmt: skip
@@ -120,6 +156,8 @@ def skeleton(model: nn.Module) -> nn.Module:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
+
+    from .nn import LoRALinear, SVFLinear
 
     known: dict[int, object] = {}  # what is tied or shared in the model is so in the skeleton
 
@@ -137,6 +175,8 @@ def skeleton(model: nn.Module) -> nn.Module:
     def module(m):
         if isinstance(m, BaseTunerLayer):
             return once(m.get_base_layer(), module)
+        if isinstance(m, (LoRALinear, SVFLinear)):
+            return once(m.base_layer, module)
         if isinstance(m, AuxiliaryTrainingWrapper):
             return once(m.original_module, module)
         if isinstance(m, torch.jit.ScriptModule):

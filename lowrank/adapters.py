@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import svf
-from ._fits import check_fits, check_same
+from ._fits import check_fits, check_same, targets, warn_of_misfits
 from .checkpoints import publish
 from .factors import is_conv1d
 from .nn import LoRALinear
@@ -384,16 +384,19 @@ def _write_lora_linears(model: nn.Module, path: Path, peft, plain: bool) -> None
     ranks = {name: layer.r * (2 if doubled[name] else 1) for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha * (grow if doubled[name] else 1) for name, layer in layers.items()}
     r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    modules, parameters = targets(model, exact_names(layers), list(layers), peft)
+    keys = {name: re.escape(f"{name}.weight" if f"{name}.weight" in parameters else name) for name in layers}
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha,
-        lora_dropout=first.lora_dropout,
+        lora_dropout=0.0 if parameters else first.lora_dropout,  # PEFT has none on a weight
         use_rslora=first.use_rslora,
         lora_bias=first.lora_B["default"].bias is not None,
         init_lora_weights=True if plain or first.init == "default" else first.init,
-        target_modules=exact_names(layers),
-        rank_pattern={f"^{re.escape(name)}": own for name, own in ranks.items() if own != r},
-        alpha_pattern={f"^{re.escape(name)}": own for name, own in alphas.items() if own != alpha},
+        target_modules=modules,
+        target_parameters=parameters or None,
+        rank_pattern={f"^{keys[name]}": own for name, own in ranks.items() if own != r},
+        alpha_pattern={f"^{keys[name]}": own for name, own in alphas.items() if own != alpha},
         inference_mode=True,
     )
     tensors = {}
@@ -405,6 +408,7 @@ def _write_lora_linears(model: nn.Module, path: Path, peft, plain: bool) -> None
                 tensors[key] = t.contiguous()
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(path)
+    warn_of_misfits(model, path, tensors, peft)
 
 
 @torch.no_grad()

@@ -335,6 +335,7 @@ def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
     """The expert (the active one) as the rank-k LoRA it is: A = Vh, B = U diag(σ (z - 1)), in PEFT's two files, fp32."""
     from safetensors.torch import save_file
 
+    from ._fits import targets, warn_of_misfits
     from .adapters import WEIGHTS, exact_names
 
     layers, tensors = svf_layers(model), {}
@@ -344,17 +345,21 @@ def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
             tensors[f"base_model.model.{name}.lora_A.weight"] = A.float().cpu().contiguous()
             tensors[f"base_model.model.{name}.lora_B.weight"] = (B.float() * m).cpu().contiguous()
     first = next(iter(layers.values()))
-    names = {f"^{exact_names([name])}$": layer.k for name, layer in layers.items() if layer.k != first.k}
+    modules, parameters = targets(model, exact_names(layers), list(layers), peft)
+    ends = {name: r"\.weight" if f"{name}.weight" in parameters else "" for name in layers}
+    names = {f"^{exact_names([name])}{ends[name]}$": layer.k for name, layer in layers.items() if layer.k != first.k}
     config = peft.LoraConfig(
         r=first.k,
         lora_alpha=first.k,
-        target_modules=exact_names(layers),
+        target_modules=modules,
+        target_parameters=parameters or None,
         rank_pattern=names,
         alpha_pattern=names,
         inference_mode=True,
     )
     save_file(tensors, Path(path) / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(path)
+    warn_of_misfits(model, Path(path), tensors, peft)
 
 
 def _checksum(layer: SVFLinear) -> str:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -20,8 +23,12 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import lowrank
@@ -805,6 +812,89 @@ def test_adapts_a_model_of_conv1d_alone():
     model = lowrank.adapt(base, LoraConfig(target_modules="all-linear"))
     model(IDS)
     assert lowrank.stats(model)["fused"] == 4
+
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+
+
+def qwen3_moe():
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0])
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts, num_key_value_heads=2, head_dim=8)).eval()
+
+
+def deepseek():
+    """A dense layer, then one with a shared expert: gate_proj, up_proj and down_proj in both."""
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1)
+    ranks = dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+    groups = dict(n_shared_experts=1, n_group=1, topk_group=1, num_key_value_heads=4)
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES, **experts, **ranks, **groups)).eval()
+
+
+LAYERS = {
+    "dense and stacked experts": (qwen3_moe, "all-linear"),
+    "a shared expert": (deepseek, "all-linear"),
+    "one of the fused": (deepseek, ["gate_proj"]),
+    "one layer of two": (mixtral, r".*layers\.0\..*_proj"),
+}
+
+
+@pytest.mark.parametrize("load", [PeftModel.from_pretrained, lowrank.load_adapter], ids=["PEFT", "lowrank"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_an_svf_expert_of_a_model_with_experts_comes_back_whole_from_a_lora(tmp_path, case, load):
+    make, target_modules = LAYERS[case]
+    model = lowrank.adapt(make(), lowrank.SVFConfig(target_modules=target_modules))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".z." in name:
+                p.fill_(1.5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="PEFT does not load")
+        lowrank.save_adapter(model, tmp_path, format="lora")
+    base, want, got = (m(IDS).logits.double() for m in (make(), model, load(make(), tmp_path).eval()))
+    assert float((got - want).norm() / (want - base).norm()) < 1e-4
+
+
+def test_layers_composed_by_hand_beside_experts_come_back_whole(tmp_path):
+    model = qwen3_moe()
+    for i, (name, linear) in enumerate(list(model.named_modules())):
+        if type(linear) is nn.Linear and name != "lm_head":
+            parent, _, child = name.rpartition(".")
+            new = LoRALinear.from_linear(linear, 2 + i % 2, lora_alpha=3, lora_dropout=0.1)
+            nn.init.normal_(new.lora_B["default"].weight, std=0.1)
+            setattr(model.get_submodule(parent), child, new)
+    lowrank.save_adapter(model.eval(), tmp_path)
+    assert off(PeftModel.from_pretrained(qwen3_moe(), tmp_path), model) < 1e-5
+    want = model(IDS).logits
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.zero_()
+    assert torch.equal(lowrank.load_adapter(model, tmp_path)(IDS).logits, want)
+
+
+def test_layers_that_peft_would_drop_are_named(tmp_path):
+    """A file with a pattern of names, as it was written for models without experts."""
+    model = lowrank.adapt(qwen3_moe(), lowrank.SVFConfig(k=4))
+    lowrank.save_adapter(model, tmp_path, format="lora")
+    layers = [name for name, module in model.named_modules() if isinstance(module, lowrank.nn.SVFLinear)]
+    rewrite(tmp_path, dict, target_modules=adapters.exact_names(layers), target_parameters=None)
+    model = qwen3_moe()
+    before = str(model)
+    message = r"it has model\.layers\.0\.mlp\.\w+_proj, which Qwen3MoeForCausalLM has, but PEFT does not adapt it"
+    with pytest.raises(ValueError, match=message):
+        lowrank.load_adapter(model, tmp_path)
+    assert str(model) == before
+
+
+def test_warns_of_an_expert_that_peft_does_not_load(tmp_path):
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=100, state_size=4))
+    model = lowrank.adapt(model, lowrank.SVFConfig(target_modules=["out_proj"]))
+    with pytest.warns(UserWarning, match="PEFT does not load all of this into a MambaForCausalLM: .*out_proj"):
+        lowrank.save_adapter(model, tmp_path, format="lora")
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 def test_refuses_starts_that_cannot_be():
