@@ -15,7 +15,7 @@ python="$work/env/bin/python"
 install=("$python" -m pip install -q --disable-pip-version-check)
 
 echo "== an empty environment: pip install . $TORCH"
-"${install[@]}" "$work/source" "$TORCH" pytest hypothesis
+"${install[@]}" "$work/source" "$TORCH" pytest pytest-xdist hypothesis
 cd "$work/elsewhere"
 "$python" - <<'TXT'
 import warnings
@@ -36,12 +36,13 @@ TXT
 "$work/env/bin/lowrank" doctor >doctor.txt
 grep -q "pip install -v --force-reinstall --no-deps" doctor.txt
 echo "== the native ops in PyTorch"
-tests="$work/source/tests"
-OMP_NUM_THREADS=1 "$work/env/bin/pytest" -q -p no:cacheprovider -m "not slow" -c "$work/source/pyproject.toml" \
-    "$tests/test_optim.py" "$tests/test_analysis.py" "$tests/test_delta.py" "$tests/ops/test_materialize.py" "$tests/ops/test_fold.py"
+cd "$work/source"
+OMP_NUM_THREADS=1 "$python" -m pytest -q -n 2 -p no:cacheprovider -m "not slow" \
+    tests/test_optim.py tests/test_analysis.py tests/test_delta.py tests/ops/test_materialize.py tests/ops/test_fold.py
 
 echo "== an environment that has torch: pip install ."
 LOWRANK_REQUIRE_NATIVE=1 "${install[@]}" --force-reinstall --no-deps "$work/source"
+cd "$work/elsewhere"
 "$python" -c "from lowrank import _native; assert _native.why_not('cpu') is None, _native.why_not('cpu'); print('C++ built and loaded')"
 
 for version in 3.10 3.11 3.12 3.13 3.14; do

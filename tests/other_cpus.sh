@@ -22,7 +22,8 @@ lane() {  # NAME FLAG PYTEST-ARGUMENTS... -- VARIABLE=VALUE...
     if ! has "$flag"; then table+=("$name: left out, this CPU has no $flag"); return 0; fi
     ran=1
     echo "== $name: $*"
-    env OMP_NUM_THREADS=1 "$@" "$PYTHON" -m pytest -q -m "numeric and not slow" "${arguments[@]}" >"$logs/$name" 2>&1
+    # a cache of its own: torch 2.13's Inductor takes what it compiled for another instruction set, and computes other numbers
+    env OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR="$logs/inductor-$name" "$@" "$PYTHON" -m pytest -q -m "numeric and not slow" "${arguments[@]}" >"$logs/$name" 2>&1
     local code=$?
     [ $code = 0 ] || { status=1; grep -E "^(FAILED|ERROR|E   )" "$logs/$name" | head -40; }
     table+=("$name: $(tail -n 1 "$logs/$name" | tr -d =) [$((SECONDS - start)) s]")
