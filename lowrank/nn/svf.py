@@ -1,12 +1,16 @@
 """nn.Linear whose singular values are scaled: Transformer²'s SVF, with named experts, mixtures and merging."""
 
 import contextlib
+import threading
+import weakref
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..factors import dense_weight, is_conv1d, weight_shape
 from ..ops.dropout import row_blocks
+from ..ops.lora_impl import no_autocast
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
 from ..ops.svf import MODES, cheapest, column_scales, svf_projection
 from ..svd import SVDFactors, svd_factors
@@ -25,8 +29,9 @@ class SVFLinear(nn.Module):
     Args:
         in_features, out_features: K and N.
         k: how many of the largest singular values; None for all min(N, K).
-        mode: :func:`lowrank.svf_linear`'s.  "merged" keeps W' for as long as z stays the same, and its backward adds up
-            dW in fp32 (4 N K bytes) and projects it onto z once (:func:`defer_projection`: once for several backwards).
+        mode: :func:`lowrank.svf_linear`'s.  "merged" keeps W' for as long as z stays the same, and a backward adds up dW
+            in fp32 (4 N K bytes) over the layer's calls and projects it onto z once (:func:`defer_projection`: once for
+            several backwards).  It has second derivatives.
             A base that trains or is quantised is computed in mode "delta" whatever is asked, and a mixture never in "merged".
         parametrization: z of what is trained, p: "free" p, "sigmoid" 2 sigmoid(p), "exp" exp(p).
         normalize: None or "nuclear", :func:`lowrank.svf_linear`'s.
@@ -91,7 +96,8 @@ class SVFLinear(nn.Module):
         self.z = nn.ParameterDict()
         self.disabled = False
         self._mix: tuple[torch.Tensor, tuple[str, ...]] | None = None
-        self._deferred, self._dW, self._cache = False, None, None
+        self._cache: _Composed | None = None
+        self._sums = _Sums()
         self.register_buffer("_merged_weight", None, persistent=False)
         self.add_expert("default")
 
@@ -151,6 +157,8 @@ class SVFLinear(nn.Module):
                 f"rename_expert: expected one of {', '.join(self.z)} and a new name, got {name!r}, {new!r}"
             )
         self.z = nn.ParameterDict({new if e == name else e: p for e, p in self.z.items()})
+        self._cache = None
+        self._sums.rename(name, new)
         if self.active_expert == name:
             self.active_expert = new
 
@@ -165,10 +173,7 @@ class SVFLinear(nn.Module):
 
     def values(self, name: str | None = None) -> torch.Tensor:
         """z [k] of an expert (the active one), with its gradient."""
-        p = self.z[name or self.active_expert]
-        if self.parametrization == "sigmoid":
-            return 2 * torch.sigmoid(p)
-        return torch.exp(p) if self.parametrization == "exp" else p
+        return _z_of(self.z[name or self.active_expert], self.parametrization)
 
     def update(self, name: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(A [k,K], m [k], B [N,k]) with W' = W + B diag(m) A: the expert (the active one) as a rank update."""
@@ -181,15 +186,11 @@ class SVFLinear(nn.Module):
             return nn.functional.linear(x, self._merged_weight, self.bias)
         if self.disabled:
             return self.base_layer(x)
-        mix, z = None, None
-        if self._mix is not None:
-            mix, names = self._mix
-            z = torch.stack([self.values(name) for name in names])
-        else:
-            z = self.values()
+        mix, names = self._mix or (None, ())
         mode = self._mode(x, mix is not None)
         if mode == "merged":
-            return self._through_merged(x, z)
+            return self._through_merged(x)
+        z = self.values() if mix is None else torch.stack([self.values(name) for name in names])
         absolute = mode == "activation"
         scales, mix = column_scales(self.S, z, _for_rows(mix, x), self.normalize, absolute, x.shape)
         if not self.is_dense:
@@ -210,14 +211,28 @@ class SVFLinear(nn.Module):
         training = torch.is_grad_enabled() and (x.requires_grad or self.z[self.active_expert].requires_grad)
         return cheapest(N, K, self.k, rows, mixed=mixed, training=training, cached=True)
 
-    def _through_merged(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        m, _ = column_scales(self.S, z, None, self.normalize, False, ())
-        p = self.z[self.active_expert]
-        versions = p._version, self.weight._version
-        if self._cache is None or self._cache[0] is not p or self._cache[2] != versions:
-            self._cache = p, materialize(self._dense(), self.Vh, m.detach(), self.U), versions
-        handle = _Projection.apply(m, self) if m.requires_grad and torch.is_grad_enabled() else None
-        return _MergedLinear.apply(x, self._cache[1], self.bias, handle, self)
+    def _through_merged(self, x: torch.Tensor) -> torch.Tensor:
+        made = self._composed(x)
+        handle = None
+        if made.p.requires_grad and torch.is_grad_enabled():
+            handle = made.handle[0] if made.handle else _Handle.apply(made.p, self)
+            # One for all calls: where their gradients meet, the engine adds them up.  It runs the highest number first: once
+            # dW is whole, before the next layer's.  Without that, a handle for each call.
+            if not made.handle and (number := getattr(handle.grad_fn, "_set_sequence_nr", None)) is not None:
+                number(2**62)
+                made.handle.append(handle)
+        return _MergedLinear.apply(x, made.weight, self.bias, handle)
+
+    def _composed(self, x: torch.Tensor) -> "_Composed":
+        """W' of the active expert, kept for as long as nothing it was made from has a new version."""
+        p, made = self.z[self.active_expert], self._cache
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+        key = p._version, self.weight._version, stream
+        if made is None or made.p is not p or made.key != key:
+            with torch.no_grad():
+                A, m, B = self.update()
+                made = self._cache = _Composed(p, key, materialize(self._dense(), A, m, B), [])
+        return made
 
     @torch.no_grad()
     def merge(self) -> MergeReport:
@@ -274,7 +289,8 @@ class SVFLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         """``.to(bfloat16)`` casts the base and the factors; z and σ stay fp32: 16 bits hold six values near 0.5."""
         exact = [self.S, *self.z.values()]
-        self._cache = self._dW = None
+        self._cache = None
+        self._sums.clear()
 
         def keep(t):
             new = fn(t)
@@ -306,68 +322,183 @@ class SVFLinear(nn.Module):
 def defer_projection(model: nn.Module):
     """Layers of ``model`` in mode "merged" only add up dW in here; the first backward after it projects the whole onto z.
 
-    For all micro-batches of a step but the last, as DDP's ``no_sync``.
+    For all micro-batches of a step but the last, as DDP's ``no_sync``.  A backward in here leaves zeros in z's gradient; one
+    that does not ask for z's adds nothing.  What was added up is dropped if the block is left by an exception, and it is no
+    part of z.grad: ``zero_grad`` does not reach it.
     """
-    layers = [module for module in model.modules() if isinstance(module, SVFLinear)]
-    for layer in layers:
-        layer._deferred = True
+    sums = [module._sums for module in model.modules() if isinstance(module, SVFLinear)]
+    added = [each.open() for each in sums]
+    kept = False
     try:
         yield
+        kept = True
     finally:
-        for layer in layers:
-            layer._deferred = False
+        for each, block in zip(sums, added, strict=True):
+            each.close(block, kept)
 
 
-class _Projection(torch.autograd.Function):
-    """m [k] -> a handle without elements, whose gradient is what _MergedLinear has added up in the layer by then."""
+class _Composed(NamedTuple):
+    p: torch.Tensor
+    key: tuple
+    weight: torch.Tensor
+    handle: list[torch.Tensor]  # none, or one
+
+
+class _Sums:
+    """A layer's dW by expert, of the open blocks of :func:`defer_projection` (innermost last) and of those that are over.
+
+    Shared by all threads: a GPU's backward runs in autograd's.  A copy of the layer starts with none.
+    """
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.blocks: list[dict[str, torch.Tensor]] = []
+        self.over: dict[str, torch.Tensor] = {}
+
+    def __reduce__(self):
+        return _Sums, ()
+
+    def open(self) -> dict:
+        block = {}
+        with self.lock:
+            self.blocks.append(block)
+        return block
+
+    def close(self, block: dict, keep: bool) -> None:
+        with self.lock:
+            at = next(i for i, each in enumerate(self.blocks) if each is block)
+            del self.blocks[at]
+            into = self.blocks[at - 1] if at else self.over
+            for expert, dW in block.items() if keep else ():
+                self._add(into, expert, dW)
+
+    def collect(self, expert: str, dW: torch.Tensor) -> torch.Tensor | None:
+        """None inside a block, which takes dW; else dW and what the blocks that are over have left."""
+        with self.lock:
+            self._add(self.blocks[-1] if self.blocks else self.over, expert, dW)
+            return None if self.blocks else self.over.pop(expert)
+
+    def rename(self, expert: str, new: str) -> None:
+        with self.lock:
+            for sums in (*self.blocks, self.over):
+                if expert in sums:
+                    sums[new] = sums.pop(expert)
+
+    def clear(self) -> None:
+        with self.lock:
+            for sums in (*self.blocks, self.over):
+                sums.clear()
 
     @staticmethod
-    def forward(ctx, m, layer):
-        ctx.layer, ctx.like = layer, torch.empty_like(m)
-        return m.new_zeros(())
+    def _add(into: dict, expert: str, dW: torch.Tensor) -> None:
+        into[expert] = into[expert].add_(dW.to(into[expert].device)) if expert in into else dW
+
+
+class _Handle(torch.autograd.Function):
+    """p [k] -> a tensor [N, K] without memory that stands for W' in the graph: its gradient, which the engine adds up over
+    all calls of the layer, is dW.
+
+    Nothing is saved through autograd and backward changes nothing it reads, so that one handle serves any number of graphs,
+    checkpointed ones included.
+    """
 
     @staticmethod
-    def backward(ctx, _):
-        layer, dm = ctx.layer, torch.zeros_like(ctx.like)
-        if layer._deferred or layer._dW is None:
-            return dm, None
-        wide = layer._dW.dtype
-        for rows in row_blocks(*layer._dW.shape, dm.device):
-            dm += (layer.U[rows].to(wide) * (layer._dW[rows] @ layer.Vh.to(wide).mT)).sum(0)
-        layer._dW = layer._cache = None  # a step follows, and .data may be written without a version
-        return dm, None
+    def forward(ctx, p, layer):
+        ctx.set_materialize_grads(False)
+        ctx.p, ctx.version, ctx.start, ctx.expert = p, p._version, p.detach().clone(), layer.active_expert
+        ctx.factors, ctx.options = (layer.U, layer.S, layer.Vh), (layer.parametrization, layer.normalize)
+        ctx.layer, ctx.sums = weakref.ref(layer), layer._sums  # the layer keeps the handle
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        return p.new_zeros((), dtype=wide).expand(layer.out_features, layer.in_features)
+
+    @staticmethod
+    def backward(ctx, dW):
+        if dW is None:
+            return None, None
+        p = ctx.start
+        if _is_formal(dW):  # differentiable, or several gradients at once: projected here and now
+            if torch.is_grad_enabled():
+                if ctx.p._version != ctx.version:
+                    raise RuntimeError(
+                        "z was changed in place between this layer's forward and a differentiable backward"
+                    )
+                p = ctx.p
+        else:
+            dW = ctx.sums.collect(ctx.expert, dW)
+            if dW is None:
+                return torch.zeros_like(p), None
+        layer = ctx.layer()
+        if layer is not None:
+            layer._cache = None  # a step follows, and .data may be written without a version
+        (U, S, Vh), (parametrization, normalize) = ctx.factors, ctx.options
+        with no_autocast(dW.device):
+            V, dm = Vh.to(dW.dtype).mT, 0
+            for rows in row_blocks(*dW.shape, dW.device):
+                dm = dm + (U[rows].to(dW.dtype) * (dW[rows] @ V)).sum(0)
+            z, S = _z_of(p, parametrization), S.to(p.dtype)
+            dz = S * dm.to(p.dtype)
+            if normalize is not None:  # m = σ z / mean - σ
+                mean = (S * z).sum() / S.sum()
+                dz = (dz - S / S.sum() * (dz * z).sum() / mean) / mean
+            if parametrization != "free":
+                dz = dz * (z if parametrization == "exp" else z * (1 - z / 2))
+        return dz, None
 
 
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, handle, layer):
+    def forward(ctx, x, weight, bias, handle):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(None if handle is None else x, weight)
-        ctx.layer = layer
+        ctx.handle = handle  # not saved: hooks on saved tensors would give it memory
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        need_x, _, need_b, need_handle, _ = ctx.needs_input_grad
-        dx = dy @ weight.to(dy.dtype) if need_x else None
-        rows = dy.reshape(-1, dy.shape[-1])
-        if need_handle:
-            ctx.layer._dW = _add_outer(ctx.layer._dW, rows, x.reshape(-1, x.shape[-1]).to(dy.dtype))
-        db = rows.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_b else None
-        return dx, None, db, torch.zeros((), device=dy.device) if need_handle else None, None
+        if dy is None:
+            return None, None, None, None
+        (x, weight), handle = ctx.saved_tensors, ctx.handle
+        need_x, _, need_b, need_handle = ctx.needs_input_grad
+        wide, formal = torch.promote_types(dy.dtype, torch.float32), _is_formal(dy)
+        dx = db = dW = None
+        with no_autocast(dy.device):
+            if need_x:
+                W = weight.to(dy.dtype)
+                dx = _MergedLinear.apply(dy, W.mT, None, handle.mT) if formal and handle is not None else dy @ W
+            rows = dy.reshape(-1, dy.shape[-1])
+            if need_b:
+                db = rows.sum(0, dtype=wide)
+            if need_handle and _is_asked_for(handle.grad_fn):  # need_handle is forward's answer
+                x = x.reshape(-1, x.shape[-1]).to(dy.dtype)
+                dW = rows.to(wide).mT @ x.to(wide) if formal else _outer(rows, x, wide)
+        return dx, None, db, dW
 
 
-def _add_outer(total: torch.Tensor | None, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """total + dYᵀ x, summed in fp32 or wider, in place."""
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    if total is None:
-        total = dy.new_zeros((dy.shape[1], x.shape[1]), dtype=wide)
-    if dy.is_cuda and dy.dtype is not wide:
-        return total.add_(torch.mm(dy.mT, x, out_dtype=wide))
+# whether the backward that is running goes on to a node
+_is_asked_for = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
+
+
+def _is_formal(dy: torch.Tensor) -> bool:
+    """Whether backward is to be differentiable (create_graph), or dy is a batch of gradients (is_grads_batched)."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
+def _outer(dy: torch.Tensor, x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """dYᵀ x [N, K], summed in ``wide``, without a wide copy of either."""
+    if dy.dtype is wide:
+        return dy.mT @ x
+    if dy.is_cuda:
+        return torch.mm(dy.mT, x, out_dtype=wide)
+    total = dy.new_zeros((dy.shape[1], x.shape[1]), dtype=wide)
     for rows in row_blocks(*dy.shape, dy.device):
         total.addmm_(dy[rows].to(wide).mT, x[rows].to(wide))
     return total
+
+
+def _z_of(p: torch.Tensor, parametrization: str) -> torch.Tensor:
+    if parametrization == "sigmoid":
+        return 2 * torch.sigmoid(p)
+    return torch.exp(p) if parametrization == "exp" else p
 
 
 def _for_rows(mix: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

@@ -1,4 +1,8 @@
+import contextlib
 import copy
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -91,10 +95,262 @@ def test_deferred_projection_is_the_sum_of_the_backwards(dtype):
         for x in xs[:-1]:
             model(x).square().sum().backward()
             assert not svf.z["default"].grad.any()
-    assert svf._dW.dtype is torch.float32
+    (dW,) = svf._sums.over.values()
+    assert (dW.shape, dW.dtype) == (svf.weight.shape, torch.float32)
     model(xs[-1]).square().sum().backward()
     torch.testing.assert_close(svf.z["default"].grad, expected, rtol=1e-4, atol=1e-4)
-    assert svf._dW is None
+    assert not svf._sums.over
+
+
+def dz_of(svf, *xs):
+    """The gradient of z that a fresh layer gives."""
+    fresh = copy.deepcopy(svf)
+    fresh.z[fresh.active_expert].grad = None
+    for x in xs:
+        fresh(x).square().sum().backward()
+    return fresh.z[fresh.active_expert].grad
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backward", ["grad", "inputs", "an error on the way"])
+def test_a_backward_that_is_not_for_z_adds_nothing_to_the_next_one(mode, backward):
+    svf, x = trained(layer(40, 40, mode=mode)), torch.randn(9, 40)
+    expected, seen = dz_of(svf, x), x.clone().requires_grad_()
+    if backward == "grad":
+        torch.autograd.grad(svf(seen).square().sum(), seen)
+    elif backward == "inputs":
+        svf(seen).square().sum().backward(inputs=[seen])
+    else:
+
+        def fail(grad):
+            raise OSError("on the way")
+
+        inner = svf(x)
+        inner.register_hook(fail)  # after one of the layer's two calls has had its backward
+        with pytest.raises(OSError, match="on the way"):
+            svf(torch.tanh(inner)).square().sum().backward()
+    assert svf.z["default"].grad is None
+    svf(x).square().sum().backward()
+    close(svf.z["default"].grad, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_some_inputs_and_of_graphs_that_are_kept(mode):
+    svf, x = trained(layer(40, 40, mode=mode)), torch.randn(9, 40, requires_grad=True)
+    z = svf.z["default"]
+    expected = dz_of(svf, x.detach())
+    loss, other = svf(x).square().sum(), svf(x.detach()).square().sum()
+    (dx,) = torch.autograd.grad(loss, x, retain_graph=True)
+    close(torch.autograd.grad(loss, z, retain_graph=True)[0], expected)
+    both = torch.autograd.grad(loss, (x, z), retain_graph=True)
+    close(both, (dx, expected))
+    loss.backward()
+    other.backward()  # a second graph, after the first freed its own
+    close((x.grad, z.grad), (dx, 2 * expected))
+
+
+def test_the_calls_of_one_backward_are_projected_once(monkeypatch):
+    from lowrank.nn import svf as module
+
+    svf, seen = trained(layer(40, 40, mode="merged")), []
+    backward = module._Handle.backward
+    monkeypatch.setattr(module._Handle, "backward", lambda ctx, dW: seen.append(dW.shape) or backward(ctx, dW))
+    xs = [torch.randn(9, 40) for _ in range(3)]
+    expected = dz_of(svf, *xs)
+    seen.clear()
+    sum(svf(x).square().sum() for x in xs).backward()
+    assert seen == [svf.weight.shape]
+    close(svf.z["default"].grad, expected)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_no_two_layers_dw_are_there_at_once(monkeypatch, deferred):
+    from lowrank.nn import svf as module
+
+    model = torch.nn.Sequential(*(layer(40, 40, mode="merged") for _ in range(3)))
+    x, order = torch.randn(9, 40), []
+    model(x)  # graphs made before
+    backward, outer = module._Handle.backward, module._outer
+    monkeypatch.setattr(module._Handle, "backward", lambda *a: order.append("taken") or backward(*a))
+    monkeypatch.setattr(module, "_outer", lambda *a: order.append("made") or outer(*a))
+    with defer_projection(model) if deferred else contextlib.nullcontext():
+        for _ in range(2):
+            model(x).sum().backward()
+    assert order == ["made", "taken"] * 6
+
+
+class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    """How many elements each new tensor's memory has."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.found += [t.untyped_storage().nbytes() // 4 for t in [result] if isinstance(t, torch.Tensor)]
+        return result
+
+
+def test_dw_exists_only_where_z_is_asked_for():
+    svf = trained(layer(300, 200, mode="merged"))
+    x = torch.randn(2, 300, requires_grad=True)
+    size = svf.weight.numel()
+
+    def matrices(**backward):
+        loss = svf(x).square().sum() + svf(x).sum()
+        with Sizes() as sizes:
+            loss.backward(**backward)
+        return [n for n in sizes.found if n >= size]
+
+    svf(x)  # W' is there
+    assert not matrices(inputs=[x])
+    assert len(matrices(inputs=[svf.z["default"]])) >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_dw_is_summed_in_fp32_or_wider(dtype):
+    svf, x = trained(layer(40, 40, mode="merged", dtype=dtype)), torch.randn(300, 40).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
+        loss = svf(x).sum()
+        loss.backward()  # in here too
+    dW = torch.ones(40, 1).double() * (x.bfloat16() if dtype is torch.float32 else x).double().sum(0)
+    truth = svf.S.double() * ((svf.U.double().mT @ dW) * svf.Vh.double()).sum(1)
+    assert error(svf.z["default"].grad, truth) < 1e-5
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_beside_calls_that_are_not(use_reentrant):
+    svf, x = trained(layer(40, 40, mode="merged")), torch.randn(9, 40)
+    expected, seen = dz_of(svf, x, 2 * x, 3 * x), x.clone().requires_grad_()
+    torch.autograd.grad(svf(seen).sum(), seen)
+    loss = svf(x).square().sum()
+    loss = loss + checkpoint(lambda x: svf(2 * x), seen, use_reentrant=use_reentrant).square().sum()
+    loss = loss + svf(3 * x).square().sum()
+    svf._cache = None
+    loss.backward()
+    close(svf.z["default"].grad, expected)
+
+
+def test_two_threads_train_one_layer():
+    svf, x = trained(layer(40, 40, mode="merged")), torch.randn(9, 40)
+    z, expected = svf.z["default"], dz_of(svf, x)
+    wrong, start = [], threading.Barrier(2)
+
+    def work(scale):
+        start.wait()
+        for _ in range(30):
+            seen = x.clone().requires_grad_()
+            torch.autograd.grad(svf(seen).square().sum(), seen)
+            (dz,) = torch.autograd.grad(scale * svf(x).square().sum(), z)
+            if error(dz, scale * expected) > 1e-5:
+                wrong.append(error(dz, scale * expected))
+
+    threads = [threading.Thread(target=work, args=(scale,)) for scale in (1.0, 3.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("parametrization", ["free", "sigmoid", "exp"])
+@pytest.mark.parametrize("normalize", [None, "nuclear"])
+def test_second_derivatives_of_merged_mode(parametrization, normalize):
+    svf = trained(
+        layer(12, 10, mode="merged", parametrization=parametrization, normalize=normalize, dtype=torch.float64)
+    )
+    x, p = torch.randn(5, 12, dtype=torch.float64, requires_grad=True), svf.z["default"]
+
+    def plain(x, p):
+        z = {"free": p, "sigmoid": 2 * torch.sigmoid(p), "exp": torch.exp(p)}[parametrization]
+        z = z if normalize is None else z * svf.S.sum() / (z * svf.S).sum()
+        return torch.nn.functional.linear(x, svf.weight + (svf.U * (svf.S * (z - 1)).double()) @ svf.Vh, svf.bias)
+
+    found = []
+    for f in (lambda x, p: svf(x), plain):
+        gradients = torch.autograd.grad(f(x, p).pow(3).sum(), (x, p), create_graph=True)
+        penalty = gradients[0].square().sum() + gradients[1].double().square().sum()
+        found.append((*gradients, *torch.autograd.grad(penalty, (x, p))))
+        y = f(x, p)
+        many = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
+        found[-1] += torch.autograd.grad(y, (x, p), many, is_grads_batched=True)
+    for ours, true in zip(*found, strict=True):
+        assert error(ours, true) < 1e-5
+
+
+def test_a_gradient_penalty_in_a_deferred_block_is_not_lost():
+    svf, x = trained(layer(12, 12, mode="merged", parametrization="exp")), torch.randn(5, 12)
+    z = svf.z["default"]
+    (expected,) = torch.autograd.grad(
+        torch.autograd.grad(svf(x).square().sum(), z, create_graph=True)[0].square().sum(), z
+    )
+    with defer_projection(svf):
+        (dz,) = torch.autograd.grad(svf(x).square().sum(), z, create_graph=True)
+        assert dz.any()
+        dz.square().sum().backward()
+    svf(torch.zeros_like(x)).sum().backward()
+    close(z.grad, expected)
+
+
+def test_what_a_deferred_block_adds_up_is_its_own():
+    svf = trained(layer(40, 40, mode="merged"))
+    x, y, z = (torch.randn(9, 40) for _ in range(3))
+    p, expected = svf.z["default"], dz_of(svf, x, z)
+
+    def fail(error):
+        svf(y).square().sum().backward()
+        raise error
+
+    with defer_projection(svf):
+        svf(x).square().sum().backward()
+        seen = y.clone().requires_grad_()
+        torch.autograd.grad(svf(seen).square().sum(), seen)  # not z's: adds nothing
+        with pytest.raises(OSError, match="inside"), defer_projection(svf):
+            fail(OSError("inside"))  # dropped
+        assert not p.grad.any()
+        assert not copy.deepcopy(svf)._sums.blocks  # a copy is in no block
+    with pytest.raises(KeyboardInterrupt), defer_projection(svf):
+        fail(KeyboardInterrupt())
+    torch.autograd.grad(svf(seen).square().sum(), seen)
+    svf.add_expert("other")  # another expert's backward does not take it
+    svf(x).square().sum().backward()
+    close(svf.z["other"].grad, dz_of(svf, x))
+    svf.set_expert("default")
+    svf.rename_expert("default", "first")
+    svf(z).square().sum().backward()
+    close(p.grad, expected)
+    p.grad = None
+    svf(z).square().sum().backward()
+    close(p.grad, dz_of(svf, z))
+
+
+def test_deferred_blocks_of_two_threads_end_in_any_order():
+    svf, x = trained(layer(40, 40, mode="merged")), torch.randn(9, 40)
+    first, second = defer_projection(svf), defer_projection(svf)
+    first.__enter__()
+    second.__enter__()
+    svf(x).square().sum().backward()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    svf(x).square().sum().backward()
+    close(svf.z["default"].grad, dz_of(svf, x, x))
+
+
+def test_a_layer_that_ran_is_freed_at_once():
+    gc.disable()
+    try:
+        svf = layer(mode="merged")
+        svf(torch.randn(3, 40)).sum()
+        gone = weakref.ref(svf)
+        del svf
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("mode", MODES)
