@@ -19,6 +19,7 @@ from torch import nn
 from ._version import __version__
 from .factors import dense_weight, is_conv1d, load_factors, target_layers, weight_checksum, weight_shape
 from .nn import SVFLinear
+from .nn.merging import ordinary
 from .nn.svf import PARAMETRIZATIONS
 
 FILE = "model.safetensors"
@@ -322,8 +323,8 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
                 with torch.no_grad():
                     module.z[target].copy_(vectors[f"{layer}.z.{e}"])
             else:
-                p = vectors[f"{layer}.z.{e}"].to(module.S.device)
-                module.z[target] = nn.Parameter(p)
+                with ordinary():
+                    module.z[target] = nn.Parameter(vectors[f"{layer}.z.{e}"].to(module.S.device, copy=True))
     active = name if alone or name in experts else experts[0]
     for module in layers.values():
         module.set_expert(active)
@@ -364,8 +365,8 @@ def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
 
 def _checksum(layer: SVFLinear) -> str:
     """Of the frozen weight, computed once."""
-    key = layer.weight, layer.weight._version
+    key = layer.weight, None if layer.weight.is_inference() else layer.weight._version
     known = layer.__dict__.get("_checksum_key")
-    if known is None or known[0] is not key[0] or known[1] != key[1]:
+    if known is None or known[0] is not key[0] or known[1] != key[1] or key[1] is None:
         layer._checksum_key, layer._checksum = key, weight_checksum(dense_weight(layer.base_layer))
     return layer._checksum

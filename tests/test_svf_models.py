@@ -197,6 +197,23 @@ def test_a_reloaded_expert_gives_the_same_bits(tmp_path, dtype, normalize):
     assert torch.equal(logits(added), logits(llama(dtype)))
 
 
+def test_adapted_loaded_saved_and_merged_in_an_inference_mode_it_trains(tmp_path):
+    with torch.inference_mode():
+        lowrank.save_adapter(adapted(), tmp_path)
+        model = lowrank.load_adapter(llama(), tmp_path, is_trainable=True)
+        assert model.model.layers[0].mlp.up_proj.weight.is_inference()
+        lowrank.save_adapter(model, tmp_path)
+    plain = llama()
+    with torch.inference_mode():
+        model = lowrank.load_adapter(plain, tmp_path, is_trainable=True)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(layer.z["default"].grad.any() for layer in svf_layers(model).values())
+    with torch.inference_mode():
+        merged = model.merge_and_unload()
+    merged.requires_grad_(True)(IDS, labels=IDS).loss.backward()
+    assert merged.model.layers[0].mlp.up_proj.weight.grad.any()
+
+
 def test_several_experts_in_a_file_and_one_of_them(tmp_path):
     model = adapted(experts=("default", "b"))
     lowrank.save_adapter(model, tmp_path / "both")

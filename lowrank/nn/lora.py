@@ -8,7 +8,7 @@ from torch import nn
 from ..ops import lora_linear
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
 from ..svd import svd_factors
-from .merging import report_merge
+from .merging import ordinary, report_merge
 
 INITS = ("default", "pissa", "olora")
 
@@ -146,7 +146,7 @@ class LoRALinear(nn.Module):
             x, self.weight, A.weight, B.weight, self.scaling, bias=self.bias, lora_bias=B.bias, dropout_p=p
         )
 
-    @torch.no_grad()
+    @ordinary()
     def merge(self) -> MergeReport:
         """Compute ``weight + scaling * lora_B @ lora_A`` once, in fp32 with one rounding, and use it in forward.
 

@@ -1,5 +1,6 @@
-"""What ``merge()`` says about the rounding of a merged weight."""
+"""What layers keep of their weights, and what ``merge()`` says about the rounding of a merged one."""
 
+import contextlib
 import warnings
 
 import torch
@@ -21,3 +22,10 @@ def report_merge(report: MergeReport, dtype: torch.dtype) -> None:
     if _stats.is_strict():
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)
+
+
+@contextlib.contextmanager
+def ordinary():
+    """No grad, and what is made in here may be kept: under inference_mode, too, it is a tensor that backward can save."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

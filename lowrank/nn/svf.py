@@ -14,7 +14,7 @@ from ..ops.lora_impl import no_autocast
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
 from ..ops.svf import MODES, cheapest, column_scales, svf_projection
 from ..svd import SVDFactors, svd_factors
-from .merging import report_merge
+from .merging import ordinary, report_merge
 
 PARAMETRIZATIONS = ("free", "sigmoid", "exp")
 
@@ -71,7 +71,8 @@ class SVFLinear(nn.Module):
         self.base_layer = _base or nn.Linear(in_features, out_features, bias, device, dtype)
         self.base_layer.requires_grad_(False)
         if factors is None:
-            factors = svd_factors(dense_weight(self.base_layer), k, method=method)
+            with ordinary():
+                factors = svd_factors(dense_weight(self.base_layer), k, method=method)
         self.k = factors.S.shape[0]
         if (factors.U.shape, factors.Vh.shape) != ((out_features, self.k), (self.k, in_features)) or k not in (
             None,
@@ -90,9 +91,12 @@ class SVFLinear(nn.Module):
         if not self.is_dense and mode not in ("auto", "delta"):
             raise ValueError(f"mode: {mode!r} needs a float weight; over {type(self.base_layer).__name__} use 'delta'")
         factors_dtype = factors_dtype or (weight.dtype if weight.is_floating_point() else torch.float32)
-        self.register_buffer("U", factors.U.to(weight.device, factors_dtype), persistent=False)
-        self.register_buffer("S", factors.S.to(weight.device, torch.float32), persistent=False)
-        self.register_buffer("Vh", factors.Vh.to(weight.device, factors_dtype), persistent=False)
+        for name, factor, kind in zip(
+            factors._fields, factors, (factors_dtype, torch.float32, factors_dtype), strict=True
+        ):
+            with ordinary():
+                factor = factor.clone() if factor.is_inference() else factor
+                self.register_buffer(name, factor.to(weight.device, kind), persistent=False)
         self.z = nn.ParameterDict()
         self.disabled = False
         self._mix: tuple[torch.Tensor, tuple[str, ...]] | None = None
@@ -146,8 +150,9 @@ class SVFLinear(nn.Module):
             raise ValueError(f"name: expected a string without dots, got {name!r}")
         if name in self.z:
             raise ValueError(f"name: there is an expert {name!r} already")
-        start = torch.full_like(self.S, 1.0 if self.parametrization == "free" else 0.0)
-        self.z[name] = nn.Parameter(start if z is None else self._parameter_of(z))
+        with ordinary():
+            start = torch.full_like(self.S, 1.0 if self.parametrization == "free" else 0.0)
+            self.z[name] = nn.Parameter(start if z is None else self._parameter_of(z))
         self.set_expert(name)
 
     def rename_expert(self, name: str, new: str) -> None:
@@ -227,14 +232,16 @@ class SVFLinear(nn.Module):
         """W' of the active expert, kept for as long as nothing it was made from has a new version."""
         p, made = self.z[self.active_expert], self._cache
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-        key = p._version, self.weight._version, stream
-        if made is None or made.p is not p or made.key != key:
-            with torch.no_grad():
+        tracked = not (p.is_inference() or self.weight.is_inference())
+        key = (p._version, self.weight._version, stream) if tracked else None
+        if made is None or made.p is not p or made.key != key or not tracked:
+            with ordinary():
                 A, m, B = self.update()
-                made = self._cache = _Composed(p, key, materialize(self._dense(), A, m, B), [])
+                made = _Composed(p, key, materialize(self._dense(), A, m, B), [])
+            self._cache = made if tracked else None
         return made
 
-    @torch.no_grad()
+    @ordinary()
     def merge(self) -> MergeReport:
         """Compute W' once, summed in fp32 and rounded once, and use it in forward.
 
@@ -405,7 +412,8 @@ class _Handle(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, layer):
         ctx.set_materialize_grads(False)
-        ctx.p, ctx.version, ctx.start, ctx.expert = p, p._version, p.detach().clone(), layer.active_expert
+        ctx.p, ctx.start, ctx.expert = p, p.detach().clone(), layer.active_expert
+        ctx.version = None if p.is_inference() else p._version
         ctx.factors, ctx.options = (layer.U, layer.S, layer.Vh), (layer.parametrization, layer.normalize)
         ctx.layer, ctx.sums = weakref.ref(layer), layer._sums  # the layer keeps the handle
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
@@ -418,7 +426,7 @@ class _Handle(torch.autograd.Function):
         p = ctx.start
         if _is_formal(dW):  # differentiable, or several gradients at once: projected here and now
             if torch.is_grad_enabled():
-                if ctx.p._version != ctx.version:
+                if ctx.version is not None and ctx.p._version != ctx.version:
                     raise RuntimeError(
                         "z was changed in place between this layer's forward and a differentiable backward"
                     )

@@ -341,6 +341,68 @@ def test_deferred_blocks_of_two_threads_end_in_any_order():
     close(svf.z["default"].grad, dz_of(svf, x, x))
 
 
+def inference(base, mode, **options):
+    """A layer made, or made and its base too, in inference mode."""
+    linear = None if base else torch.nn.Linear(40, 40)
+    with torch.inference_mode():
+        return SVFLinear.from_linear(linear or torch.nn.Linear(40, 40), mode=mode, **options)
+
+
+@pytest.mark.parametrize("mode", [*MODES, "auto"])
+def test_trains_after_an_inference_mode(mode):
+    svf, x = trained(layer(40, 40, mode=mode)), torch.randn(300, 40)
+    expected = dz_of(svf, x)
+    with torch.inference_mode():
+        y = svf(x)
+    torch.testing.assert_close(svf(x), y, rtol=1e-4, atol=1e-4)
+    svf(x.requires_grad_()).square().sum().backward()
+    close(svf.z["default"].grad, expected)
+    made = inference(False, mode)  # and what was made in one
+    made.add_expert("other", torch.rand(40) + 0.5)
+    made(x).square().sum().backward()
+    assert made.z["other"].grad.any()
+
+
+def test_a_rollout_composes_once_per_z_in_any_mode(monkeypatch):
+    from lowrank.nn import svf as module
+
+    svf, calls, x = trained(layer(mode="merged")), [], torch.randn(9, 40)
+    monkeypatch.setattr(module, "materialize", lambda *a, f=module.materialize: calls.append(1) or f(*a))
+    for step in range(1, 3):
+        for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+            with mode():
+                ys = [svf(x) for _ in range(3)]
+        assert len(calls) == step
+        with torch.inference_mode():
+            svf.z["default"].mul_(1.5)
+    with torch.inference_mode():
+        torch.testing.assert_close(svf(x) - svf.base_layer(x), x @ svf.get_delta_weight().mT, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(svf(x), ys[0])
+
+
+@pytest.mark.parametrize("mode", ["merged", "auto"])
+def test_nothing_is_kept_of_a_weight_whose_changes_cannot_be_seen(mode):
+    svf, x = inference(True, mode), torch.randn(300, 40)
+    assert svf.weight.is_inference()
+    for factor in (1.0, 2.0):
+        with torch.inference_mode():
+            svf.base_layer.weight.mul_(factor)
+            want = svf.base_layer(x)
+            torch.testing.assert_close(svf(x), want)
+        torch.testing.assert_close(svf(x), want)
+    svf(x).square().sum().backward()
+    close(svf.z["default"].grad, dz_of(svf, x))
+
+
+@pytest.mark.parametrize("make", [layer, lambda K, N: lowrank.nn.LoRALinear(K, N, 4)], ids=["svf", "lora"])
+def test_merged_in_an_inference_mode_backward_goes_through(make):
+    made, x = make(40, 30), torch.randn(9, 40, requires_grad=True)
+    with torch.inference_mode():
+        made.merge()
+    made(x).sum().backward()
+    torch.testing.assert_close(x.grad, made.weight.detach().sum(0).expand(9, 40))
+
+
 def test_a_layer_that_ran_is_freed_at_once():
     gc.disable()
     try:
