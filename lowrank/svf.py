@@ -186,7 +186,7 @@ class _Experts:
             base.weight = nn.Parameter(merged, requires_grad=False)
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, base)
-        self.__class__ = type(self).__mro__[2]
+        self.__class__ = _plain_class(self)
         del self.svf_config
         return self
 
@@ -205,6 +205,22 @@ class _Experts:
                 raise RuntimeError(f"Missing key(s) in state_dict: {', '.join(found.missing_keys)}")
             return found
         return super().load_state_dict(state_dict, strict, assign)
+
+    def __reduce_ex__(self, protocol):
+        # by the class that was adapted, which has an importable name
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        arguments = tuple(_plain_class(self) if each is type(self) else each for each in arguments)
+        return _rebuild, (make, arguments), *rest
+
+
+def _rebuild(make, arguments: tuple) -> nn.Module:
+    model = make(*arguments)
+    model.__class__ = _with_experts(type(model))
+    return model
+
+
+def _plain_class(model: nn.Module) -> type:
+    return next(cls for cls in type(model).__mro__ if _Experts in cls.__bases__).__bases__[1]
 
 
 _classes: dict[type, type] = {}

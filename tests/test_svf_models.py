@@ -1,6 +1,12 @@
 """SVF on whole models: adapt, experts, mixtures, files, Trainer."""
 
+import copy
+import io
 import json
+import pickle
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -272,6 +278,56 @@ def test_exported_as_the_lora_it_is(tmp_path, normalize):
     lowrank.save_adapter(full, tmp_path, format="lora", adapter_name="default")
     plain = peft.PeftModel.from_pretrained(llama(), tmp_path)
     torch.testing.assert_close(logits(plain), logits(full), rtol=1e-3, atol=1e-4)
+
+
+def stored(model):
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        stored,
+        *(lambda m, protocol=protocol: pickle.loads(pickle.dumps(m, protocol)) for protocol in (0, 2, 5)),
+        lambda m: pickle.loads(ForkingPickler.dumps(m)),  # how another process is given it
+    ],
+    ids=["deepcopy", "torch.save", "pickle 0", "pickle 2", "pickle 5", "multiprocessing"],
+)
+def test_copies_and_pickles_are_models_with_experts(copied, tmp_path):
+    model = adapted(experts=("default", "b"), k=None, mode="merged")
+    want = logits(model)
+    model.save_pretrained(tmp_path / "original")  # and with what has been computed for it
+    with lowrank.expert_mix(model, torch.ones(2)):
+        other = copied(model)
+    assert type(other) is type(model)
+    assert torch.equal(logits(other), want)
+    assert other.active_expert == "b"
+    with torch.no_grad():
+        for layer in svf_layers(other).values():
+            layer.z["b"].mul_(2)
+            layer.base_layer.weight.mul_(1.01)
+    assert torch.equal(logits(model), want)
+    assert not torch.equal(logits(other), want)
+    other.set_expert("default")
+    other(IDS, labels=IDS).loss.backward()
+    assert all(layer.z["default"].grad.any() for layer in svf_layers(other).values())
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="experts of another weight"):
+        lowrank.load_adapter(llama(), tmp_path / "other")
+    assert type(other.merge_and_unload()) is LlamaForCausalLM
+
+
+def test_another_process_loads_a_pickle_by_names_it_can_import(tmp_path):
+    models = lowrank.adapt(nn.Sequential(nn.Linear(8, 8)), SVFConfig()), nn.Sequential(SVFLinear(8, 8))
+    x = torch.randn(3, 8)
+    torch.save([(m, x, m(x).detach()) for m in models], tmp_path / "models.pt")
+    load = (
+        "import sys, torch; assert all(torch.equal(m(x), y) for m, x, y in torch.load(sys.argv[1], weights_only=False))"
+    )
+    subprocess.run([sys.executable, "-c", load, str(tmp_path / "models.pt")], check=True)
 
 
 class Data(torch.utils.data.Dataset):

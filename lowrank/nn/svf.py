@@ -310,14 +310,10 @@ class SVFLinear(nn.Module):
         self._cache = None
         super()._load_from_state_dict(*args, **kwargs)
 
-    def __deepcopy__(self, memo):
-        import copy
-
-        self._cache = None  # no second copy of the weight
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return new
+    def __getstate__(self):
+        """For copies and pickles: without what can be made again, and in no block of :func:`lowrank.expert_mix`."""
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_checksum")}
+        return state | {"_cache": None, "_mix": None}
 
     def extra_repr(self) -> str:
         """What nn.Linear prints, and the expert."""

@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -483,6 +484,32 @@ def test_compiles_to_one_graph(mode):
         torch.testing.assert_close(compiled(x), svf(x), rtol=1e-4, atol=1e-4)
     compiled(x).sum().backward()
     assert svf.z["default"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copy_is_a_layer_of_its_own(copied, mode):
+    svf, x = trained(layer(mode=mode)), torch.randn(9, 40)
+    y, made = svf(x), svf._cache
+    svf._mix = torch.ones(1), ("default",)  # as in a block of expert_mix
+    with defer_projection(svf):
+        svf(x).sum().backward()
+        other = copied(svf)
+    assert svf._cache is made  # what the original keeps is its own, and stays
+    assert other._cache is None
+    assert torch.equal(other(x), y)
+    expected = dz_of(svf, x)
+    other.z["default"].grad = None
+    other(x).square().sum().backward()
+    close(other.z["default"].grad, dz_of(other, x))
+    with torch.no_grad():
+        other.z["default"].mul_(2)
+        assert not torch.allclose(other(x), y)
+        svf._mix = None
+        assert torch.equal(svf(x), y)
+    close(dz_of(svf, x), expected)
+    svf.merge()
+    assert torch.equal(copied(svf)(x), svf(x))
 
 
 @pytest.mark.parametrize("mode", ["delta", "activation", "auto", "merged"])
