@@ -133,7 +133,7 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         raise ValueError(f"{type(module).__name__}: has no weight tensor")
-    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dtype not in WEIGHT_DTYPES or weight.dim() != 2:
+    if not has_float_weight(module):
         try:
             from peft.utils.integrations import dequantize_module_weight
         except ImportError as error:
@@ -145,6 +145,12 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
             f" {type(weight).__name__} {list(weight.shape)} of {weight.dtype}"
         )
     return weight.detach().mT if is_conv1d(module) else weight.detach()
+
+
+def has_float_weight(module: nn.Module) -> bool:
+    """Whether its weight is a plain float matrix: not quantised, whatever class the module is of."""
+    weight = getattr(module, "weight", None)
+    return type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype in WEIGHT_DTYPES and weight.dim() == 2
 
 
 def weight_checksum(weight: torch.Tensor) -> str:
@@ -369,6 +375,13 @@ def _name(dtype: torch.dtype) -> str:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, whose weight is [K,N].  By name: importing transformers takes seconds."""
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def has_linear_forward(module: nn.Module) -> bool:
+    """Whether calling it is F.linear of its weight and bias: no subclass or instance brings a forward of its own."""
+    owner = next(c for c in type(module).__mro__ if "forward" in c.__dict__)
+    plain = owner is nn.Linear or (owner.__name__, owner.__module__) == ("Conv1D", "transformers.pytorch_utils")
+    return plain and "forward" not in module.__dict__
 
 
 def _is_linear(module: nn.Module) -> bool:

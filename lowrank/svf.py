@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import _stats
 from ._version import __version__
-from .factors import dense_weight, is_conv1d, load_factors, target_layers, weight_checksum, weight_shape
+from .factors import dense_weight, load_factors, target_layers, weight_checksum, weight_shape
 from .nn import SVFLinear
-from .nn.merging import ordinary
+from .nn.merging import ordinary, report_merge
 from .nn.svf import PARAMETRIZATIONS
+from .svd import SVDFactors
 
 FILE = "model.safetensors"
 _FORMAT = "lowrank svf 1"
@@ -76,15 +78,30 @@ def adapt(model: nn.Module, config: SVFConfig, ks: dict[str, int] | None = None)
     known = {} if config.factors is None else load_factors(config.factors, model)
     if config.factors is not None and (missing := [name for name in layers if name not in known]):
         raise ValueError(f"factors: {config.factors} has none for {missing[0]} ({len(missing)} layers are missing)")
+    trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        factors, k = known.get(name), ks[name]
-        if factors is not None and k is not None:
-            if factors.S.shape[0] < k:
-                raise ValueError(f"k: {config.factors} has {factors.S.shape[0]} directions of {name}, {k} are asked")
-            factors = type(factors)(factors.U[:, :k], factors.S[:k], factors.Vh[:k])
+    try:
+        made = {name: _layer(name, layer, config, ks[name], known.get(name)) for name, layer in layers.items()}
+    except BaseException:
+        for p in trained:
+            p.requires_grad_(True)
+        raise
+    for name, new in made.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    model.__class__ = _with_experts(type(model))
+    model.svf_config = config
+    return model
+
+
+def _layer(name: str, linear: nn.Module, config: SVFConfig, k: int | None, factors: SVDFactors | None) -> SVFLinear:
+    if factors is not None and k is not None:
+        if factors.S.shape[0] < k:
+            raise ValueError(f"k: {config.factors} has {factors.S.shape[0]} directions of {name}, {k} are asked")
+        factors = SVDFactors(factors.U[:, :k], factors.S[:k], factors.Vh[:k])
+    try:
         new = SVFLinear.from_linear(
-            layer,
+            linear,
             k,
             mode=config.mode,
             parametrization=config.parametrization,
@@ -93,12 +110,9 @@ def adapt(model: nn.Module, config: SVFConfig, ks: dict[str, int] | None = None)
             method=config.method,
             factors_dtype=None if config.factors_dtype is None else getattr(torch, config.factors_dtype),
         )
-        new.train(layer.training)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
-    model.__class__ = _with_experts(type(model))
-    model.svf_config = config
-    return model
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return new.train(linear.training)
 
 
 def svf_layers(model: nn.Module) -> dict[str, SVFLinear]:
@@ -177,17 +191,33 @@ class _Experts:
             for layer, (disabled, merged) in zip(layers, before, strict=True):
                 layer.disabled, layer._merged_weight = disabled, merged
 
+    @ordinary()
     def merge_and_unload(self) -> nn.Module:
-        """The model with plain linears again, holding W' of the active expert: W itself is overwritten."""
-        for name, layer in svf_layers(self).items():
-            layer.merge()
+        """The model with plain linears again, holding W' of the active expert: W itself is overwritten.
+
+        All or nothing: nothing has changed when ValueError is raised, for a quantised layer, a z that is not finite, or,
+        under :func:`lowrank.strict`, an update that rounding takes away.  One merged weight at a time is there beside its
+        layer's; a call that runs out of memory may be repeated, and goes on where it was.
+        """
+        layers, reports = svf_layers(self), []
+        for name, layer in layers.items():
+            try:
+                layer._refuse_merge()
+                if _stats.is_strict():
+                    report_merge(layer._merge()[1], layer.weight.dtype)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        for name, layer in layers.items():
+            merged, report = layer._merge()
+            reports.append((report, merged.dtype))
             base = layer.base_layer
-            merged = layer._merged_weight.mT.contiguous() if is_conv1d(base) else layer._merged_weight
-            base.weight = nn.Parameter(merged, requires_grad=False)
+            base.weight = nn.Parameter(layer._as_stored(merged).contiguous(), requires_grad=False)
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, base)
         self.__class__ = _plain_class(self)
         del self.svf_config
+        for report, dtype in reports:
+            report_merge(report, dtype)
         return self
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **_) -> None:

@@ -1,5 +1,6 @@
 """SVF on whole models: adapt, experts, mixtures, files, Trainer."""
 
+import contextlib
 import copy
 import io
 import json
@@ -389,6 +390,120 @@ def test_layers_put_in_by_hand(tmp_path):
     lowrank.save_adapter(model, tmp_path)
     again = lowrank.load_adapter(nn.Sequential(plain[0], nn.ReLU(), plain[1]), tmp_path)
     assert torch.equal(again(x), want)
+
+
+class Float(nn.Linear):
+    pass
+
+
+class OwnForward(nn.Linear):  # as FalconLinear
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x @ self.weight.T + self.bias
+
+
+class Quantised(nn.Linear):  # HQQ's interface, as PEFT knows it
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight = nn.Parameter((self.weight.detach() * 99).round().to(torch.int8), requires_grad=False)
+        self.W_q = None
+
+    def dequantize(self):
+        return self.weight.float() / 99
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dequantize(), self.bias)
+
+
+def scaled(*layers, **config):
+    torch.manual_seed(0)
+    model = lowrank.adapt(nn.Sequential(*(make(8, 8) for make in layers)), SVFConfig(**config))
+    with torch.no_grad():
+        for layer in svf_layers(model).values():
+            layer.z["default"].add_(0.3 * torch.randn_like(layer.z["default"]))
+    return model
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("kind", [nn.Linear, Float, OwnForward])
+def test_a_subclass_with_a_float_weight_is_no_quantised_one(kind, k):
+    model, x = scaled(nn.Linear, kind, k=k), torch.randn(5, 8, requires_grad=True)
+    want = model(x)
+    want.sum().backward()
+    assert all(layer.z["default"].grad.any() for layer in model)
+    if kind is OwnForward:
+        assert model[1].base_layer.calls == 1
+    model[1].merge()
+    torch.testing.assert_close(model(x), want)
+    if kind is OwnForward:
+        assert model[1].base_layer.calls == 2
+    merged = model.merge_and_unload()
+    assert [type(layer) for layer in merged] == [nn.Linear, kind]
+    torch.testing.assert_close(merged(x), want)
+
+
+def test_a_replaced_forward_is_called():
+    linear = nn.Linear(8, 8)
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight, linear.bias) + 1
+    x = torch.randn(5, 8)
+    want = linear(x)
+    torch.testing.assert_close(lowrank.adapt(nn.Sequential(linear), SVFConfig())(x), want)
+
+
+@pytest.mark.parametrize("mode", ["merged", "activation"])
+def test_a_forward_of_its_own_needs_mode_delta_and_the_model_is_left_alone(mode):
+    model = nn.Sequential(nn.Linear(8, 8), OwnForward(8, 8))
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=f"1: mode: '{mode}' needs .* over OwnForward use 'delta'"):
+        lowrank.adapt(model, SVFConfig(mode=mode))
+    assert [type(layer) for layer in model] == [nn.Linear, OwnForward]
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+
+
+def test_models_of_torch_merge():
+    torch.manual_seed(0)
+    model = lowrank.adapt(
+        nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0), SVFConfig(target_modules=["linear1", "linear2"])
+    )
+    with torch.no_grad():
+        for layer in svf_layers(model).values():
+            layer.z["default"].mul_(1.5)
+    x = torch.randn(5, 2, 16)
+    want = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), want)
+    model = lowrank.adapt(nn.TransformerEncoderLayer(16, 4, 32), SVFConfig())
+    assert not svf_layers(model.merge_and_unload())
+
+
+@pytest.mark.parametrize("why", ["quantised", "nan", "strict", "parametrized"])
+def test_merging_is_all_or_nothing(why):
+    pytest.importorskip("peft")
+    model, x = scaled(nn.Linear, Float, Quantised if why == "quantised" else nn.Linear), torch.randn(5, 8)
+    context, last = contextlib.nullcontext(), model[2]
+    if why == "nan":
+        with torch.no_grad():
+            last.z["default"][1] = torch.nan
+    elif why == "strict":
+        context = lowrank.strict()
+        model.bfloat16()
+        with torch.no_grad():
+            last.z["default"].fill_(1 + 1e-6)
+        x = x.bfloat16()
+    elif why == "parametrized":
+        torch.nn.utils.parametrizations.weight_norm(last.base_layer)
+        last.base_layer.requires_grad_(False)
+    weights = [layer.base_layer.weight.clone() for layer in model]
+    y = model(x) if why != "nan" else None
+    with context, pytest.raises(ValueError, match=r"^2: "):
+        model.merge_and_unload()
+    assert len(svf_layers(model)) == 3
+    assert not any(layer.merged for layer in svf_layers(model).values())
+    assert all(torch.equal(layer.base_layer.weight, weight) for layer, weight in zip(model, weights, strict=True))
+    assert model.active_expert == "default"
+    if why != "nan":
+        assert torch.equal(model(x), y)
 
 
 @pytest.mark.slow

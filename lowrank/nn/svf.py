@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..factors import dense_weight, is_conv1d, weight_shape
+from ..factors import dense_weight, has_float_weight, has_linear_forward, is_conv1d, weight_shape
 from ..ops.dropout import row_blocks
 from ..ops.lora_impl import no_autocast
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
@@ -32,7 +32,8 @@ class SVFLinear(nn.Module):
         mode: :func:`lowrank.svf_linear`'s.  "merged" keeps W' for as long as z stays the same, and a backward adds up dW
             in fp32 (4 N K bytes) over the layer's calls and projects it onto z once (:func:`defer_projection`: once for
             several backwards).  It has second derivatives.
-            A base that trains or is quantised is computed in mode "delta" whatever is asked, and a mixture never in "merged".
+            A base that trains is computed in mode "delta" whatever is asked, and a mixture never in "merged".  A base that is
+            quantised, or a subclass of nn.Linear with a forward of its own, is called, and needs "delta" or "auto".
         parametrization: z of what is trained, p: "free" p, "sigmoid" 2 sigmoid(p), "exp" exp(p).
         normalize: None or "nuclear", :func:`lowrank.svf_linear`'s.
         factors: of this weight, if they are known; otherwise they are computed here, by ``method``.
@@ -87,9 +88,13 @@ class SVFLinear(nn.Module):
                 f"mode: 'activation' needs all {min(in_features, out_features)} directions, got k={self.k}"
             )
         weight = self.base_layer.weight
-        self.is_dense = type(self.base_layer) is nn.Linear or is_conv1d(self.base_layer)
+        # otherwise the base is called, and the update goes on top
+        self.is_dense = has_float_weight(self.base_layer) and has_linear_forward(self.base_layer)
         if not self.is_dense and mode not in ("auto", "delta"):
-            raise ValueError(f"mode: {mode!r} needs a float weight; over {type(self.base_layer).__name__} use 'delta'")
+            raise ValueError(
+                f"mode: {mode!r} needs a float weight and nn.Linear's forward; over {type(self.base_layer).__name__} use"
+                " 'delta'"
+            )
         factors_dtype = factors_dtype or (weight.dtype if weight.is_floating_point() else torch.float32)
         for name, factor, kind in zip(
             factors._fields, factors, (factors_dtype, torch.float32, factors_dtype), strict=True
@@ -188,7 +193,9 @@ class SVFLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] in x's dtype, or autocast's."""
         if self.merged:
-            return nn.functional.linear(x, self._merged_weight, self.bias)
+            if self.is_dense:
+                return nn.functional.linear(x, self._merged_weight, self.bias)
+            return torch.func.functional_call(self.base_layer, {"weight": self._as_stored(self._merged_weight)}, (x,))
         if self.disabled:
             return self.base_layer(x)
         mix, names = self._mix or (None, ())
@@ -249,15 +256,24 @@ class SVFLinear(nn.Module):
         while it is merged.  Returns what the rounding kept of the update; warns if that is less than half, and raises under
         :func:`lowrank.strict`.
         """
-        if not self.is_dense:
-            raise ValueError(f"merge: a {type(self.base_layer).__name__} cannot be merged into without requantising it")
-        A, m, B = self.update()
-        if not bool(torch.isfinite(m).all()):
-            raise ValueError(f"z.{self.active_expert}: holds NaN or infinity")
-        merged, report = materialize_with_report(self._dense(), A, m, B)
+        merged, report = self._merge()
         report_merge(report, self.weight.dtype)
         self._merged_weight = merged
         return report
+
+    def _refuse_merge(self) -> None:
+        kind = type(self.base_layer).__name__
+        if not has_float_weight(self.base_layer):
+            raise ValueError(f"merge: a {kind} cannot be merged into without requantising it")
+        if "weight" not in self.base_layer._parameters:
+            raise ValueError(f"merge: the weight of a {kind} is computed from others; remove the parametrization first")
+        if not bool(torch.isfinite(self.update()[1]).all()):
+            raise ValueError(f"z.{self.active_expert}: holds NaN or infinity")
+
+    def _merge(self) -> tuple[torch.Tensor, MergeReport]:
+        self._refuse_merge()
+        with ordinary():
+            return materialize_with_report(self._dense(), *self.update())
 
     def unmerge(self) -> None:
         """Forget the merged weight."""
@@ -276,12 +292,15 @@ class SVFLinear(nn.Module):
     def get_delta_weight(self, adapter: str | None = None) -> torch.Tensor:
         """W' - W in fp32, in the layout of :attr:`weight`, as PEFT's layers name it."""
         A, m, B = self.update(adapter)
-        delta = (B.float() * m) @ A.float()
-        return delta.mT if is_conv1d(self.base_layer) else delta
+        return self._as_stored((B.float() * m) @ A.float())
 
     def _dense(self) -> torch.Tensor:
         """W [N, K]."""
-        return self.weight.mT if is_conv1d(self.base_layer) else self.weight
+        return self._as_stored(self.weight)
+
+    def _as_stored(self, weight: torch.Tensor) -> torch.Tensor:
+        """[N, K] from the layout of the base's weight, or back."""
+        return weight.mT if is_conv1d(self.base_layer) else weight
 
     def _parameter_of(self, z: torch.Tensor) -> torch.Tensor:
         if not isinstance(z, torch.Tensor) or z.shape != (self.k,) or not z.is_floating_point():
