@@ -40,8 +40,7 @@ def adapt(model: nn.Module, config, adapter_name: str = "default", *, autocast_a
     if isinstance(config, svf.SVFConfig):
         model = svf.adapt(model, config)
         if adapter_name != "default":
-            for layer in svf.svf_layers(model).values():
-                layer.rename_expert("default", adapter_name)
+            svf.rename_expert(model, "default", adapter_name)
         return model
     peft = _peft()
     if not isinstance(config, peft.LoraConfig):

@@ -1,14 +1,17 @@
 """SVF on a whole model: ``adapt`` with an SVFConfig, experts, mixtures, and their files.
 
-A file holds what was trained, one fp32 vector per layer and expert, and in its metadata the config, k, the order of the
-directions and a checksum of each layer's weight: vectors are refused by a model whose weights are others.  It is called
+A file holds what was trained, one fp32 vector per layer and expert beside the modules that are trained as a whole, and in
+its metadata the config, k, the order of the directions and a checksum of each layer's weight: vectors are refused by a model
+whose weights are others.  It is called
 ``model.safetensors`` because that is the name under which transformers' Trainer looks for what it saved.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,9 @@ class SVFConfig:
         parametrization, normalize, mode, factors_dtype: :class:`lowrank.nn.SVFLinear`'s; factors_dtype by torch name.
         method: :func:`lowrank.svd_factors`'s.
         factors: a file of ``lowrank tools factors``; without one the factors are computed by ``adapt``.
+        modules_to_save: endings of the names of modules that are trained as they are, a copy for each expert, and saved
+            with it, as PEFT's; no linear in them is scaled.  The head of a model for classification, question answering or
+            multiple choice is one of them, since it may be new; with an empty list, none is.
     """
 
     k: int | None = None
@@ -49,6 +55,7 @@ class SVFConfig:
     factors_dtype: str | None = None
     method: str = "auto"
     factors: str | None = None
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self):
         if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
@@ -59,17 +66,30 @@ class SVFConfig:
             )
         if self.factors_dtype is not None and not isinstance(getattr(torch, self.factors_dtype, None), torch.dtype):
             raise ValueError(f"factors_dtype: expected a torch dtype's name, got {self.factors_dtype!r}")
+        if (names := self.modules_to_save) is not None:
+            if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) and name for name in names):
+                raise TypeError(f"modules_to_save: expected None or a list of names, got {names!r}")
+            object.__setattr__(self, "modules_to_save", list(names))
 
 
-def adapt(model: nn.Module, config: SVFConfig, ks: dict[str, int] | None = None) -> nn.Module:
+def adapt(
+    model: nn.Module, config: SVFConfig, ks: dict[str, int] | None = None, saved: list[str] | None = None
+) -> nn.Module:
     """Replace the model's linears by :class:`lowrank.nn.SVFLinear`, in place, and freeze everything but the experts.
 
     The model stays what it was and gains methods: ``save_pretrained`` (experts only), ``add_expert``, ``set_expert``,
-    ``disable_adapter`` and ``merge_and_unload``.  ``ks``: k of each layer where they differ.
+    ``disable_adapter`` and ``merge_and_unload``.  ``ks``: k of each layer where they differ.  ``saved``: the names that
+    ``config.modules_to_save`` stands for.
     """
     if svf_layers(model):
         raise ValueError("model: has SVF layers already; add_expert adds to them")
+    saved = _saved_names(model, config.modules_to_save) if saved is None else saved
     layers = target_layers(model, config.target_modules)
+    layers = {name: layer for name, layer in layers.items() if not f"{name}.".startswith(tuple(f"{s}." for s in saved))}
+    if not layers:
+        raise ValueError(
+            f"target_modules: {config.target_modules!r} matches nothing outside modules_to_save ({', '.join(saved)})"
+        )
     ks = ks or dict.fromkeys(layers, config.k)
     for name, layer in layers.items():
         least = min(weight_shape(layer))
@@ -82,16 +102,21 @@ def adapt(model: nn.Module, config: SVFConfig, ks: dict[str, int] | None = None)
     model.requires_grad_(False)
     try:
         made = {name: _layer(name, layer, config, ks[name], known.get(name)) for name, layer in layers.items()}
+        made |= {name: _Saved(model.get_submodule(name)) for name in saved}
     except BaseException:
         for p in trained:
             p.requires_grad_(True)
         raise
     for name, new in made.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        _put(model, name, new)
     model.__class__ = _with_experts(type(model))
     model.svf_config = config
     return model
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _layer(name: str, linear: nn.Module, config: SVFConfig, k: int | None, factors: SVDFactors | None) -> SVFLinear:
@@ -115,6 +140,90 @@ def _layer(name: str, linear: nn.Module, config: SVFConfig, k: int | None, facto
     return new.train(linear.training)
 
 
+def _saved_names(model: nn.Module, endings: list[str] | None) -> list[str]:
+    """The outermost modules with such names, by PEFT's own matching, and the model's head."""
+    if endings == []:
+        return []
+    names = [name for name, _ in model.named_modules() if name]
+    if missing := [ending for ending in endings or () if not any(name.endswith(ending) for name in names)]:
+        raise ValueError(f"modules_to_save: no module of {type(model).__name__} is called {missing[0]!r}")
+    heads, chosen = _heads(model), []
+    for name in names:  # a module comes before what is in it
+        wanted = name in heads or name.endswith(tuple(endings or ()))
+        if wanted and not name.startswith(tuple(f"{each}." for each in chosen)):
+            chosen.append(name)
+    return chosen
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """What a model of transformers for a task with labels has beside its base model, or what PEFT takes for that."""
+    if not any(re.search(_LABELLED, cls.__name__) for cls in type(model).__mro__):
+        return []
+    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+    if isinstance(base, nn.Module):
+        return [name for name, child in children.items() if child is not base]
+    return [name for name in ("classifier", "score", "qa_outputs") if name in children]
+
+
+_LABELLED = r"For(\w*Classification|QuestionAnswering|MultipleChoice)$"
+
+
+class _Saved(nn.Module):
+    """A module that is trained as a whole, a copy for each expert.  Names in the state dict are PEFT's."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.disabled = False
+        self.training = module.training
+        self.add_expert("default")
+
+    def forward(self, *args, **kwargs):
+        return self._active()(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "active_expert" not in self.__dict__ or name.startswith("__"):
+                raise
+            return getattr(self._active(), name)
+
+    def _active(self) -> nn.Module:
+        return self.original_module if self.disabled else self.modules_to_save[self.active_expert]
+
+    def add_expert(self, name: str) -> None:
+        with ordinary():
+            self.modules_to_save[name] = copy.deepcopy(self.original_module)
+        self.set_expert(name)
+
+    def set_expert(self, name: str, trainable: bool = True) -> None:
+        self.active_expert = name
+        for expert, module in self.modules_to_save.items():
+            for p in module.parameters():
+                p.requires_grad_(trainable and expert == name and p.is_floating_point())
+
+    def rename_expert(self, name: str, new: str) -> None:
+        self.modules_to_save = nn.ModuleDict({new if e == name else e: m for e, m in self.modules_to_save.items()})
+        self.active_expert = new if self.active_expert == name else self.active_expert
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        return self.modules_to_save[name].state_dict()
+
+
+def saved_modules(model: nn.Module) -> dict[str, _Saved]:
+    """The modules that are trained as a whole, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Saved)}
+
+
+def rename_expert(model: nn.Module, name: str, new: str) -> None:
+    """Give an expert another name in every layer."""
+    for layer in (svf_layers(model) | saved_modules(model)).values():
+        layer.rename_expert(name, new)
+
+
 def svf_layers(model: nn.Module) -> dict[str, SVFLinear]:
     """The SVF layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SVFLinear)}
@@ -123,6 +232,8 @@ def svf_layers(model: nn.Module) -> dict[str, SVFLinear]:
 @contextlib.contextmanager
 def expert_mix(model: nn.Module, alpha, experts: list[str] | None = None):
     """Inside, every row sees its own mixture: z = Σ_e alpha_e z_e, all rows in one batch and W untouched.
+
+    Modules that are trained as a whole (``modules_to_save``) are not mixed: the active expert's run.
 
     Args:
         alpha: [E] for everything, [B,E] per sequence, [B,T,E] per token; or a dict of those by layer name, where layers it
@@ -161,8 +272,8 @@ class _Experts:
     """What a model gains by :func:`adapt`."""
 
     def add_expert(self, name: str) -> None:
-        """An expert at z = 1 in every layer, made active."""
-        for layer in svf_layers(self).values():
+        """An expert at z = 1 in every layer, and a copy of what is trained as a whole, made active."""
+        for layer in (svf_layers(self) | saved_modules(self)).values():
             layer.add_expert(name)
 
     def set_expert(self, name: str) -> None:
@@ -170,7 +281,7 @@ class _Experts:
         layers = svf_layers(self)
         if missing := [where for where, layer in layers.items() if name not in layer.z]:
             raise ValueError(f"name: no expert {name!r} in {missing[0]}, which has {', '.join(layers[missing[0]].z)}")
-        for layer in layers.values():
+        for layer in (layers | saved_modules(self)).values():
             layer.set_expert(name)
 
     @property
@@ -183,13 +294,18 @@ class _Experts:
         """Inside, the model is the one that was adapted."""
         layers = list(svf_layers(self).values())
         before = [(layer.disabled, layer._merged_weight) for layer in layers]
+        saved = [(module, module.disabled) for module in saved_modules(self).values()]
         try:
+            for module, _ in saved:
+                module.disabled = True
             for layer in layers:
                 layer.disabled, layer._merged_weight = True, None
             yield self
         finally:
             for layer, (disabled, merged) in zip(layers, before, strict=True):
                 layer.disabled, layer._merged_weight = disabled, merged
+            for module, disabled in saved:
+                module.disabled = disabled
 
     @ordinary()
     def merge_and_unload(self) -> nn.Module:
@@ -212,8 +328,9 @@ class _Experts:
             reports.append((report, merged.dtype))
             base = layer.base_layer
             base.weight = nn.Parameter(layer._as_stored(merged).contiguous(), requires_grad=False)
-            parent, _, child = name.rpartition(".")
-            setattr(self.get_submodule(parent), child, base)
+            _put(self, name, base)
+        for name, saved in saved_modules(self).items():
+            _put(self, name, saved.modules_to_save[saved.active_expert])
         self.__class__ = _plain_class(self)
         del self.svf_config
         for report, dtype in reports:
@@ -228,6 +345,8 @@ class _Experts:
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """nn.Module's; a dict of experts alone is complete."""
         own = {f"{name}.z.{e}" for name, layer in svf_layers(self).items() for e in layer.z}
+        for name, saved in saved_modules(self).items():
+            own |= {f"{name}.modules_to_save.{key}" for key in saved.modules_to_save.state_dict()}
         if state_dict and state_dict.keys() <= own:
             found = super().load_state_dict(state_dict, False, assign)
             found.missing_keys[:] = sorted(own - state_dict.keys())
@@ -278,6 +397,13 @@ def save(model: nn.Module, path, expert: str | None = None) -> Path:
             if expert in (None, e):
                 tensors[f"{name}.z.{e}"] = p.detach().cpu().contiguous()
         described[name] = {"k": layer.k, "weight": _checksum(layer)}
+    saved = saved_modules(model)
+    for name, module in saved.items():
+        for e in module.modules_to_save if expert is None else [expert]:
+            for key, t in module.tensors(e).items():
+                tensors[f"{name}.modules_to_save.{e}.{key}"] = (
+                    t.detach().cpu().clone(memory_format=torch.contiguous_format)
+                )
     first = next(iter(layers.values()))
     config = getattr(model, "svf_config", None)
     if config is None:
@@ -288,11 +414,12 @@ def save(model: nn.Module, path, expert: str | None = None) -> Path:
         "lowrank": json.dumps({
             "format": _FORMAT,
             "version": __version__,
-            "config": dataclasses.asdict(config),
+            "config": {key: value for key, value in dataclasses.asdict(config).items() if value is not None},
             "order": "descending singular values",
             "sign": "the entry of largest magnitude of each column of U is positive",
             "active": first.active_expert if expert is None else expert,
             "layers": described,
+            "modules_to_save": list(saved),
         }),
     }  # fmt: skip
     path = Path(path)
@@ -327,6 +454,9 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
 
     config = SVFConfig(**description["config"])
     wanted, layers = description["layers"], svf_layers(model)
+    saved = description.get("modules_to_save", [])
+    marks = tuple(f"{each}.modules_to_save." for each in saved)
+    whole = {key: vectors.pop(key) for key in list(vectors) if key.startswith(marks)}
     experts = sorted({key.rpartition(".z.")[2] for key in vectors}, key=lambda e: (e != description["active"], e))
     expected = {f"{layer}.z.{e}" for layer in wanted for e in experts}
     if vectors.keys() != expected:
@@ -336,6 +466,7 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
     if plain.keys() != wanted.keys():
         odd = sorted(plain.keys() ^ wanted.keys())
         raise ValueError(f"{path}: experts of another model: {odd[0]} is on one side only")
+    _check_saved(model, path, saved, experts, whole)
     for layer, facts in wanted.items():
         for e in experts:
             if vectors[f"{layer}.z.{e}"].shape != (facts["k"],):
@@ -357,10 +488,12 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
             )
     if not layers:
         ks = {layer: facts["k"] for layer, facts in wanted.items()}
-        model = adapt(model, dataclasses.replace(config, target_modules=exact_names(wanted)), ks)
+        model = adapt(model, dataclasses.replace(config, target_modules=exact_names(wanted)), ks, saved)
         model.svf_config, layers = config, svf_layers(model)
         for layer in layers.values():
             del layer.z["default"]
+        for module in saved_modules(model).values():
+            del module.modules_to_save["default"]
     alone = len(experts) == 1
     for e in experts:
         for layer, module in layers.items():
@@ -371,15 +504,49 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
             else:
                 with ordinary():
                     module.z[target] = nn.Parameter(vectors[f"{layer}.z.{e}"].to(module.S.device, copy=True))
+        for where, module in saved_modules(model).items():
+            if target not in module.modules_to_save:
+                module.add_expert(target)
+            mark = f"{where}.modules_to_save.{e}."
+            module.modules_to_save[target].load_state_dict(
+                {key.removeprefix(mark): t for key, t in whole.items() if key.startswith(mark)}
+            )
     active = name if alone or name in experts else experts[0]
     for module in layers.values():
         module.set_expert(active)
         module.z[active].requires_grad_(trainable)
+    for module in saved_modules(model).values():
+        module.set_expert(active, trainable)
     return model
 
 
+def _check_saved(model: nn.Module, path, saved: list[str], experts: list[str], whole: dict) -> None:
+    """Raise ValueError unless the modules that the file holds as a whole are the model's."""
+    found = saved_modules(model)
+    if svf_layers(model) and found.keys() != set(saved):
+        odd = sorted(found.keys() ^ set(saved))
+        raise ValueError(f"{path}: experts of another model: {odd[0]} is trained as a whole on one side only")
+    modules, expected = dict(model.named_modules()), {}
+    for name in saved:
+        if name not in modules:
+            raise ValueError(f"{path}: experts of another model: it has {name}, which {type(model).__name__} lacks")
+        state = (found[name].original_module if name in found else modules[name]).state_dict()
+        expected |= {f"{name}.modules_to_save.{e}.{key}": t.shape for e in experts for key, t in state.items()}
+    if expected.keys() != whole.keys():
+        odd = sorted(expected.keys() ^ whole.keys())
+        raise ValueError(f"{path}: experts of another model: {odd[0]} is on one side only")
+    for key, shape in expected.items():
+        if whole[key].shape != shape:
+            raise ValueError(
+                f"{path}: experts of another model: {key} is {list(whole[key].shape)}, the model's {list(shape)}"
+            )
+
+
 def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
-    """The expert (the active one) as the rank-k LoRA it is: A = Vh, B = U diag(σ (z - 1)), in PEFT's two files, fp32."""
+    """The expert (the active one) as the rank-k LoRA it is: A = Vh, B = U diag(σ (z - 1)), in PEFT's two files, fp32.
+
+    Modules that are trained as a whole go along as PEFT's ``modules_to_save``.
+    """
     from safetensors.torch import save_file
 
     from ._fits import targets, warn_of_misfits
@@ -391,6 +558,10 @@ def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
             A, m, B = layer.update(expert)
             tensors[f"base_model.model.{name}.lora_A.weight"] = A.float().cpu().contiguous()
             tensors[f"base_model.model.{name}.lora_B.weight"] = (B.float() * m).cpu().contiguous()
+    saved = saved_modules(model)
+    for name, module in saved.items():
+        for key, t in module.tensors(expert or module.active_expert).items():
+            tensors[f"base_model.model.{name}.{key}"] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
     first = next(iter(layers.values()))
     modules, parameters = targets(model, exact_names(layers), list(layers), peft)
     ends = {name: r"\.weight" if f"{name}.weight" in parameters else "" for name in layers}
@@ -402,6 +573,7 @@ def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
         target_parameters=parameters or None,
         rank_pattern=names,
         alpha_pattern=names,
+        modules_to_save=list(saved) or None,
         inference_mode=True,
     )
     save_file(tensors, Path(path) / WEIGHTS, metadata={"format": "pt"})

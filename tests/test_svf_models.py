@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lowrank
 from lowrank import SVFConfig
+from lowrank.adapters import exact_names
 from lowrank.factors import dense_weight, save_factors
 from lowrank.nn import SVFLinear
-from lowrank.svf import svf_layers
+from lowrank.svf import saved_modules, svf_layers
 
 IDS = torch.arange(48).view(3, 16) * 7 % 100
 
@@ -390,6 +391,199 @@ def test_layers_put_in_by_hand(tmp_path):
     lowrank.save_adapter(model, tmp_path)
     again = lowrank.load_adapter(nn.Sequential(plain[0], nn.ReLU(), plain[1]), tmp_path)
     assert torch.equal(again(x), want)
+
+
+SMALL = dict(intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, pad_token_id=0)
+
+
+def classifier(seed=0, labels=3, cls="LlamaForSequenceClassification"):
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(LlamaConfig(hidden_size=64, num_key_value_heads=2, num_labels=labels, **SMALL))
+    torch.manual_seed(seed)  # the head is new in every process
+    torch.nn.init.normal_(model.score.weight)
+    return model.eval()
+
+
+def trained_classifier(experts=("default",), **options):
+    model = lowrank.adapt(classifier(**options), SVFConfig(k=8))
+    for name in experts[1:]:
+        model.add_expert(name)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".z." in name or ".modules_to_save." in name:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("cls", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
+def test_a_new_head_is_trained_saved_and_loaded_where_another_was_made(tmp_path, cls):
+    plain = classifier(cls=cls)
+    model = lowrank.adapt(plain, SVFConfig(k=8))
+    assert torch.equal(logits(model), logits(classifier(cls=cls)))
+    model(IDS, labels=torch.ones(IDS.shape[: 1 if "Sequence" in cls else 2]).long()).loss.backward()
+    got = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    head = {name for name, _ in plain.named_parameters() if name.startswith("score.modules_to_save.default.")}
+    assert got == {f"{name}.z.default" for name in svf_layers(model)} | head
+    assert len(svf_layers(model)) == 14
+    assert isinstance(model.score.weight, nn.Parameter)
+    model = trained_classifier(cls=cls)
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    other = lowrank.load_adapter(classifier(5, cls=cls), tmp_path, "mine")
+    assert torch.equal(logits(other), want)
+    assert not any(p.requires_grad for p in other.parameters())
+    again = lowrank.load_adapter(
+        lowrank.adapt(classifier(6, cls=cls), SVFConfig(k=8)), tmp_path, "mine", is_trainable=True
+    )
+    assert torch.equal(logits(again), want)
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == {
+        name.replace("default", "mine") for name in got
+    }
+    again.set_expert("default")
+    assert torch.equal(logits(again), logits(classifier(6, cls=cls)))
+    with again.disable_adapter():
+        assert torch.equal(logits(again), logits(classifier(6, cls=cls)))
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        "DistilBertForSequenceClassification",
+        "BertForTokenClassification",
+        "RobertaForSequenceClassification",
+        "BertForQuestionAnswering",
+    ],
+)
+def test_the_heads_are_those_that_peft_trains(cls):
+    peft = pytest.importorskip("peft")
+    make = getattr(transformers, cls)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    if "Distil" in cls:
+        sizes = dict(dim=32, hidden_dim=64, n_layers=1, n_heads=4)
+    model = make(make.config_class(vocab_size=100, **sizes))
+    task = {"Seq": "SEQ_CLS", "Tok": "TOKEN_CLS", "Que": "QUESTION_ANS"}[cls.partition("For")[2][:3]]
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(task_type=task, target_modules=["query", "q_lin"])
+    )
+    mark = ".modules_to_save."
+    expected = {name.removeprefix("base_model.model.") for name, _ in theirs.named_parameters() if mark in name}
+    ours = lowrank.adapt(model, SVFConfig(k=2))
+    assert {name for name, _ in ours.named_parameters() if mark in name} == expected
+    assert not any(name.startswith(("classifier", "pre_classifier", "qa_outputs")) for name in svf_layers(ours))
+
+
+def test_modules_to_save_by_name(tmp_path):
+    model = lowrank.adapt(llama(), SVFConfig(k=4, modules_to_save=["embed_tokens", "1.mlp"]))
+    assert set(saved_modules(model)) == {"model.embed_tokens", "model.layers.1.mlp"}
+    assert len(svf_layers(model)) == 11
+    model(IDS, labels=IDS).loss.backward()
+    assert model.model.layers[1].mlp.up_proj.weight.grad.any()
+    assert model.get_input_embeddings().weight.grad.any()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    want = logits(model)
+    lowrank.save_adapter(model, tmp_path)
+    assert torch.equal(logits(lowrank.load_adapter(llama(), tmp_path)), want)
+    assert torch.equal(logits(copy.deepcopy(model)), want)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), want)
+    with pytest.raises(ValueError, match="trained as a whole on one side only"):
+        lowrank.load_adapter(
+            lowrank.adapt(llama(), SVFConfig(k=4, target_modules=exact_names(svf_layers(model)))), tmp_path
+        )
+    merged = model.merge_and_unload()
+    assert type(merged.model.layers[1].mlp).__name__ == "LlamaMLP"
+    torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-5)
+    without = lowrank.adapt(classifier(), SVFConfig(k=3, modules_to_save=[]))
+    assert isinstance(without.score, SVFLinear)
+    both = lowrank.adapt(classifier(), SVFConfig(k=4, modules_to_save=["embed_tokens"]))
+    assert set(saved_modules(both)) == {"model.embed_tokens", "score"}
+    plain = llama()
+    for names, error, message in (
+        (["nothing"], ValueError, "modules_to_save: no module of LlamaForCausalLM is called 'nothing'"),
+        ("score", TypeError, "modules_to_save: expected None or a list of names"),
+        ([3], TypeError, "modules_to_save: expected None or a list of names"),
+        (["layers"], ValueError, "matches nothing outside modules_to_save"),
+    ):
+        with pytest.raises(error, match=message):
+            lowrank.adapt(plain, SVFConfig(k=4, modules_to_save=names))
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_every_expert_has_a_head_of_its_own(tmp_path):
+    model = trained_classifier(("default", "b"))
+    assert model.active_expert == "b"
+    want = {}
+    for name in ("default", "b"):
+        model.set_expert(name)
+        want[name] = logits(model)
+        assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad and "score" in n} == {name}
+    assert not torch.equal(want["default"], want["b"])
+    lowrank.save_adapter(model, tmp_path / "both")
+    lowrank.save_adapter(model, tmp_path / "one", adapter_name="default")
+    both = lowrank.load_adapter(classifier(3), tmp_path / "both")
+    for name in ("default", "b"):
+        both.set_expert(name)
+        assert torch.equal(logits(both), want[name])
+    one = lowrank.load_adapter(classifier(4), tmp_path / "one", "math")
+    assert torch.equal(logits(one), want["default"])
+    one = lowrank.load_adapter(one, tmp_path / "both")
+    assert sorted(one.score.modules_to_save) == ["b", "default", "math"]
+    assert torch.equal(logits(one), want["default"])
+    one.set_expert("b")
+    assert torch.equal(logits(one), want["b"])
+    assert list(lowrank.adapt(classifier(), SVFConfig(k=8), "math").score.modules_to_save) == ["math"]
+    merged = both.merge_and_unload()
+    assert type(merged.score) is nn.Linear
+    torch.testing.assert_close(logits(merged), want["b"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_another_size_is_refused_and_the_model_left_alone(tmp_path):
+    lowrank.save_adapter(trained_classifier(), tmp_path)
+    other = classifier(labels=5)
+    with pytest.raises(
+        ValueError, match=r"score\.modules_to_save\.default\.weight is \[3, 64\], the model's \[5, 64\]"
+    ):
+        lowrank.load_adapter(other, tmp_path)
+    with pytest.raises(ValueError, match="it has score, which LlamaForCausalLM lacks"):
+        lowrank.load_adapter(llama(), tmp_path)
+    assert not svf_layers(other)
+    assert all(p.requires_grad for p in other.parameters())
+
+
+def test_a_head_goes_along_into_a_lora_file(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = trained_classifier(("default", "b"))
+    want = logits(model)
+    lowrank.save_adapter(model, tmp_path, format="lora")
+    torch.testing.assert_close(
+        logits(peft.PeftModel.from_pretrained(classifier(5), tmp_path)), want, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(logits(lowrank.load_adapter(classifier(6), tmp_path)), want, rtol=1e-4, atol=1e-5)
+
+
+class Labelled(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return {"input_ids": (torch.arange(16) * (i % 3 + 3) + i) % 100, "labels": i % 3}
+
+
+def test_trainer_resumes_a_head(tmp_path):
+    def run(model, out, steps):
+        run = trainer(model, out, steps)
+        run.train_dataset = Labelled()
+        return run
+
+    whole = lowrank.adapt(classifier(), SVFConfig(k=8))
+    run(whole, tmp_path / "a", 8).train()
+    resumed = lowrank.adapt(classifier(), SVFConfig(k=8))
+    run(resumed, tmp_path / "b", 8).train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-4"))
+    assert torch.equal(logits(resumed), logits(whole))
+    assert not torch.equal(resumed.score.weight, classifier().score.weight)
+    found = lowrank.load_adapter(classifier(9), tmp_path / "a/checkpoint-8")
+    assert torch.equal(logits(found), logits(whole))
 
 
 class Float(nn.Linear):
