@@ -49,7 +49,8 @@ def stats(model: nn.Module | None = None) -> dict[str, object]:
     ``shared``: of the fused calls, those that a sibling (q/k/v, gate/up) had computed already.
 
     With a ``model``, of its layers alone, and ``untouched`` counts its adapter layers that lowrank never sees: classes it
-    does not cover (embeddings, convolutions, MoE expert parameters, GPTQ, ...) and covered ones that were not patched.
+    does not cover (embeddings, convolutions, MoE expert parameters, GPTQ, ...), covered ones that were not patched, and
+    SVF layers that the model has not called since it read their weight.
     Code under ``torch.compile`` is counted when it is traced, not when it runs, and in ``stats()`` alone: which layer it was
     would be a guard on that layer, and so a recompilation for each of those that share a graph.
     """
@@ -94,6 +95,52 @@ def op_fell_back(reason: str) -> None:
     _warn(reason, f"lowrank runs some calls in PyTorch instead of its kernels: {reason}")
 
 
+# In the __dict__ of a layer: the forward of an adapted model in which it was last called; and, where its weight was read in
+# a later one, whether that was told.
+CALLED, READ = "_lowrank_called", "_lowrank_read"
+_read: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()  # those of which it was not
+_forwards = 0
+_CALL = nn.Module._call_impl.__code__
+
+
+def was_read(layer: nn.Module, frame) -> None:
+    """Note that ``frame`` reads the layer's weight, if a module's forward is running: it may be instead of calling it."""
+    if READ in layer.__dict__ or layer.__dict__.get(CALLED) == _forwards:
+        return
+    while frame is not None and frame.f_code is not _CALL:
+        frame = frame.f_back
+    if frame is not None:
+        layer.__dict__[READ], _read[id(layer)] = False, layer
+
+
+def was_called(layer: nn.Module) -> None:
+    """Note a call; that the weight was read for it, for its dtype, for instance, is forgotten."""
+    layer.__dict__[CALLED] = _forwards
+    if READ in layer.__dict__:
+        layer.__dict__.pop(READ, None)
+        _read.pop(id(layer), None)
+
+
+def tell_read(model: nn.Module, *_) -> None:
+    """A forward hook: warn of the layers of ``model`` whose weight it read and which it did not call."""
+    global _forwards
+    if torch.compiler.is_compiling():
+        return
+    _forwards += 1
+    waiting = {id(layer) for ref in _read.valuerefs() if (layer := ref()) is not None}
+    found = {name: m for name, m in model.named_modules() if id(m) in waiting} if waiting else {}
+    for layer in found.values():
+        layer.__dict__[READ] = True
+        _read.pop(id(layer), None)
+    if found:
+        names = ", ".join(list(found)[:3]) + (", ..." if len(found) > 3 else "")
+        warnings.warn(
+            f"{type(model).__name__} reads the weight of adapted layers instead of calling them, and their adapters do"
+            f" nothing there: {names} ({len(found)} in all)",
+            stacklevel=2,
+        )
+
+
 def _traced(reason: str, text: str | None = None) -> None:
     _all[reason] += 1
     if text is not None:
@@ -124,6 +171,7 @@ def _untouched(model: nn.Module) -> dict[str, int]:
     layers = (
         [] if peft is None else [m for m in model.modules() if isinstance(m, peft.BaseTunerLayer) and not is_ours(m)]
     )
+    layers += [m for m in model.modules() if READ in m.__dict__]
     return dict(Counter(".".join([type(m).__module__.split(".")[-2], type(m).__name__]) for m in layers))
 
 

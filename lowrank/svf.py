@@ -111,6 +111,7 @@ def adapt(
         _put(model, name, new)
     model.__class__ = _with_experts(type(model))
     model.svf_config = config
+    model.register_forward_hook(_stats.tell_read)
     return model
 
 
@@ -320,7 +321,7 @@ class _Experts:
             try:
                 layer._refuse_merge()
                 if _stats.is_strict():
-                    report_merge(layer._merge()[1], layer.weight.dtype)
+                    report_merge(layer._merge()[1], layer.base_layer.weight.dtype)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         for name, layer in layers.items():
@@ -333,6 +334,8 @@ class _Experts:
             _put(self, name, saved.modules_to_save[saved.active_expert])
         self.__class__ = _plain_class(self)
         del self.svf_config
+        for key in [key for key, hook in self._forward_hooks.items() if hook is _stats.tell_read]:
+            del self._forward_hooks[key]
         for report, dtype in reports:
             report_merge(report, dtype)
         return self
@@ -583,7 +586,7 @@ def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
 
 def _checksum(layer: SVFLinear) -> str:
     """Of the frozen weight, computed once."""
-    key = layer.weight, None if layer.weight.is_inference() else layer.weight._version
+    key = layer.base_layer.weight, None if layer.base_layer.weight.is_inference() else layer.base_layer.weight._version
     known = layer.__dict__.get("_checksum_key")
     if known is None or known[0] is not key[0] or known[1] != key[1] or key[1] is None:
         layer._checksum_key, layer._checksum = key, weight_checksum(dense_weight(layer.base_layer))

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -584,6 +585,73 @@ def test_trainer_resumes_a_head(tmp_path):
     assert not torch.equal(resumed.score.weight, classifier().score.weight)
     found = lowrank.load_adapter(classifier(9), tmp_path / "a/checkpoint-8")
     assert torch.equal(logits(found), logits(whole))
+
+
+def mamba():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(hidden_size=32, vocab_size=100, num_hidden_layers=2, state_size=4))
+
+
+def fast_path():
+    return nn.Sequential(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "names"),
+    [
+        (mamba, (IDS,), {"backbone.layers.0.mixer.dt_proj", "backbone.layers.1.mixer.dt_proj"}),
+        (lambda: nn.MultiheadAttention(16, 4), (torch.ones(3, 2, 16),) * 3, {"out_proj"}),
+        (lambda: nn.TransformerEncoderLayer(16, 4, 32), (torch.ones(3, 2, 16),), {"self_attn.out_proj"}),
+        (fast_path, (torch.ones(3, 2, 16),), {"0.self_attn.out_proj", "0.linear1", "0.linear2"}),
+    ],
+    ids=["mamba", "attention", "encoder", "fast path"],
+)
+def test_layers_whose_weight_is_read_are_named(make, inputs, names):
+    torch.manual_seed(0)
+    model = lowrank.adapt(make(), SVFConfig())
+    with torch.no_grad(), pytest.warns(UserWarning, match="reads the weight of adapted layers") as said:
+        model(*inputs)
+    assert all(name in str(said[-1].message) for name in names)
+    assert lowrank.stats(model)["untouched"] == {"nn.SVFLinear": len(names)}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model(*inputs)  # once
+    other = pickle.loads(pickle.dumps(model))
+    assert lowrank.stats(other)["untouched"] == {}
+    with torch.no_grad(), pytest.warns(UserWarning, match="reads the weight of adapted layers"):
+        other(*inputs)
+    if make is fast_path:  # in training torch calls its linears
+        model.train()(*inputs)
+        assert lowrank.stats(model)["untouched"] == {"nn.SVFLinear": 1}
+    merged = model.merge_and_unload()
+    assert not merged._forward_hooks
+    assert lowrank.stats(merged)["untouched"] == {}
+
+
+def test_layers_whose_dtype_is_asked_are_not():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    class After(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.proj(x)
+            return y.to(self.proj.weight.dtype)
+
+    sizes = dict(d_model=32, d_ff=64, num_layers=2, num_heads=2, d_kv=16, vocab_size=100, decoder_start_token_id=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = lowrank.adapt(T5ForConditionalGeneration(T5Config(**sizes)), SVFConfig())
+        for _ in range(2):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            svf_layers(model)["encoder.block.0.layer.0.SelfAttention.q"].weight.norm()  # by a user
+        after = lowrank.adapt(After(), SVFConfig())
+        for _ in range(2):
+            after(torch.ones(2, 8))
+    assert lowrank.stats(model)["untouched"] == lowrank.stats(after)["untouched"] == {}
 
 
 class Float(nn.Linear):

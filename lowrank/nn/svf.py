@@ -1,6 +1,7 @@
 """nn.Linear whose singular values are scaled: Transformer²'s SVF, with named experts, mixtures and merging."""
 
 import contextlib
+import sys
 import threading
 import weakref
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .. import _stats
 from ..factors import dense_weight, has_float_weight, has_linear_forward, is_conv1d, weight_shape
 from ..ops.dropout import row_blocks
 from ..ops.lora_impl import no_autocast
@@ -127,6 +129,8 @@ class SVFLinear(nn.Module):
     @property
     def weight(self) -> nn.Parameter:
         """The base's weight, in its own layout: always the pristine one, merged or not."""
+        if not torch.compiler.is_compiling():
+            _stats.was_read(self, sys._getframe(1))
         return self.base_layer.weight
 
     @property
@@ -192,6 +196,8 @@ class SVFLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] in x's dtype, or autocast's."""
+        if not torch.compiler.is_compiling():
+            _stats.was_called(self)
         if self.merged:
             if self.is_dense:
                 return nn.functional.linear(x, self._merged_weight, self.bias)
@@ -212,7 +218,7 @@ class SVFLinear(nn.Module):
 
     def _mode(self, x: torch.Tensor, mixed: bool) -> str:
         N, K = self.out_features, self.in_features
-        if not self.is_dense or self.weight.requires_grad:
+        if not self.is_dense or self.base_layer.weight.requires_grad:
             return "delta"
         compiling = torch.compiler.is_compiling()  # a cache is no graph, and a rule on rows would be a graph per length
         if self.mode != "auto" and not (self.mode == "merged" and (mixed or compiling)):
@@ -239,8 +245,8 @@ class SVFLinear(nn.Module):
         """W' of the active expert, kept for as long as nothing it was made from has a new version."""
         p, made = self.z[self.active_expert], self._cache
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-        tracked = not (p.is_inference() or self.weight.is_inference())
-        key = (p._version, self.weight._version, stream) if tracked else None
+        tracked = not (p.is_inference() or self.base_layer.weight.is_inference())
+        key = (p._version, self.base_layer.weight._version, stream) if tracked else None
         if made is None or made.p is not p or made.key != key or not tracked:
             with ordinary():
                 A, m, B = self.update()
@@ -257,7 +263,7 @@ class SVFLinear(nn.Module):
         :func:`lowrank.strict`.
         """
         merged, report = self._merge()
-        report_merge(report, self.weight.dtype)
+        report_merge(report, self.base_layer.weight.dtype)
         self._merged_weight = merged
         return report
 
@@ -296,7 +302,7 @@ class SVFLinear(nn.Module):
 
     def _dense(self) -> torch.Tensor:
         """W [N, K]."""
-        return self._as_stored(self.weight)
+        return self._as_stored(self.base_layer.weight)
 
     def _as_stored(self, weight: torch.Tensor) -> torch.Tensor:
         """[N, K] from the layout of the base's weight, or back."""
@@ -331,7 +337,11 @@ class SVFLinear(nn.Module):
 
     def __getstate__(self):
         """For copies and pickles: without what can be made again, and in no block of :func:`lowrank.expert_mix`."""
-        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_checksum")}
+        state = {
+            name: value
+            for name, value in self.__dict__.items()
+            if not name.startswith(("_checksum", _stats.CALLED, _stats.READ))
+        }
         return state | {"_cache": None, "_mix": None}
 
     def extra_repr(self) -> str:
@@ -431,7 +441,7 @@ class _Handle(torch.autograd.Function):
         ctx.version = None if p.is_inference() else p._version
         ctx.factors, ctx.options = (layer.U, layer.S, layer.Vh), (layer.parametrization, layer.normalize)
         ctx.layer, ctx.sums = weakref.ref(layer), layer._sums  # the layer keeps the handle
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        wide = torch.promote_types(layer.base_layer.weight.dtype, torch.float32)
         return p.new_zeros((), dtype=wide).expand(layer.out_features, layer.in_features)
 
     @staticmethod
