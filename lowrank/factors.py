@@ -125,15 +125,25 @@ def target_layers(model: nn.Module, target_modules: str | Iterable[str] = "all-l
 
 
 @torch.no_grad()
-def dense_weight(module: nn.Module) -> torch.Tensor:
+def dense_weight(module: nn.Module, *, exact: bool = False) -> torch.Tensor:
     """The weight [N,K] of a linear layer in a float dtype, without grad: dequantised by PEFT, Conv1D's transposed.
 
-    Raises: ValueError if there is no such weight; ImportError without PEFT for a quantised one.
+    Of a 4-bit weight of bitsandbytes the scales are taken in bfloat16, on every device: that is what is left of them once
+    bitsandbytes has repacked it, at its first inference on some CPUs, so that the weight is the same before and after.
+    ``exact``: the scales as they are, which lowrank 0.1 took.
+
+    Raises: ValueError if there is no such weight, or ``exact`` is asked of one that was repacked; ImportError without PEFT
+        for a quantised one.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         raise ValueError(f"{type(module).__name__}: has no weight tensor")
     if not has_float_weight(module):
+        state = four_bit_state(module)
+        if state is not None and not exact:
+            return _dequantised(weight, state)
+        if state is not None and _is_repacked(state):
+            raise ValueError(f"{type(module).__name__}: bitsandbytes has repacked its weight: its scales are gone")
         try:
             from peft.utils.integrations import dequantize_module_weight
         except ImportError as error:
@@ -145,6 +155,48 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
             f" {type(weight).__name__} {list(weight.shape)} of {weight.dtype}"
         )
     return weight.detach().mT if is_conv1d(module) else weight.detach()
+
+
+def four_bit_state(module: nn.Module):
+    """bitsandbytes' QuantState of a 4-bit weight; None for any other."""
+    weight = getattr(module, "weight", None)
+    if type(weight).__name__ != "Params4bit":
+        return None
+    return getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+
+
+def has_exact_weight(module: nn.Module, checksum: str) -> bool:
+    """Whether a 4-bit layer's exact :func:`dense_weight` has this checksum: files of lowrank 0.1 say so."""
+    state = four_bit_state(module)
+    if state is None or _is_repacked(state):
+        return False
+    return weight_checksum(dense_weight(module, exact=True)) == checksum
+
+
+def _is_repacked(state) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _dequantised(weight: torch.Tensor, state) -> torch.Tensor:
+    """[N,K] in the dtype that was quantised: each code's value times its block's scale in bf16."""
+    N, K = state.shape
+    packed, absmax = weight.data.contiguous().view(torch.uint8).reshape(-1), state.absmax
+    if _is_repacked(
+        state
+    ):  # 32 bytes: 32 rows by two columns, the first 32 codes low, the others high; scales transposed
+        codes = torch.stack((packed.view(-1, 32) & 15, packed.view(-1, 32) >> 4), 1)
+        codes = codes.view(N // 32, K // 2, 32, 2).transpose(1, 2).reshape(-1)
+        absmax = absmax.mT
+    else:
+        codes = torch.stack((packed >> 4, packed & 15), 1).view(-1)[: N * K]
+        if state.nested:
+            from bitsandbytes.functional import dequantize_blockwise
+
+            absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    scales = absmax.reshape(-1).bfloat16().float()
+    dense = state.code.to(scales)[codes.int()].view(N, K)
+    dense = dense.view(-1).mul_(scales.repeat_interleave(state.blocksize)[: N * K]).view(N, K)
+    return dense.to(state.original_dtype if _is_repacked(state) else state.dtype)
 
 
 def has_float_weight(module: nn.Module) -> bool:
@@ -212,6 +264,8 @@ class FactorsFile(Mapping[str, SVDFactors]):
                 lacks = f"it has {name}, which {type(model).__name__} lacks"
                 raise ValueError(f"{self.path}: factors of another model: {lacks}")
             weight = dense_weight(modules[name])
+            if has_exact_weight(modules[name], facts["weight"]):
+                return
             found, expected = (list(weight.shape), _name(weight.dtype)), (facts["shape"], facts["dtype"])
             if found[0] == expected[0] and found[1] != expected[1]:
                 raise ValueError(

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from torch import nn
 
 from . import _stats
 from ._version import __version__
-from .factors import dense_weight, load_factors, target_layers, weight_checksum, weight_shape
+from .factors import dense_weight, has_exact_weight, load_factors, target_layers, weight_checksum, weight_shape
 from .nn import SVFLinear
 from .nn.merging import ordinary, report_merge
 from .nn.svf import PARAMETRIZATIONS
-from .svd import SVDFactors
+from .svd import SVDFactors, svd_factors
 
 FILE = "model.safetensors"
 _FORMAT = "lowrank svf 1"
@@ -73,13 +74,17 @@ class SVFConfig:
 
 
 def adapt(
-    model: nn.Module, config: SVFConfig, ks: dict[str, int] | None = None, saved: list[str] | None = None
+    model: nn.Module,
+    config: SVFConfig,
+    ks: dict[str, int] | None = None,
+    saved: list[str] | None = None,
+    exact: Container[str] = (),
 ) -> nn.Module:
     """Replace the model's linears by :class:`lowrank.nn.SVFLinear`, in place, and freeze everything but the experts.
 
     The model stays what it was and gains methods: ``save_pretrained`` (experts only), ``add_expert``, ``set_expert``,
     ``disable_adapter`` and ``merge_and_unload``.  ``ks``: k of each layer where they differ.  ``saved``: the names that
-    ``config.modules_to_save`` stands for.
+    ``config.modules_to_save`` stands for.  ``exact``: the layers with factors of :func:`dense_weight`'s exact weight.
     """
     if svf_layers(model):
         raise ValueError("model: has SVF layers already; add_expert adds to them")
@@ -101,7 +106,10 @@ def adapt(
     trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
-        made = {name: _layer(name, layer, config, ks[name], known.get(name)) for name, layer in layers.items()}
+        made = {
+            name: _layer(name, layer, config, ks[name], known.get(name), name in exact)
+            for name, layer in layers.items()
+        }
         made |= {name: _Saved(model.get_submodule(name)) for name in saved}
     except BaseException:
         for p in trained:
@@ -120,7 +128,11 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _layer(name: str, linear: nn.Module, config: SVFConfig, k: int | None, factors: SVDFactors | None) -> SVFLinear:
+def _layer(name: str, linear: nn.Module, config: SVFConfig, k, factors: SVDFactors | None, exact: bool) -> SVFLinear:
+    weight = dense_weight(linear, exact=True) if exact else None
+    if exact and factors is None:
+        with ordinary():
+            factors = svd_factors(weight, k, method=config.method)
     if factors is not None and k is not None:
         if factors.S.shape[0] < k:
             raise ValueError(f"k: {config.factors} has {factors.S.shape[0]} directions of {name}, {k} are asked")
@@ -138,6 +150,8 @@ def _layer(name: str, linear: nn.Module, config: SVFConfig, k: int | None, facto
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    if exact:
+        new._quantised_checksum = weight_checksum(weight)
     return new.train(linear.training)
 
 
@@ -470,6 +484,7 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
         odd = sorted(plain.keys() ^ wanted.keys())
         raise ValueError(f"{path}: experts of another model: {odd[0]} is on one side only")
     _check_saved(model, path, saved, experts, whole)
+    exact = set()
     for layer, facts in wanted.items():
         for e in experts:
             if vectors[f"{layer}.z.{e}"].shape != (facts["k"],):
@@ -484,14 +499,16 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
                 f" model's has k={layers[layer].k}, {layers[layer].parametrization}, {layers[layer].normalize}"
             )
         found = _checksum(layers[layer]) if layers else weight_checksum(dense_weight(plain[layer]))
-        if found != facts["weight"]:
+        if found != facts["weight"] and not layers and has_exact_weight(plain[layer], facts["weight"]):
+            exact.add(layer)
+        elif found != facts["weight"]:
             raise ValueError(
                 f"{path}: experts of another weight: {layer} has checksum {found[:12]}, the file {facts['weight'][:12]}"
                 " (another model, or the same in another dtype)"
             )
     if not layers:
         ks = {layer: facts["k"] for layer, facts in wanted.items()}
-        model = adapt(model, dataclasses.replace(config, target_modules=exact_names(wanted)), ks, saved)
+        model = adapt(model, dataclasses.replace(config, target_modules=exact_names(wanted)), ks, saved, exact)
         model.svf_config, layers = config, svf_layers(model)
         for layer in layers.values():
             del layer.z["default"]
@@ -586,6 +603,8 @@ def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
 
 def _checksum(layer: SVFLinear) -> str:
     """Of the frozen weight, computed once."""
+    if layer._quantised_checksum is not None:
+        return layer._quantised_checksum
     key = layer.base_layer.weight, None if layer.base_layer.weight.is_inference() else layer.base_layer.weight._version
     known = layer.__dict__.get("_checksum_key")
     if known is None or known[0] is not key[0] or known[1] != key[1] or key[1] is None:

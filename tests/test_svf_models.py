@@ -21,9 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import lowrank
 from lowrank import SVFConfig
 from lowrank.adapters import exact_names
-from lowrank.factors import dense_weight, save_factors
+from lowrank.factors import dense_weight, load_factors, save_factors
 from lowrank.nn import SVFLinear
 from lowrank.svf import saved_modules, svf_layers
+from lowrank.testing import error
 
 IDS = torch.arange(48).view(3, 16) * 7 % 100
 
@@ -500,13 +501,13 @@ def test_modules_to_save_by_name(tmp_path):
     both = lowrank.adapt(classifier(), SVFConfig(k=4, modules_to_save=["embed_tokens"]))
     assert set(saved_modules(both)) == {"model.embed_tokens", "score"}
     plain = llama()
-    for names, error, message in (
+    for names, kind, message in (
         (["nothing"], ValueError, "modules_to_save: no module of LlamaForCausalLM is called 'nothing'"),
         ("score", TypeError, "modules_to_save: expected None or a list of names"),
         ([3], TypeError, "modules_to_save: expected None or a list of names"),
         (["layers"], ValueError, "matches nothing outside modules_to_save"),
     ):
-        with pytest.raises(error, match=message):
+        with pytest.raises(kind, match=message):
             lowrank.adapt(plain, SVFConfig(k=4, modules_to_save=names))
     assert all(p.requires_grad for p in plain.parameters())
 
@@ -780,13 +781,84 @@ def test_a_4_bit_base():
     torch.testing.assert_close(adapted(x), plain)
     with torch.no_grad():
         adapted[0].z["default"].mul_(1.5)
-    dense = dense_weight(adapted[0].base_layer)
+    dense = dense_weight(adapted[0].base_layer, exact=True)
     want = torch.nn.functional.linear(x, dense + adapted[0].get_delta_weight(), adapted[0].bias)
     torch.testing.assert_close(adapted(x), want, rtol=1e-3, atol=1e-3)
     adapted(x).sum().backward()
     assert adapted[0].z["default"].grad is not None
     with pytest.raises(ValueError, match="requantising"):
         adapted[0].merge()
+
+
+def four_bit(bnb, nested, dtype=torch.float32, storage=torch.uint8, kind="nf4"):
+    torch.manual_seed(0)
+    options = dict(quant_type=kind, compress_statistics=nested, quant_storage=storage)
+    layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=dtype, **options)
+    layer.weight = bnb.nn.Params4bit(torch.randn(64, 128, dtype=dtype), requires_grad=False, module=layer, **options)
+    return nn.Sequential(layer).to("cpu").eval()
+
+
+def repack(bnb, model):
+    """What bitsandbytes does at the first inference on a CPU that has instructions for bfloat16."""
+    weight = model[0].weight
+    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        packed = bnb.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+        weight.data, weight.quant_state = packed
+    return model
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_4_bit_weight_is_the_same_before_and_after_it_is_repacked(tmp_path, nested, kind, storage, dtype):
+    bnb = pytest.importorskip("bitsandbytes")
+    make = lambda: four_bit(bnb, nested, dtype, storage, kind)  # noqa: E731
+    plain = make()
+    before, exact = dense_weight(plain[0]), dense_weight(plain[0], exact=True)
+    assert before.dtype is exact.dtype is dtype
+    assert error(before, exact) < 4e-3  # two roundings to 8 bits
+    assert torch.equal(dense_weight(repack(bnb, make())[0]), before)
+    with pytest.raises(ValueError, match="bitsandbytes has repacked its weight"):
+        dense_weight(repack(bnb, make())[0], exact=True)
+    model = lowrank.adapt(make(), SVFConfig(k=8))
+    with torch.no_grad():
+        model[0].z["default"].mul_(1.5)
+    lowrank.save_adapter(model, tmp_path / "before")
+    save_factors(make(), tmp_path / "factors", progress=False)
+    again = lowrank.load_adapter(repack(bnb, make()), tmp_path / "before")  # after, from before
+    for a, b in zip(again[0].factors, model[0].factors, strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype is b.dtype
+    lowrank.save_adapter(again, tmp_path / "after")
+    lowrank.load_adapter(make(), tmp_path / "after")
+    lowrank.load_adapter(model, tmp_path / "after", "other")
+    load_factors(tmp_path / "factors", repack(bnb, make()))
+    repack(bnb, nn.Sequential(model[0].base_layer))
+    x = torch.randn(5, 128, dtype=dtype)
+    if again[0].base_layer.support_avx512bf16_for_cpu:
+        assert torch.equal(again(x), model(x))
+    model[0].base_layer.state_dict()  # bitsandbytes packs back here, which need not give the same scales
+    lowrank.save_adapter(model, tmp_path / "stored")
+    lowrank.load_adapter(make(), tmp_path / "stored")
+
+
+def test_files_of_the_exact_4_bit_weight_load(tmp_path, monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+    from lowrank.nn import svf as module
+
+    with monkeypatch.context() as old:  # what lowrank 0.1 wrote
+        old.setattr(module, "dense_weight", lambda layer: dense_weight(layer, exact=True))
+        model = lowrank.adapt(four_bit(bnb, True), SVFConfig(k=8))
+    with torch.no_grad():
+        model[0].z["default"].mul_(1.5)
+    lowrank.save_adapter(model, tmp_path)
+    again = lowrank.load_adapter(four_bit(bnb, True), tmp_path)
+    assert torch.equal(again[0].U, model[0].U)
+    lowrank.save_adapter(again, tmp_path)
+    lowrank.load_adapter(four_bit(bnb, True), tmp_path)
+    with pytest.raises(ValueError, match="experts of another weight"):
+        lowrank.load_adapter(repack(bnb, four_bit(bnb, True)), tmp_path)
 
 
 def test_conv1d_models(tmp_path):

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from .. import _stats
-from ..factors import dense_weight, has_float_weight, has_linear_forward, is_conv1d, weight_shape
+from ..factors import (
+    dense_weight,
+    four_bit_state,
+    has_float_weight,
+    has_linear_forward,
+    is_conv1d,
+    weight_checksum,
+    weight_shape,
+)
 from ..ops.dropout import row_blocks
 from ..ops.lora_impl import no_autocast
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
@@ -73,9 +81,14 @@ class SVFLinear(nn.Module):
         self.mode, self.parametrization, self.normalize = mode, parametrization, normalize
         self.base_layer = _base or nn.Linear(in_features, out_features, bias, device, dtype)
         self.base_layer.requires_grad_(False)
-        if factors is None:
-            with ordinary():
-                factors = svd_factors(dense_weight(self.base_layer), k, method=method)
+        # of a quantised weight, from the bytes that the factors are of: what its library makes of them later is another matrix
+        self._quantised_checksum: str | None = None
+        with ordinary():
+            dense = dense_weight(self.base_layer) if factors is None or not has_float_weight(self.base_layer) else None
+            if not has_float_weight(self.base_layer):
+                self._quantised_checksum = weight_checksum(dense)
+            if factors is None:
+                factors = svd_factors(dense, k, method=method)
         self.k = factors.S.shape[0]
         if (factors.U.shape, factors.Vh.shape) != ((out_features, self.k), (self.k, in_features)) or k not in (
             None,
@@ -97,7 +110,8 @@ class SVFLinear(nn.Module):
                 f"mode: {mode!r} needs a float weight and nn.Linear's forward; over {type(self.base_layer).__name__} use"
                 " 'delta'"
             )
-        factors_dtype = factors_dtype or (weight.dtype if weight.is_floating_point() else torch.float32)
+        stored = getattr(four_bit_state(self.base_layer), "original_storage_type", weight.dtype)
+        factors_dtype = factors_dtype or (stored if stored.is_floating_point else torch.float32)
         for name, factor, kind in zip(
             factors._fields, factors, (factors_dtype, torch.float32, factors_dtype), strict=True
         ):
