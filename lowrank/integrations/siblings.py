@@ -2,11 +2,12 @@
 
 A model's own attention code calls three layers, one after the other, with one tensor.  :class:`Siblings` lets the first call
 run ``lora_projections`` over all of them: x is read once for every adapter, and backward is one node.  A sibling takes its
-result only if it is called with that very tensor, unchanged since, under the same autograd and autocast modes, with the
-adapters it had; in every other case it computes alone, which is always right.  Under ``torch.compile`` (layers.py) and for
-inference tensors, whose changes cannot be seen, all compute alone.
+result only if it is called in that thread, with that very tensor, unchanged since, under the same autograd and autocast modes,
+with the adapters it had; in every other case it computes alone, which is always right.  Under ``torch.compile`` (layers.py)
+and for inference tensors, whose changes cannot be seen, all compute alone.
 """
 
+import threading
 import warnings
 import weakref
 from typing import NamedTuple
@@ -33,17 +34,28 @@ _PATIENCE = 8  # results that nobody took beyond those taken, after which a warn
 
 
 class _Made(NamedTuple):
+    """One sibling's result, and all that it was made from."""
+
     y: torch.Tensor
+    x: weakref.ref
+    modes: tuple
     projection: Projection
-    versions: tuple[int, ...]
+    versions: tuple
+
+
+class _Kept(threading.local):
+    """What a thread's last call made for those not called yet, by their ids; it goes with the thread, and with the group."""
+
+    def __init__(self):
+        self.made: dict[int, _Made] = {}
 
 
 class Siblings:
-    """The layers of one group and what the last call made for those not called yet."""
+    """The layers of one group and what the last call in each thread made for those not called yet."""
 
     def __init__(self, layers: list[nn.Module], shared_mask: bool):
         self.layers, self.shared_mask = layers, shared_mask
-        self._x, self._modes, self._made = None, None, {}
+        self._kept = _Kept()
         self.taken, self._wasted = 0, 0  # results handed over, and results nobody took
 
     def call(self, layer: nn.Module, x: torch.Tensor, projection: Projection, projection_of) -> torch.Tensor | None:
@@ -53,12 +65,12 @@ class Siblings:
         """
         if x.is_inference() or not any(layer is each for each in self.layers):  # nn.DataParallel's replica
             return None
-        made = self._made.pop(id(layer), None)
+        made = self._kept.made.pop(id(layer), None)
         if made is None:
             return self._lead(layer, x, projection, projection_of)
         if (
-            self._x() is x
-            and self._modes == _modes(x)
+            made.x() is x
+            and made.modes == _modes(x)
             and _same(made.projection, projection)
             and made.versions == _versions(projection)
         ):
@@ -68,19 +80,25 @@ class Siblings:
         return None
 
     def _lead(self, layer, x, projection, projection_of):
-        self._waste(len(self._made))
-        self._made = {}
-        group = [(layer, projection)]
+        if _versions(projection) is None:
+            return None
+        self._waste(len(self._kept.made))
+        self._kept.made = {}
+        group, members = [projection], []
         for sibling in self.layers:
             if sibling is not layer and (other := projection_of(sibling, x)) is not None:
-                group.append((sibling, other))
-        if len(group) == 1:
+                versions = _versions(other)
+                if versions is not None:
+                    group.append(other)
+                    members.append((id(sibling), other, versions))
+        if not members:
             return None
-        self._x, self._modes = weakref.ref(x), _modes(x)
-        versions = [_versions(each) for _, each in group]
-        y, *rest = lora_projections(x, tuple(each for _, each in group), shared_mask=self.shared_mask)
-        for (sibling, other), result, version in zip(group[1:], rest, versions[1:], strict=True):
-            self._made[id(sibling)] = _Made(result, other, version)
+        ref, modes = weakref.ref(x), _modes(x)
+        y, *rest = lora_projections(x, tuple(group), shared_mask=self.shared_mask)
+        self._kept.made = {
+            key: _Made(result, ref, modes, other, versions)
+            for (key, other, versions), result in zip(members, rest, strict=True)
+        }
         return y
 
     def _waste(self, results: int) -> None:
@@ -111,7 +129,8 @@ def find(model: nn.Module, is_member) -> list[list[nn.Module]]:
 def _modes(x: torch.Tensor) -> tuple:
     """Everything beside its arguments that a call's result depends on."""
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-    return x._version, torch.is_grad_enabled(), autocast_dtype(x), stream
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return x._version, x.requires_grad, grad, inference, autocast_dtype(x), stream
 
 
 def _tensors(projection: Projection):
@@ -121,8 +140,15 @@ def _tensors(projection: Projection):
         yield from (adapter.A, adapter.B, adapter.bias, adapter.scaling)
 
 
-def _versions(projection: Projection) -> tuple[int, ...]:
-    return tuple(t._version for t in _tensors(projection) if isinstance(t, torch.Tensor) and not t.is_inference())
+def _versions(projection: Projection) -> tuple | None:
+    """What changes where a tensor is written to, or frozen; None if a write to one of them could not be seen."""
+    found = []
+    for t in _tensors(projection):
+        if isinstance(t, torch.Tensor):
+            if t.is_inference():
+                return None
+            found.append((t._version, t.requires_grad))
+    return tuple(found)
 
 
 def _same(made: Projection, now: Projection) -> bool:

@@ -3,6 +3,9 @@
 import copy
 import gc
 import pickle
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from test_peft import IDS, agree, llama, peft_llama, step
 
 import lowrank
 from lowrank import _stats
+from lowrank.integrations import siblings
 from lowrank.integrations.peft import patch, unpatch
 from lowrank.ops import lora
 
@@ -163,15 +167,171 @@ def test_a_disabled_or_merged_sibling_is_left_out(calls):
 def test_nothing_is_held_once_all_have_theirs():
     attention, _ = block()
     x = torch.randn(2, 5, 64)
-    import weakref
-
     ref = weakref.ref(x)
     with torch.no_grad():
         attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
     del x
     gc.collect()
     assert ref() is None
-    assert not attention.q_proj.__dict__["_lowrank_siblings"]._made
+    assert not attention.q_proj.__dict__["_lowrank_siblings"]._kept.made
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """A list of functions, of which each call for a whole group takes one to run while it computes."""
+    waiting, original = [], siblings.lora_projections
+
+    def slow(*args, **options):
+        ys = original(*args, **options)
+        if waiting:
+            waiting.pop(0)()
+        return ys
+
+    monkeypatch.setattr(siblings, "lora_projections", slow)
+    return waiting
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_each_thread_is_handed_its_own(grad, inside, calls):
+    """The other thread leads its group while this one computes, and asks for the rest after this one is done."""
+    attention, mine = block()
+    theirs = torch.randn(2, 5, 64)
+    names = ("q_proj", "k_proj", "v_proj")
+    unpatch(attention)
+    want = {id(x): [attention.get_submodule(name)(x) for name in names] for x in (mine, theirs)}
+    patch(attention)
+
+    def ask(name, x):
+        with torch.set_grad_enabled(grad):
+            return attention.get_submodule(name)(x)
+
+    with ThreadPoolExecutor(1) as other:
+        found = []
+        inside.append(lambda: found.append(other.submit(ask, "q_proj", theirs).result()))
+        ours = [ask("q_proj", mine)]
+        for name in names[1:]:
+            found.append(other.submit(ask, name, theirs).result())
+            ours.append(ask(name, mine))
+    torch.testing.assert_close(ours, want[id(mine)])
+    torch.testing.assert_close(found, want[id(theirs)])
+    assert calls == [3, 3]
+    assert shared() == 4
+
+
+def test_many_threads_at_once():
+    model = patch(peft_llama())
+    inputs = [torch.randint(0, 100, (1, 4 + i)) for i in range(6)]
+    with torch.no_grad():
+        want = [model(ids).logits for ids in inputs]
+        start = threading.Barrier(len(inputs))
+
+        def run(ids):
+            start.wait()
+            with torch.no_grad():
+                return [model(ids).logits for _ in range(4)]
+
+        with ThreadPoolExecutor(len(inputs)) as threads:
+            found = list(threads.map(run, inputs))
+    for logits, runs in zip(want, found, strict=True):
+        torch.testing.assert_close(runs, [logits] * 4)
+
+
+def test_one_tensor_in_two_threads_and_two_modes():
+    attention, x = block()
+    with ThreadPoolExecutor(1) as other:
+        with torch.no_grad():
+            attention.q_proj(x)
+        y = other.submit(attention.k_proj, x).result()  # grad mode is per thread
+        with torch.no_grad():
+            assert not attention.k_proj(x).requires_grad
+    assert y.requires_grad
+    assert shared() == 1
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """Weak references to what calls for a whole group made."""
+    refs, original = [], siblings.lora_projections
+
+    def seen(*args, **options):
+        ys = original(*args, **options)
+        refs.extend(weakref.ref(y) for y in ys)
+        return ys
+
+    monkeypatch.setattr(siblings, "lora_projections", seen)
+    return refs
+
+
+def alive(refs):
+    gc.collect()
+    return sum(ref() is not None for ref in refs)
+
+
+def test_what_waits_goes_with_its_thread(results):
+    attention, x = block()
+    ended = threading.Thread(target=attention.q_proj, args=[x])
+    ended.start()
+    ended.join()
+    assert len(results) == 3
+    assert not alive(results)
+
+
+def test_what_waits_goes_with_the_model(results):
+    attention, x = block()
+    attention.q_proj(x)
+    assert alive(results) == 2
+    del attention
+    assert not alive(results)
+
+
+def test_copies_and_pickles_leave_what_waits_behind(calls):
+    attention, x = block()
+    x = torch.randn(100, 64)
+    size = len(pickle.dumps(attention))
+    want = attention.q_proj(x).detach(), attention.k_proj.base_layer(x)
+    for twin in (copy.deepcopy(attention), copy.copy(attention.v_proj), pickle.loads(pickle.dumps(attention))):
+        assert not any("_lowrank_siblings" in layer.__dict__ for layer in twin.modules())
+    torch.testing.assert_close(twin.q_proj(x), want[0])
+    assert len(pickle.dumps(attention)) == size
+    attention.k_proj(x), attention.v_proj(x)
+    assert shared() == 2
+    assert calls == [3, 1]
+
+
+@pytest.mark.parametrize("what", ["x", "lora_A", "lora_B"])
+def test_what_asks_for_a_gradient_is_part_of_the_call(what):
+    """Frozen when the first was called, trained when the next one is."""
+    attention, _ = block()
+    x = torch.randn(2, 5, 64)
+    t = x if what == "x" else getattr(attention.k_proj, what)["default"].weight
+    t.requires_grad_(False)
+    attention.q_proj(x)
+    t.requires_grad_()
+    y = attention.k_proj(x)
+    assert torch.autograd.grad(y.sum(), t)[0].any()
+    attention.v_proj(x)
+    assert shared() == 0 if what == "x" else 1
+
+
+def test_weights_whose_changes_cannot_be_seen_are_left_out(calls):
+    attention, x = block()
+    with torch.inference_mode():
+        layer = attention.k_proj.lora_B["default"]
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        attention.q_proj(x)
+        layer.weight.mul_(2)
+        y = attention.k_proj(x)
+        assert calls == [2, 1]
+        unpatch(attention)
+        torch.testing.assert_close(y, attention.k_proj(x))
+
+
+def test_what_inference_mode_made_stays_there():
+    attention, x = block()
+    with torch.inference_mode():
+        attention.q_proj(x)
+    with torch.no_grad():
+        assert not attention.k_proj(x).is_inference()
 
 
 def test_results_that_nobody_takes_are_pointed_out():
