@@ -4,6 +4,7 @@ Written against the attributes of PEFT's layers alone: nothing here imports PEFT
 integrations/peft.py, which puts it on PEFT's classes, and a package of kernels that may import torch and nothing else.
 """
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -19,12 +20,22 @@ GROUP = "_lowrank_siblings"  # the Siblings it belongs to
 BASE_DROPOUT = "_lowrank_dora_base_dropout"  # dora_linear's base_dropout
 
 
+class _Thread(threading.local):
+    group = None  # a weak reference to the Siblings whose results wait in this thread, or None
+
+
+thread = _Thread()
+
+
 def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
     """A forward for a PEFT layer class: ours, and ``original`` where the op does not cover the call."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if torch.compiler.is_exporting():  # a program of PyTorch's own ops, which runs where no lowrank is
             return original(self, x, *args, **kwargs)
+        compiling, made = torch.compiler.is_compiling(), None
+        if not compiling and thread.group is not None and (group := thread.group()) is not None:
+            made = group.take(self)  # whichever way this call goes: what another layer's failed forward left goes here
         dora = _dora(self)
         adapters, reason = adapters_of(self, x, args, kwargs, dora)
         if reason is SHARDED and dora is None:
@@ -44,11 +55,9 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
             _stats.ran_fused(self)
             return lora_projections(x, (Projection(None, None, adapters, base=_call(base, x)),))[0]
         projection = Projection(base.weight, base.bias, adapters)
-        group = None if torch.compiler.is_compiling() else self.__dict__.get(GROUP)  # its counts would be guards
-        y, taken = None, 0 if group is None else group.taken
-        if group is not None:
-            y = group.call(self, x, projection, _projection)
-        _stats.ran_fused(self, shared=group is not None and group.taken > taken)
+        group = None if compiling else self.__dict__.get(GROUP)  # its counts would be guards
+        y = None if group is None else group.call(self, x, projection, _projection, made)
+        _stats.ran_fused(self, shared=made is not None and y is not None)
         return lora_projections(x, (projection,))[0] if y is None else y
 
     forward._is_lowrank = True

@@ -60,7 +60,7 @@ def swap_layers(
     layers = [m for m in model.modules() if type(m) in twins or type(m) in twins.values()]
     for layer in layers:
         layer.__class__ = twins.get(type(layer), type(layer))
-        layer.__dict__.pop(GROUP, None)
+        _leave(layer)
         layer.__dict__[BASE_DROPOUT] = dora_base_dropout
     for group in _siblings.find(model, set(layers).__contains__) if siblings else ():
         together = _siblings.Siblings(group, shared_mask)
@@ -81,9 +81,15 @@ def unpatch(model: nn.Module | None = None) -> nn.Module | None:
     for layer in model.modules():
         if type(layer) in _twins.values():
             layer.__class__ = type(layer).__mro__[1]
-            layer.__dict__.pop(GROUP, None)
+            _leave(layer)
             layer.__dict__.pop(BASE_DROPOUT, None)
     return model
+
+
+def _leave(layer: nn.Module) -> None:
+    group = layer.__dict__.pop(GROUP, None)
+    if group is not None:
+        group.forget()
 
 
 def register(config: LoraConfig) -> LoraConfig:

@@ -5,6 +5,9 @@ run ``lora_projections`` over all of them: x is read once for every adapter, and
 result only if it is called in that thread, with that very tensor, unchanged since, under the same autograd and autocast modes,
 with the adapters it had; in every other case it computes alone, which is always right.  Under ``torch.compile`` (layers.py)
 and for inference tensors, whose changes cannot be seen, all compute alone.
+
+What waits is dropped when a thread's next call of a patched layer, in whatever model, is none that it waits for: a forward that
+failed, or that calls one of them alone, leaves nothing behind that outlives the next.
 """
 
 import threading
@@ -15,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..layers import thread
 from ..ops.lora import Projection, autocast_dtype, lora_projections
 
 # Children of one module that are called with one tensor, as transformers names them.
@@ -44,10 +48,13 @@ class _Made(NamedTuple):
 
 
 class _Kept(threading.local):
-    """What a thread's last call made for those not called yet, by their ids; it goes with the thread, and with the group."""
+    """What a thread's last call made for those not called yet, by their ids, and None for those that compute alone.
+
+    It goes with the thread, and with the group.
+    """
 
     def __init__(self):
-        self.made: dict[int, _Made] = {}
+        self.made: dict[int, _Made | None] = {}
 
 
 class Siblings:
@@ -55,17 +62,29 @@ class Siblings:
 
     def __init__(self, layers: list[nn.Module], shared_mask: bool):
         self.layers, self.shared_mask = layers, shared_mask
-        self._kept = _Kept()
+        self._kept, self._ref = _Kept(), weakref.ref(self)
         self.taken, self._wasted = 0, 0  # results handed over, and results nobody took
 
-    def call(self, layer: nn.Module, x: torch.Tensor, projection: Projection, projection_of) -> torch.Tensor | None:
+    def take(self, layer: nn.Module) -> _Made | None:
+        """What waits in this thread for ``layer``.  If it is not waited for, all the rest is dropped."""
+        made, key = self._kept.made, id(layer)
+        if key in made:
+            return made.pop(key)
+        self._drop()
+        return None
+
+    def forget(self) -> None:
+        """Drop what waits, in every thread."""
+        self._kept = _Kept()
+
+    def call(
+        self, layer: nn.Module, x: torch.Tensor, projection: Projection, projection_of, made: _Made | None
+    ) -> torch.Tensor | None:
         """``layer``'s result, or None if it is to compute alone.
 
-        ``projection_of(sibling, x)``: what a sibling would compute for x, or None if it cannot take part.
+        ``projection_of(sibling, x)``: what a sibling would compute for x, or None if it cannot take part.  ``made``: what
+        :meth:`take` had for this call.
         """
-        if x.is_inference() or not any(layer is each for each in self.layers):  # nn.DataParallel's replica
-            return None
-        made = self._kept.made.pop(id(layer), None)
         if made is None:
             return self._lead(layer, x, projection, projection_of)
         if (
@@ -80,26 +99,33 @@ class Siblings:
         return None
 
     def _lead(self, layer, x, projection, projection_of):
+        if x.is_inference() or not any(layer is each for each in self.layers):  # nn.DataParallel's replica
+            return None
         if _versions(projection) is None:
             return None
-        self._waste(len(self._kept.made))
-        self._kept.made = {}
-        group, members = [projection], []
+        self._drop()
+        group, members = [projection], {}
         for sibling in self.layers:
-            if sibling is not layer and (other := projection_of(sibling, x)) is not None:
-                versions = _versions(other)
+            if sibling is not layer:
+                other = projection_of(sibling, x)
+                versions = None if other is None else _versions(other)
+                members[id(sibling)] = None if versions is None else (other, versions)
                 if versions is not None:
                     group.append(other)
-                    members.append((id(sibling), other, versions))
-        if not members:
+        if len(group) == 1:
             return None
         ref, modes = weakref.ref(x), _modes(x)
         y, *rest = lora_projections(x, tuple(group), shared_mask=self.shared_mask)
+        rest = iter(rest)
         self._kept.made = {
-            key: _Made(result, ref, modes, other, versions)
-            for (key, other, versions), result in zip(members, rest, strict=True)
+            key: None if member is None else _Made(next(rest), ref, modes, *member) for key, member in members.items()
         }
+        thread.group = self._ref
         return y
+
+    def _drop(self):
+        self._waste(sum(made is not None for made in self._kept.made.values()))
+        self._kept.made, thread.group = {}, None
 
     def _waste(self, results: int) -> None:
         # It only warns: a group that changed its mind between a forward and its recomputation would break checkpointing.

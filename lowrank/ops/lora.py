@@ -28,10 +28,11 @@ _lib.define(
     " Tensor?[] lora_biases, Tensor?[] scaling_tensors, float[] scalings, int[] counts, int[] masks, float[] ps,"
     " Tensor? seeds, ScalarType dtype, ScalarType thin_dtype) -> (Tensor[] ys, Tensor S, Tensor[] keeps)"
 )
+# A dy is None where a projection's output got no gradient, and then nothing of that projection may be needed.
 # needs: x, then a flag per weight, bias, A, B and lora_bias; the gradients asked for come back in that order, in dtype
 # (x, weights), in fp32 or wider (biases) or in the factor's own (A, B); autograd casts what remains.
 _lib.define(
-    "lora_linears_backward(Tensor[] dys, Tensor? x, Tensor?[] weights, Tensor[] As, Tensor[] Bs,"
+    "lora_linears_backward(Tensor?[] dys, Tensor? x, Tensor?[] weights, Tensor[] As, Tensor[] Bs,"
     " Tensor?[] scaling_tensors, Tensor? S, Tensor[] keeps, float[] scalings, int[] counts, int[] masks, float[] ps,"
     " ScalarType dtype, ScalarType thin_dtype, bool[] needs) -> Tensor[]"
 )
@@ -200,6 +201,7 @@ class _LoRALinears(torch.autograd.Function):
         n, a = len(weights), len(As)
         need_W, need_A, need_B = any(needs[:n]), any(needs[3 * n : 3 * n + a]), any(needs[3 * n + a : 3 * n + 2 * a])
         ctx.spec, ctx.x_shape = spec, x.shape
+        ctx.materialize_grads = False  # set_materialize_grads, in the form that Dynamo traces
         ctx.save_for_backward(
             x if need_A or need_W else None,
             S if need_B else None,
@@ -217,6 +219,11 @@ class _LoRALinears(torch.autograd.Function):
         weights, As, Bs, scaling_tensors, keeps = lora_impl.runs(saved, (n, a, a, a, len(spec.ps)))
         _, need_x, _, *flags = ctx.needs_input_grad
         needs = [need_x, *flags[: 2 * n], *flags[3 * n : 3 * n + 3 * a]]
+        if not all(live := [dy is not None for dy in dys]):  # what a projection that nobody used is made of gets None
+            if not any(live):
+                return (None,) * len(ctx.needs_input_grad)
+            owned = [it for it, count in zip(live, spec.counts, strict=True) for _ in range(count)]
+            needs = [need and it for need, it in zip(needs, [True, *live * 2, *owned * 3], strict=True)]
         found = _backward(
             list(dys), x, weights, As, Bs, scaling_tensors, S, keeps,
             spec.scalings, spec.counts, spec.masks, spec.ps, spec.dtype, spec.thin_dtype, needs,
@@ -225,7 +232,7 @@ class _LoRALinears(torch.autograd.Function):
         dx, *grads = [next(found) if need else None for need in needs]
         dx = None if dx is None else dx.view(x_shape)
         dbases = [
-            dy.view(*x_shape[:-1], dy.shape[1]) if need else None
+            dy.view(*x_shape[:-1], dy.shape[1]) if need and dy is not None else None
             for dy, need in zip(dys, flags[2 * n : 3 * n], strict=True)
         ]
         return None, dx, None, *grads[: 2 * n], *dbases, *grads[2 * n :], *[None] * a
@@ -237,8 +244,8 @@ def _forward(x: torch.Tensor, *rest):
     return torch.ops.lowrank.lora_linears.default(x, *rest)
 
 
-def _backward(dys: list[torch.Tensor], *rest):
-    if is_plain(dys[0]):
+def _backward(dys: list[torch.Tensor | None], *rest):
+    if is_plain(next(dy for dy in dys if dy is not None)):
         return lora_impl.backward(dys, *rest)
     return torch.ops.lowrank.lora_linears_backward.default(dys, *rest)
 
@@ -289,14 +296,15 @@ def _(
 
 @torch.library.register_fake("lowrank::lora_linears_backward", lib=_lib)
 def _(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, masks, ps, dtype, thin_dtype, needs):
-    K = x.shape[-1] if x is not None else (*As, *weights)[0].shape[1]
+    K = next(t for t in (x, *As, *weights) if t is not None).shape[-1]
     wide = torch.promote_types(thin_dtype, torch.float32)
-    owners = [i for i, count in enumerate(counts) for _ in range(count)]
-    grads = [dys[0].new_empty((dys[0].shape[0], K), dtype=dtype)]
-    grads += [dy.new_empty((dy.shape[1], K)) for dy in dys]
-    grads += [dy.new_empty(dy.shape[1], dtype=wide) for dy in dys]
+    owners = [dy for dy, count in zip(dys, counts, strict=True) for _ in range(count)]
+    some = next(dy for dy in dys if dy is not None)
+    grads = [some.new_empty((some.shape[0], K), dtype=dtype)]
+    grads += [None if dy is None else dy.new_empty((dy.shape[1], K)) for dy in dys]
+    grads += [None if dy is None else dy.new_empty(dy.shape[1], dtype=wide) for dy in dys]
     grads += [factor.new_empty(factor.shape) for factor in (*As, *Bs)]
-    grads += [dys[i].new_empty(dys[i].shape[1], dtype=wide) for i in owners]
+    grads += [None if dy is None else dy.new_empty(dy.shape[1], dtype=wide) for dy in owners]
     return [grad for grad, need in zip(grads, needs, strict=True) if need]
 
 

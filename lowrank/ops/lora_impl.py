@@ -49,20 +49,24 @@ def forward(
 
 
 def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, masks, ps, dtype, thin_dtype, needs):
-    with no_autocast(dys[0].device):
+    some = next(dy for dy in dys if dy is not None)  # None: an output that got no gradient, of which nothing is needed
+    with no_autocast(some.device):
         n, a = len(counts), len(As)
         need_x, need_W, need_b, need_A, need_B, need_lb = runs(needs, (1, n, n, a, a, a))
         need_x, need_dS = need_x[0], need_x[0] or any(need_A)
-        dys = [dense(dy) for dy in dys]
+        dys = [None if dy is None else dense(dy) for dy in dys]
         x = None if x is None else rows_of(x, dtype)
-        thin = thin_products(x, weights, dys, As, Bs, thin_dtype, bool(ps))
-        scalings, scaling_tensors = _on_device(scalings, scaling_tensors, dys[0].device)
+        live, theirs = zip(*(pair for pair in zip(dys, weights, strict=True) if pair[0] is not None), strict=True)
+        thin = thin_products(x, theirs, live, As, Bs, thin_dtype, bool(ps))
+        scalings, scaling_tensors = _on_device(scalings, scaling_tensors, some.device)
         scales = _scales(scalings, masks, ps)
 
         dW, db, dlb = [None] * n, [None] * n, [None] * a
         dS: list[Tensor] = [None] * a
         dB: list[Tensor] = [None] * a
         for i, (mine, columns) in enumerate(_spans(counts, As)):
+            if dys[i] is None:
+                continue
             if need_W[i]:
                 dW[i] = dys[i].mT @ x
             if need_b[i] or any(need_lb[mine]):
@@ -83,15 +87,25 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
 
         dX, dA = None, [None] * a
         if need_x:
-            dX = dys[0].new_empty((dys[0].shape[0], (*As, *weights)[0].shape[1]), dtype=dtype)
-        if need_dS and a:
-            dA = thin.x_pass(x if any(need_A) else None, dS, As, need_A, dX, masks, keeps)
+            K = next(t for t in (x, *As, *weights) if t is not None).shape[-1]
+            dX = some.new_empty((some.shape[0], K), dtype=dtype)
+        used = [j for j in range(a) if dS[j] is not None]
+        if used:
+            mine = ([of[j] for j in used] for of in (dS, As, need_A))
+            found = thin.x_pass(x if any(need_A) else None, *mine, dX, [masks[j] for j in used], keeps)
+            for j, grad in zip(used, found, strict=True):
+                dA[j] = grad
         if need_x:
-            for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
-                if weight is not None and (a or i):
-                    add_product_(dX, dy, weight.to(dtype))
-                elif weight is not None:
-                    dX.addmm_(dy, weight.to(dtype), beta=0)
+            started = bool(used)
+            for dy, weight in zip(dys, weights, strict=True):
+                if dy is not None and weight is not None:
+                    if started:
+                        add_product_(dX, dy, weight.to(dtype))
+                    else:
+                        dX.addmm_(dy, weight.to(dtype), beta=0)
+                    started = True
+            if not started:
+                dX.zero_()
         return [grad for grad, need in zip([dX, *dW, *db, *dA, *dB, *dlb], needs, strict=True) if need]
 
 

@@ -288,13 +288,14 @@ def test_copies_and_pickles_leave_what_waits_behind(calls):
     attention, x = block()
     x = torch.randn(100, 64)
     size = len(pickle.dumps(attention))
-    want = attention.q_proj(x).detach(), attention.k_proj.base_layer(x)
-    for twin in (copy.deepcopy(attention), copy.copy(attention.v_proj), pickle.loads(pickle.dumps(attention))):
-        assert not any("_lowrank_siblings" in layer.__dict__ for layer in twin.modules())
-    torch.testing.assert_close(twin.q_proj(x), want[0])
+    y = attention.q_proj(x)
+    twins = copy.deepcopy(attention), copy.copy(attention.v_proj), pickle.loads(pickle.dumps(attention))
     assert len(pickle.dumps(attention)) == size
+    for twin in twins:
+        assert not any("_lowrank_siblings" in layer.__dict__ for layer in twin.modules())
     attention.k_proj(x), attention.v_proj(x)
     assert shared() == 2
+    torch.testing.assert_close(twin.q_proj(x), y)
     assert calls == [3, 1]
 
 
@@ -310,7 +311,7 @@ def test_what_asks_for_a_gradient_is_part_of_the_call(what):
     y = attention.k_proj(x)
     assert torch.autograd.grad(y.sum(), t)[0].any()
     attention.v_proj(x)
-    assert shared() == 0 if what == "x" else 1
+    assert shared() == (0 if what == "x" else 1)
 
 
 def test_weights_whose_changes_cannot_be_seen_are_left_out(calls):
@@ -332,6 +333,125 @@ def test_what_inference_mode_made_stays_there():
         attention.q_proj(x)
     with torch.no_grad():
         assert not attention.k_proj(x).is_inference()
+
+
+NEXT = {
+    "the same layer": lambda attention, x: attention.q_proj(x),
+    "another model's": lambda attention, x: block(target_modules=["o_proj"])[0].o_proj(x),
+    "one without a group": lambda attention, x: attention.o_proj(x),
+    "one that falls back": lambda attention, x: patched_conv1d()(x),
+    "a DoRA": lambda attention, x: block(target_modules=["o_proj"], use_dora=True)[0].o_proj(x),
+    "merged": lambda attention, x: (attention.o_proj.merge(), attention.o_proj(x)),
+    "disabled": lambda attention, x: (attention.q_proj.enable_adapters(False), attention.q_proj(x)),
+    "in inference mode": lambda attention, x: in_inference_mode(attention.q_proj),
+    "refused": lambda attention, x: fails(ValueError, attention.o_proj, torch.randn(2, 3)),
+    "with a strict fallback": lambda attention, x: fails(lowrank.FallbackError, attention.o_proj, x, 1),
+    "a copy": lambda attention, x: copy.deepcopy(attention).k_proj(x),
+    "a replica": lambda attention, x: attention.k_proj._replicate_for_data_parallel()(x),
+    "unpatch": lambda attention, x: unpatch(attention),
+    "unpatch of one": lambda attention, x: unpatch(attention.k_proj),
+    "unpatch in another thread": lambda attention, x: in_a_thread(unpatch, attention),
+    "patch": lambda attention, x: patch(attention),
+    "patch of one": lambda attention, x: patch(attention.v_proj),
+}
+
+
+def fails(error, layer, *args):
+    with pytest.raises(error), lowrank.strict():
+        layer(*args)
+
+
+def in_inference_mode(layer):
+    with torch.inference_mode():
+        layer(torch.randn(2, 5, 64))
+
+
+def in_a_thread(f, *args):
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(f, *args).result()
+
+
+def patched_conv1d():
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    model = torch.nn.Sequential(Conv1D(8, 64))
+    return patch(get_peft_model(model, LoraConfig(target_modules=["0"], fan_in_fan_out=True)))
+
+
+@pytest.mark.parametrize("what", NEXT)
+def test_what_a_failed_forward_left_is_dropped_by_what_comes_next(what, results):
+    """The first of three was called, then its model raised; the results' own graph holds x."""
+    attention, x = block(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    attention.q_proj(x)
+    left = results[:]
+    assert sum(ref() is not None for ref in left) == 2
+    NEXT[what](attention, x.detach())
+    assert not alive(left)
+
+
+def test_siblings_in_between_are_still_waited_for(calls):
+    """A member that computes alone, by its own choice, ends nothing."""
+    attention, x = block()
+    attention.k_proj.enable_adapters(False)
+    attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    assert calls == [2]
+    assert shared() == 1
+
+
+@pytest.mark.parametrize("used", [["q_proj"], ["k_proj", "v_proj"], ["v_proj"]], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_members_whose_result_is_not_used_get_no_gradient(used, p):
+    """As without the patch, so that an optimizer leaves them where they are; a hook that is called finds None."""
+    attention, x = block(lora_dropout=p)
+    attention.train()
+    trained = {name: w for name, w in attention.named_parameters() if w.requires_grad}
+    hooked = []
+    for name, weight in trained.items():
+        weight.register_post_accumulate_grad_hook(lambda w, name=name: hooked.append((name, w.grad is None)))
+    torch.manual_seed(3)
+    ys = {name: attention.get_submodule(name)(x) for name in ("q_proj", *used)}
+    torch.autograd.backward([ys[name].sum() for name in used], retain_graph=True)
+    mine = {name for name in trained if name.startswith(tuple(used))}
+    assert {name for name, is_none in hooked if not is_none} == mine
+    assert {name for name, weight in trained.items() if weight.grad is not None} == mine
+    found = [x.grad.clone(), *(trained[name].grad.clone() for name in sorted(mine))]
+    rest = [y.sum() * 0 for name, y in ys.items() if name not in used]  # now with gradients of zero for the others
+    x.grad = None
+    for weight in trained.values():
+        weight.grad = None
+    torch.autograd.backward([ys[name].sum() for name in used] + rest)
+    torch.testing.assert_close([x.grad, *(trained[name].grad for name in sorted(mine))], found)
+
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.1, weight_decay=0.1)
+    optimizer.zero_grad()
+    attention.q_proj(x)
+    sum(attention.get_submodule(name)(x).sum() for name in used).backward()
+    optimizer.step()
+    assert {name for name, weight in trained.items() if not torch.equal(weight, before[name])} <= mine
+
+
+def test_ddp_takes_members_that_are_never_called_as_unused(tmp_path):
+    attention, x = block()
+
+    class OneOfThree(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x):
+            return self.attention.q_proj(x)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(OneOfThree(), find_unused_parameters=True)
+        for _ in range(2):
+            ddp(x).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    trained = {name: weight.grad is not None for name, weight in attention.named_parameters() if weight.requires_grad}
+    assert trained == {name: name.startswith("q_proj") for name in trained}
 
 
 def test_results_that_nobody_takes_are_pointed_out():

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 
 import pytest
@@ -41,6 +42,13 @@ def formula(x, W, A, B, b, lb, scaling=0.7, keep=None, inv_keep=1.0):
 
 def call(x, W, A, B, b, lb):
     return lowrank.lora_linear(x, W, A, B, 0.7, bias=b, lora_bias=lb)
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Under any dispatch mode the ops are called as ops."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 def absolutes(ts):
@@ -151,6 +159,39 @@ def test_siblings_equal_separate_layers():
     together = lowrank.lora_linears(x, Ws, As, Bs, [2.0, 0.5], biases=bs)
     for y, W, A, B, b, s in zip(together, Ws, As, Bs, bs, [2.0, 0.5], strict=True):
         torch.testing.assert_close(y, lowrank.lora_linear(x, W, A, B, s, bias=b))
+
+
+@pytest.mark.parametrize("used", [[0], [1], [2], [0, 2], [1, 2]], ids=str)
+@pytest.mark.parametrize(
+    "kind", ["plain", "dropout", "shared mask", "frozen x", "frozen factors", "base outputs", "opaque"]
+)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float64], ids=str)
+def test_projections_whose_result_is_not_used_get_none(used, kind, adapter_dtype):
+    """What they are made of gets gradient None, and the others get what they get beside gradients of zero."""
+    x, *_ = tensors(33, 40, 1, 1, torch.float32, grad=kind != "frozen x")
+    sets = [tensors(33, 40, N, r, torch.float32, adapter_dtype) for N, r in ((24, 8), (8, 4), (9, 3))]
+    projections, owned = [], []
+    for i, (_, W, A, B, b, lb) in enumerate(sets):
+        A, B = (t.requires_grad_(kind != "frozen factors") for t in (A, B))
+        p = 0.3 if kind in ("dropout", "shared mask") else 0.0
+        adapters = () if i == 1 and kind == "plain" else (Adapter(A, B, 0.5, lb, p), Adapter(B=B, A=A, scaling=2.0))
+        if kind == "base outputs":
+            base = torch.randn(33, B.shape[0], dtype=torch.float32, requires_grad=True)
+            projections.append(Projection(None, None, adapters, base))
+            owned.append([A, B, lb, base])
+        else:
+            projections.append(Projection(W, b, adapters))
+            owned.append([W, b, *([A, B, lb] if adapters else [])])
+    leaves = [*([x] if x.requires_grad else []), *(t for each in owned for t in each if t.requires_grad)]
+    with Seen() if kind == "opaque" else contextlib.nullcontext():  # torch.ops.lowrank.lora_linears_backward itself
+        ys = lora_projections(x, tuple(projections), shared_mask=kind == "shared mask")
+        found = torch.autograd.grad([ys[i].sum() for i in used], leaves, allow_unused=True, retain_graph=True)
+    zeros = torch.autograd.grad([y.sum() if i in used else y.sum() * 0 for i, y in enumerate(ys)], leaves)
+    gone = {id(t) for i, each in enumerate(owned) for t in each if i not in used}
+    for leaf, grad, beside_zeros in zip(leaves, found, zeros, strict=True):
+        assert (grad is None) == (id(leaf) in gone)
+        if grad is not None:
+            torch.testing.assert_close(grad, beside_zeros)
 
 
 def test_several_adapters_on_one_projection_round_once():
@@ -412,16 +453,19 @@ def test_opcheck(p):
     (y,), S, keeps = torch.ops.lowrank.lora_linears.default(*forward)
     backward = ([y], x, [W], [A], [B], [None], S, keeps, [0.7], [1], masks, ps, x.dtype, A.dtype, [True] * 6)
     torch.library.opcheck(torch.ops.lowrank.lora_linears_backward.default, backward)
+    needs = [True] + [True, False] * 5
+    twice = ([y, None], x, [W, W], [A, A], [B, B], [None] * 2, S.repeat(1, 2), keeps, [0.7] * 2, [1, 1], masks * 2, ps)
+    torch.library.opcheck(torch.ops.lowrank.lora_linears_backward.default, (*twice, x.dtype, A.dtype, needs))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_compile_fullgraph(backend, p):
-    sets = [tensors(6, 40, N, 4, torch.float32)[1:4] for N in (7, 9)]
+    sets = [tensors(6, 40, N, 4, torch.float32)[1:4] for N in (7, 9, 5)]  # nothing comes of the last
     Ws, As, Bs = map(list, zip(*sets, strict=True))
 
     def f(x):
-        a, b = lowrank.lora_linears(x, Ws, As, Bs, [0.5, 2.0], dropout_p=p)
+        a, b, _ = lowrank.lora_linears(x, Ws, As, Bs, [0.5, 2.0, 1.0], dropout_p=p)
         return a.sin().sum(-1) + b.cos().sum(-1)
 
     torch._dynamo.reset()
@@ -433,7 +477,7 @@ def test_compile_fullgraph(backend, p):
         for run in (f, compiled):
             torch.manual_seed(3)
             y = run(x)
-            runs.append([y, *torch.autograd.grad(y.sum(), (x, *As, *Bs))])
+            runs.append([y, *torch.autograd.grad(y.sum(), (x, *As[:2], *Bs[:2]))])
         if backend == "inductor" and p:  # inductor draws its seeds from a stream of its own
             assert all(torch.isfinite(t).all() for t in runs[1])
         else:
