@@ -13,12 +13,17 @@ from .x_pass import x_pass
 __all__ = ["drop", "dy_pass", "expand", "gain_dy", "norm", "shrink", "x_pass"]
 
 
-def norm(W, A, B) -> torch.Tensor:
-    """‖W + B A‖ of each row."""
+def norm(W, A, B, alone=False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """‖W + B A‖ of each row, and with ``alone`` ‖W‖, the same bits where B is 0."""
     wide, B = A.to(B.dtype), B.contiguous()
-    return dora_norm(W, A, B, B @ (wide @ wide.mT)).sum(0).clamp_(min=0).sqrt_()
+    found = dora_norm(W, A, B, B @ (wide @ wide.mT), alone=alone)
+    if not alone:
+        return found.sum(0).clamp_(min=0).sqrt_()
+    parts, squares = found
+    return parts.sum(0).clamp_(min=0).sqrt_(), squares.sum(0).sqrt_()
 
 
-def expand(S, B, v, gain, bias) -> torch.Tensor:
-    """gain ∘ v + S Bᵀ + bias."""
-    return _expand.expand(S, [B], [1.0], [None], v, v.dtype, gain=gain, bias=bias)
+def expand(S, B, v, gain, bias, base=None) -> torch.Tensor:
+    """gain ∘ v + S Bᵀ + bias; onto ``base`` as lowrank/ops/dora_impl.py has it."""
+    dtype = v.dtype if base is None else base.dtype
+    return _expand.expand(S, [B], [1.0], [None], v, dtype, gain=gain, bias=bias, base=base)

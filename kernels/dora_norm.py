@@ -4,7 +4,8 @@ W [N, K], A [R, K], B fp32 [N, R], BG = B A Aᵀ fp32 [N, R] -> fp32 [P, N], to 
 
     Σ_k W² + 2 (W Aᵀ) · B + BG · B
 
-where · sums over a row.  Neither B A nor anything else of W's size is formed.  P: splits of K, and of R above WIDTH.
+where · sums over a row, and Σ_k W² apart if asked for: in bits what the whole is where B is 0.  Neither B A nor anything else
+of W's size is formed.  P: splits of K, and of R above WIDTH.
 Floor: N K itemsize bytes; 7.8 us at 4096 x 4096 in bf16 at 4.3 TB/s.
 Eager form: lowrank/ops/dora_impl.py.  Benchmark: bench/registry.py.
 """
@@ -41,7 +42,7 @@ def pick_config(N: int, K: int, block_r: int, kind: str, sms: int) -> Config:
 
 @triton.jit
 def _dora_norm_kernel(
-    w_ptr, a_ptr, b_ptr, bg_ptr, out_ptr, N, K, R, K_SPLIT,
+    w_ptr, a_ptr, b_ptr, bg_ptr, out_ptr, squares_ptr, N, K, R, K_SPLIT,
     stride_wn, stride_ar, stride_ak, stride_bn, stride_bgn,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, R_BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -81,12 +82,20 @@ def _dora_norm_kernel(
         total += square
     part = tl.program_id(1) * R_BLOCKS + pid_r
     tl.store(out_ptr + part.to(tl.int64) * N + offs_n, total, mask=mask_n)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + part.to(tl.int64) * N + offs_n, tl.where(pid_r == 0, square, 0.0), mask=mask_n)
 
 
 def dora_norm(
-    W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, BG: torch.Tensor, config: Config | None = None
-) -> torch.Tensor:
-    """Parts [P, N] of the squared norms.  Any strides for A; W, B and BG with a contiguous last dim.
+    W: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    BG: torch.Tensor,
+    config: Config | None = None,
+    alone: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Parts [P, N] of the squared norms, and with ``alone`` parts [P, N] of those of W.  Any strides for A; W, B and BG with a
+    contiguous last dim.
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
@@ -104,10 +113,11 @@ def dora_norm(
     k_split = triton.cdiv(triton.cdiv(K, c.split_k), c.block_k) * c.block_k
     splits, r_blocks = triton.cdiv(K, k_split), triton.cdiv(R, block_r)
     parts = torch.empty((splits * r_blocks, N), dtype=torch.float32, device=W.device)
+    squares = torch.empty_like(parts) if alone else None
     with on(W):
         _dora_norm_kernel[(triton.cdiv(N, c.block_n) * r_blocks, splits)](
-            W, A, B, BG, parts, N, K, R, k_split, W.stride(0), A.stride(0), A.stride(1), B.stride(0), BG.stride(0),
+            W, A, B, BG, parts, squares, N, K, R, k_split, W.stride(0), A.stride(0), A.stride(1), B.stride(0), BG.stride(0),
             BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=r_blocks,
             DTYPE=DTYPES[thin], PRECISION=precision(how), num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
-    return parts
+    return (parts, squares) if alone else parts

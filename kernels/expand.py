@@ -3,7 +3,7 @@
 S_j [M, R_j], B_j [N, R_j] (any strides) -> Y [M, N], rounded once.  scale_j: a float, times a 0-d tensor, or times a
 tensor [R_j] (one scale per column of S); or, for a single S, mix @ scales with mix [M, E] and scales [E, R] (one scale per
 row and column, never in memory; svf_scale.py).  start: nothing, a bias [N] or a matrix [M, N]; with a gain [N] (DoRA) it
-is gain ∘ matrix + bias.
+is gain ∘ matrix + bias, and with a base [M, N] it is base + gain ∘ matrix, or base + gain ∘ (base − bias) without a matrix.
 drop_j zeroes where a keep bit of int32 [M, ceil(N / 32)] is 0: with B = Aᵀ this is the backward's dX = mask ∘ (dS A).
 Floor: the write of Y, M N itemsize bytes; 15.6 us at 8192 x 4096 in bf16 at 4.3 TB/s.
 Eager form: lowrank/ops/eager.py.  Benchmark: bench/registry.py.
@@ -40,7 +40,7 @@ def pick_config(M: int, N: int, block_r: int, kind: str) -> Config:
 @triton.jit
 def _expand_kernel(
     s_ptrs, b_ptrs, bias_ptr, start_ptr, y_ptr, keep_ptrs, scales, scale_ptrs,
-    ranks, M, N, strides_sm, strides_bn, strides_br, stride_startm, stride_ym, mix_ptr, E, gain_ptr,
+    ranks, M, N, strides_sm, strides_bn, strides_br, stride_startm, stride_ym, mix_ptr, E, gain_ptr, base_ptr, stride_basem,
     PER_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     R_PADDED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,8 +83,11 @@ def _expand_kernel(
             )
             acc = tl.where(unpack(keep.to(tl.int32), BLOCK_M, BLOCK_N), acc, 0.0)
         y += acc
+    bias = None
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        if base_ptr is None:
+            y += bias
     if start_ptr is not None:
         start = tl.load(start_ptr + offs_m[:, None] * stride_startm + offs_n[None, :], mask=mask, other=0.0).to(
             tl.float32
@@ -92,6 +95,16 @@ def _expand_kernel(
         if gain_ptr is not None:
             start *= tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
         y += start
+    if base_ptr is not None:
+        base = tl.load(base_ptr + offs_m[:, None] * stride_basem + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if start_ptr is None:
+            free = base
+            if bias_ptr is not None:
+                free -= bias
+                if bias_ptr.dtype.element_ty == base_ptr.dtype.element_ty:  # as PyTorch rounds it
+                    free = cast(free, base_ptr.dtype.element_ty).to(tl.float32)
+            y += free * tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+        y += base
     tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -106,18 +119,19 @@ def expand(
     mix: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Y [M, N] in ``dtype``.  S [M, R_0 + R_1 + ...], last dim contiguous.  mix: fp32 [M, E], contiguous.  gain: fp32 [N],
-    contiguous, beside a matrix as start; ``bias`` [N] then comes on top.
+    contiguous, beside a matrix as start; ``bias`` [N] then comes on top.  base: [M, N], beside a gain and either a matrix as
+    start or a bias of its own.
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
     Y = S.new_empty((S.shape[0], Bs[0].shape[0]), dtype=dtype)
     if S.shape[1] != sum(B.shape[1] for B in Bs):
         raise ValueError(f"expand: S {list(S.shape)} does not fit B {[list(B.shape) for B in Bs]}")
-    expand_into(
-        Y, list(S.split([B.shape[1] for B in Bs], 1)), Bs, scales, scale_tensors, start, None, config, mix, gain, bias
-    )
+    parts = list(S.split([B.shape[1] for B in Bs], 1))
+    expand_into(Y, parts, Bs, scales, scale_tensors, start, None, config, mix, gain, bias, base)
     return Y
 
 
@@ -133,6 +147,7 @@ def expand_into(
     mix: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
 ) -> None:
     """Overwrite Y, with drop_j if ``keeps`` are given.  ``S``: one [M, R_j] per factor, last dim contiguous."""
     (M, N), dtype, n = Y.shape, Y.dtype, len(S)
@@ -142,11 +157,17 @@ def expand_into(
         check("expand", s, s.dtype, [B], [s.shape[1]])
     if start is not None and start.shape not in ((N,), (M, N)):
         raise ValueError(f"expand: expected start [{N}] or [{M}, {N}], got {list(start.shape)}")
-    check("expand", Y, S[0].dtype, [S[0], *([] if start is None else [start])], [])
-    if start is not None and start.stride(-1) != 1 and N > 1:
-        raise ValueError(f"expand: start's last dim must be contiguous, got strides {start.stride()}")
+    if base is not None and (base.shape != (M, N) or gain is None or (start is not None and bias is not None)):
+        raise ValueError(
+            f"expand: expected base [{M}, {N}] beside a gain and no bias on a start, got {list(base.shape)}"
+        )
+    check("expand", Y, S[0].dtype, [S[0], *(t for t in (start, base) if t is not None)], [])
+    for name, t in (("start", start), ("base", base)):
+        if t is not None and t.stride(-1) != 1 and N > 1:
+            raise ValueError(f"expand: {name}'s last dim must be contiguous, got strides {t.stride()}")
+    under = base if start is None else start
     for name, t in (("gain", gain), ("bias", bias)):
-        if t is not None and (start is None or start.dim() != 2 or t.shape != (N,) or t.stride(0) != 1):
+        if t is not None and (under is None or under.dim() != 2 or t.shape != (N,) or t.stride(0) != 1):
             raise ValueError(f"expand: expected a contiguous {name} [{N}] beside a matrix to start from")
     if gain is not None and gain.dtype is not torch.float32:
         raise ValueError(f"expand: expected gain in fp32, got {gain.dtype}")
@@ -160,11 +181,11 @@ def expand_into(
     matrix = start is not None and start.dim() == 2
     with on(Y):
         _expand_kernel[(triton.cdiv(M, c.block_m), triton.cdiv(N, c.block_n))](
-            tuple(S), tuple(Bs), bias if matrix else start, start if matrix else None, Y,
+            tuple(S), tuple(Bs), bias if matrix or base is not None else start, start if matrix else None, Y,
             as_bytes(keeps or [None] * n), tuple(scales), tuple(scale_tensors),
             tuple(s.shape[1] for s in S), M, N, tuple(s.stride(0) for s in S), tuple(B.stride(0) for B in Bs),
             tuple(B.stride(1) for B in Bs), start.stride(0) if matrix else 0, Y.stride(0),
-            mix, 0 if mix is None else mix.shape[1], gain,
+            mix, 0 if mix is None else mix.shape[1], gain, base, 0 if base is None else base.stride(0),
             PER_COLUMN=tuple(t is not None and t.dim() >= 1 for t in scale_tensors),
             BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=block_r,
             R_PADDED=triton.cdiv(max(s.shape[1] for s in S), block_r) * block_r, DTYPE=DTYPES[S[0].dtype],

@@ -4,6 +4,7 @@ Written against the attributes of PEFT's layers alone: nothing here imports PEFT
 integrations/peft.py, which puts it on PEFT's classes, and a package of kernels that may import torch and nothing else.
 """
 
+import sys
 import threading
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from . import _stats, sharding
-from .ops.dora import dora_linear
+from .ops.dora import dora_projection
 from .ops.lora import Adapter, Projection, lora_projections
 from .ops.validation import DTYPES
 
@@ -139,10 +140,23 @@ def _why_no_dora(layer, name: str, adapter: Adapter, x: torch.Tensor) -> str | N
 
 
 def _run_dora(layer, name: str, adapter: Adapter, x: torch.Tensor, base_dropout: bool) -> torch.Tensor:
-    base, magnitude = layer.base_layer, layer.lora_magnitude_vector[name].weight
+    base, vector = layer.base_layer, layer.lora_magnitude_vector[name]
     A, B, scaling, _, p = adapter
     p = p if layer.training else 0.0  # PEFT asks the layer here, not its dropout
-    return dora_linear(x, base.weight, A, B, magnitude, scaling, bias=base.bias, dropout_p=p, base_dropout=base_dropout)
+    cache, key = _norms_of(vector), f"weight-norm-{name}"
+    return dora_projection(x, base.weight, A, B, vector.weight, scaling, base.bias, p, base_dropout, cache, key)
+
+
+def _norms_of(vector) -> dict | None:
+    """PEFT's cache while ``peft.helpers.DoraCaching`` is on and the layer in evaluation; else it is emptied, as PEFT does."""
+    cache = vector.__dict__.get("_dora_cache")
+    if cache is None or torch.compiler.is_compiling():
+        return None
+    peft = sys.modules.get(type(vector).__module__)  # looked up, not imported
+    if getattr(peft, "ENABLE_DORA_CACHING", False) and not vector.training:
+        return cache
+    cache.clear()
+    return None
 
 
 def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[Adapter, ...] | None, str | None]:

@@ -4,8 +4,9 @@
 
 DoRA (Liu et al. 2024, arXiv 2402.09353): the norm is a constant for the gradient (its section 4.3), which makes y a LoRA
 linear over B' = scaling g ∘ B with a gain on the base's output.  What lies between the magnitude and those two is N and N r
-numbers in fp32, left to PyTorch's own autograd.  The norm is one read of W, without an N x K temporary.  Saved for
-backward: x itself, S, the base's output v (PEFT keeps two of its size), and one bit per element of a dropout mask.
+numbers in fp32, left to PyTorch's own autograd.  The norm is one read of W, without an N x K temporary, and one more by torch's
+own norm, which PEFT starts the magnitudes from: where B is 0 ours is that, bit for bit, g is 1 and y the base's output.  Saved
+for backward: x itself, S, the base's output v (PEFT keeps two of its size), and one bit per element of a dropout mask.
 
 Schemas live here, so that a machine without a GPU traces every op.  Autograd is a plain Function outside the op.
 """
@@ -21,16 +22,16 @@ from .lora import Adapter, Projection, as_shaped, autocast_dtype, is_plain
 from .validation import check_dora, check_projection
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
-_lib.define("dora_norm(Tensor weight, Tensor A, Tensor B) -> Tensor")
+_lib.define("dora_norm(Tensor weight, Tensor A, Tensor B, ScalarType? start=None) -> Tensor")
 # B and gain in fp32 or wider, with every scale; twice: drop(x) under the gain and x Wᵀ beside it.  dtype: the big GEMM's.
 _lib.define(
     "dora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor gain, float p, Tensor? seed, bool twice,"
     " ScalarType dtype) -> (Tensor y, Tensor S, Tensor v, Tensor[] keeps)"
 )
-# needs: x, bias, A, B, gain; the gradients asked for come back in that order.
+# needs: x, bias, A, B, gain; the gradients asked for come back in that order.  bias: what is part of v.
 _lib.define(
     "dora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor gain, Tensor? S, Tensor? v,"
-    " Tensor[] keeps, bool twice, ScalarType dtype, bool[] needs) -> Tensor[]"
+    " Tensor[] keeps, bool twice, ScalarType dtype, bool[] needs, Tensor? bias=None) -> Tensor[]"
 )
 
 
@@ -60,12 +61,21 @@ def dora_linear(
             dropout(x) @ weight.T + ...``, two GEMMs with the weight; False keeps dropout out of the base's term, one GEMM.
             Both have the same mean over masks.
 
-    Thin products, norm and gains are computed in fp32 or wider, under autocast too.
+    Thin products, norm and gains are computed in fp32 or wider, under autocast too.  The norm has a constant factor for each
+    row of ``weight``, 1 but for the rounding of ``lora_A``'s dtype: where ``lora_B`` is 0 it is ``torch.linalg.norm(weight.to(
+    lora_A.dtype), dim=1)`` bit for bit, and with that magnitude the result is ``F.linear(x, weight, bias)``.
 
     Returns: [..., N] in x's dtype; under autocast, in autocast's.  First derivatives in reverse mode only.
 
     Raises: ValueError or TypeError that names the argument, what came and what was expected.
     """
+    return dora_projection(x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p, base_dropout)
+
+
+def dora_projection(
+    x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p, base_dropout, cache: dict | None = None, key=None
+) -> torch.Tensor:
+    """:func:`dora_linear` with the norm from ``cache[key]``, or left there for the next call."""
     if torch.autograd.forward_ad._current_level >= 0:
         raise NotImplementedError("dora_linear has no forward-mode derivative (forward_ad, torch.func.jvp)")
     autocast = autocast_dtype(x)
@@ -78,8 +88,12 @@ def dora_linear(
     if isinstance(scaling, torch.Tensor):
         away = scaling.device != x.device and is_plain(x)  # on a CPU, then: reading it waits for nothing
         scaling = float(scaling) if away else scaling.to(device=x.device, dtype=wide)
-    with torch.no_grad():
-        norm = _norm(weight, lora_A, lora_B.to(wide) * scaling)
+    norm = None if cache is None else cache.get(key)
+    if norm is None or norm.device != x.device or norm.is_inference():
+        with torch.no_grad() if cache is None else torch.inference_mode(False), torch.no_grad():
+            norm = _norm(weight, lora_A, lora_B.to(wide) * scaling, lora_A.dtype)
+        if cache is not None:
+            cache[key] = norm
     g = magnitude.to(wide) / norm
     twice, kept = base_dropout and dropout.threshold(dropout_p) > 0, dropout.keep_scale(dropout_p)
     B = lora_B * (g * (scaling * kept)).unsqueeze(1)
@@ -108,7 +122,8 @@ class _DoRALinear(torch.autograd.Function):
         ctx.spec, ctx.x_shape = spec, x.shape
         ctx.save_for_backward(
             x if need_A else None, weight if need_x else None, A, B, gain,
-            S if need_B else None, v if need_gain else None, *(keeps if need_x or need_A else ()),
+            S if need_B else None, v if need_gain else None,
+            bias if need_gain and not spec.twice else None, *(keeps if need_x or need_A else ()),
         )  # fmt: skip
         return y
 
@@ -116,11 +131,11 @@ class _DoRALinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         spec, x_shape = ctx.spec, ctx.x_shape
-        x, weight, A, B, gain, S, v, *keeps = ctx.saved_tensors
+        x, weight, A, B, gain, S, v, bias, *keeps = ctx.saved_tensors
         _, _, need_x, _, need_b, need_A, need_B, need_gain = ctx.needs_input_grad
         needs = [need_x, need_b, need_A, need_B, need_gain]
         run = dora_impl.backward if is_plain(dy) else torch.ops.lowrank.dora_linear_backward.default
-        found = iter(run(dy, x, weight, A, B, gain, S, v, keeps, spec.twice, spec.dtype, needs))
+        found = iter(run(dy, x, weight, A, B, gain, S, v, keeps, spec.twice, spec.dtype, needs, bias))
         dx, db, dA, dB, dgain = (next(found) if need else None for need in needs)
         return None, None, None if dx is None else dx.view(x_shape), None, db, dA, dB, dgain
 
@@ -130,8 +145,8 @@ def _forward(spec, seed, x, weight, bias, A, B, gain):
     return run(x, weight, bias, A, B, gain, spec.p, seed, spec.twice, spec.dtype)
 
 
-def _norm(weight, A, B):
-    return (dora_impl.norm if is_plain(weight) else torch.ops.lowrank.dora_norm.default)(weight, A, B)
+def _norm(weight, A, B, start):
+    return (dora_impl.norm if is_plain(weight) else torch.ops.lowrank.dora_norm.default)(weight, A, B, start)
 
 
 _lib.impl("dora_norm", dora_impl.norm, "CompositeExplicitAutograd")
@@ -140,7 +155,7 @@ _lib.impl("dora_linear_backward", dora_impl.backward, "CompositeExplicitAutograd
 
 
 @torch.library.register_fake("lowrank::dora_norm", lib=_lib)
-def _(weight, A, B):
+def _(weight, A, B, start=None):
     return B.new_empty(weight.shape[0])
 
 
@@ -153,7 +168,7 @@ def _(x, weight, bias, A, B, gain, p, seed, twice, dtype):
 
 
 @torch.library.register_fake("lowrank::dora_linear_backward", lib=_lib)
-def _(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs):
+def _(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs, bias=None):
     dx = dy.new_empty((dy.shape[0], A.shape[1]), dtype=dtype)
     grads = dx, torch.empty_like(gain), A.new_empty(A.shape), B.new_empty(B.shape), torch.empty_like(gain)
     return [grad for grad, need in zip(grads, needs, strict=True) if need]

@@ -1,14 +1,18 @@
 """What torch.ops.lowrank.dora_norm, dora_linear and dora_linear_backward do, and their passes in PyTorch.
 
     n² = Σ_k W² + (2 (W Aᵀ) + B A Aᵀ) · B    by rows of W [N,K]: no B A is ever formed       (B times the scaling)
-    S  = drop(x) Aᵀ,   v = x' Wᵀ             x' is x, or drop(x) where the base's input is dropped too ("twice")
-    Y  = gain ∘ v + S Bᵀ + bias;   twice: Y.addmm_(x, Wᵀ)
-    dS = dY B,  dB = dYᵀ S,  dA = dSᵀ drop(x),  dgain = Σ_t dY ∘ v,  dbias = Σ_t dY
+    S  = drop(x) Aᵀ,   v = x Wᵀ + bias       as the base layer computes it
+    Y  = v + (gain - 1) ∘ (v - bias) + S Bᵀ: v itself where gain is 1 and B is 0
+    twice, where the base's input is dropped too: Y = (x Wᵀ + bias) + gain ∘ v + S Bᵀ,  v = drop(x) Wᵀ
+    dS = dY B,  dB = dYᵀ S,  dA = dSᵀ drop(x),  dgain = Σ_t dY ∘ (v - bias); twice: Σ_t dY ∘ v
+    dbias = Σ_t dY
     dX = drop(dS A) + (gain ∘ dY) W;         twice: dX = drop(dS A + (gain ∘ dY) W) + dY W
 
 drop() only zeroes: its factor 1/(1-p) is part of B and, twice, of gain.  Thin products, gain and sums over rows are fp32 or
 wider.  _dispatch.dora_products chooses between Eager here and kernels/dora.py.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -19,31 +23,53 @@ from ._dispatch import dora_products
 from .lora_impl import dense, no_autocast, rows_of
 
 
-def norm(weight, A, B) -> Tensor:
-    """‖W + B A‖ of each row, [N] in fp32 or wider."""
+def norm(weight, A, B, start=None) -> Tensor:
+    """‖W + B A‖ of each row, [N] in fp32 or wider.
+
+    ``start``, a dtype: times what torch's own norm of W in that dtype is of ours, a constant of W.  A magnitude that was made
+    from it, as PEFT makes them, then is the norm, bit for bit, where B is 0.
+    """
     with no_autocast(weight.device):
-        return dora_products(weight, A, B.dtype).norm(weight, A, B)
+        products = dora_products(weight, A, B.dtype)
+        if start is None:
+            return products.norm(weight, A, B)
+        whole, alone = products.norm(weight, A, B, alone=True)
+        first = _torch_norm(weight, start).to(alone.dtype)
+        usable = (first > 0) & (first < math.inf) & (alone > 0)  # not where 16 bits have no number for it
+        return torch.where(usable, first * (whole / alone), whole)
+
+
+def _torch_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.promote_types(weight.dtype, dtype) is dtype:  # no copy of W, and the bits of one
+        return torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+    found = weight.new_empty(weight.shape[0], dtype=dtype)
+    for rows in dropout.row_blocks(*weight.shape, weight.device):
+        found[rows] = torch.linalg.vector_norm(weight[rows].to(dtype), dim=1)
+    return found
 
 
 def forward(x, weight, bias, A, B, gain, p, seed, twice, dtype):
     """(y [M,N], S [M,r], v [M,N], [keep bits] under dropout)."""
     with no_autocast(x.device):
-        x, weight = rows_of(x, dtype), weight.to(dtype)
+        weight, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        base = torch.nn.functional.linear(x.to(dtype), weight, b).reshape(-1, weight.shape[0])
+        x = rows_of(x, dtype)
         products, cut = dora_products(x, A, B.dtype), dropout.threshold(p)
         masks, cuts = ([0], [cut]) if cut else ([-1], [])
         S, keeps = products.shrink(x, [A.to(B.dtype)], B.dtype, masks, cuts, seed)
-        v = (products.drop(x, keeps[0]) if twice else x) @ weight.mT
-        y = products.expand(S, B, v, gain, bias)
-        return y.addmm_(x, weight.mT) if twice else y, S, v, keeps
+        if not twice:
+            return products.expand(S, B, None, gain - 1, bias, base), S, base, keeps
+        v = products.drop(x, keeps[0]) @ weight.mT
+        return products.expand(S, B, v, gain, None, base), S, v, keeps
 
 
-def backward(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs):
-    """The gradients of x [M,K], bias, A, B and gain that are needed, in that order."""
+def backward(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs, bias=None):
+    """The gradients of x [M,K], bias, A, B and gain that are needed, in that order.  ``bias``: what is part of v."""
     with no_autocast(dy.device):
         need_x, need_b, need_A, need_B, need_gain = needs
         dy = dense(dy)
         products = dora_products(dy, A, B.dtype)
-        scaled, dgain, db = products.gain_dy(dy, gain, v if need_gain else None, need_x, need_b)
+        scaled, dgain, db = products.gain_dy(dy, gain, v if need_gain else None, need_x, need_b, bias)
         dS = dB = dA = dX = None
         if need_B or need_x or need_A:
             (dS,), (dB,) = products.dy_pass(
@@ -70,35 +96,41 @@ class Eager:
     x_pass = staticmethod(eager.x_pass)
 
     @staticmethod
-    def norm(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def norm(W: Tensor, A: Tensor, B: Tensor, alone: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """‖W + B A‖, and with ``alone`` ‖W‖, the same bits where B is 0."""
         A, B = A.to(B.dtype), B.contiguous()
         crossed = B @ (A @ A.mT)
-        square = B.new_empty(W.shape[0])
+        square, own = B.new_empty(W.shape[0]), B.new_empty(W.shape[0])
         for rows in dropout.row_blocks(*W.shape, W.device):
             block = W[rows].to(B.dtype)
             thin = (2 * (block @ A.mT) + crossed[rows]).mul_(B[rows])
-            square[rows] = thin.sum(1) + block.square().sum(1)
-        return square.clamp_(min=0).sqrt_()
+            squares = block.square().sum(1)
+            own[rows], square[rows] = squares, thin.sum(1) + squares
+        norm = square.clamp_(min=0).sqrt_()
+        return (norm, own.sqrt_()) if alone else norm
 
     @staticmethod
-    def expand(S: Tensor, B: Tensor, v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        """gain ∘ v + S Bᵀ + bias in v's dtype, rounded once."""
-        y = torch.empty_like(v)
-        for rows in dropout.row_blocks(*v.shape, v.device):
-            start = v[rows] * gain if bias is None else torch.addcmul(bias.to(gain.dtype), v[rows].to(gain.dtype), gain)
-            y[rows] = start.addmm_(S[rows], B.mT)
+    def expand(S: Tensor, B: Tensor, v: Tensor | None, gain: Tensor, bias: Tensor | None, base: Tensor) -> Tensor:
+        """base + (gain ∘ v + S Bᵀ) in base's dtype, rounded once; without a v, it is base - bias, as PyTorch rounds it."""
+        y = torch.empty_like(base)
+        for rows in dropout.row_blocks(*y.shape, y.device):
+            free = v[rows] if v is not None else base[rows] if bias is None else base[rows] - bias
+            y[rows] = base[rows] + (free * gain).addmm_(S[rows], B.mT)
         return y
 
     @staticmethod
-    def gain_dy(dy: Tensor, gain: Tensor, v: Tensor | None, need_scaled: bool, need_sum: bool):
-        """(gain ∘ dY in dY's dtype, Σ_t dY ∘ v, Σ_t dY), each if needed; the sums have gain's dtype."""
+    def gain_dy(
+        dy: Tensor, gain: Tensor, v: Tensor | None, need_scaled: bool, need_sum: bool, bias: Tensor | None = None
+    ):
+        """(gain ∘ dY in dY's dtype, Σ_t dY ∘ (v - bias), Σ_t dY), each if needed; the sums have gain's dtype."""
         scaled = torch.empty_like(dy) if need_scaled else None
         dots = None if v is None else torch.zeros_like(gain)
         for rows in dropout.row_blocks(*dy.shape, dy.device):
             if need_scaled:
                 torch.mul(dy[rows], gain, out=scaled[rows])
             if dots is not None:
-                dots += (dy[rows].to(gain.dtype) * v[rows]).sum(0)
+                free = v[rows] if bias is None else v[rows].to(gain.dtype) - bias
+                dots += (dy[rows].to(gain.dtype) * free).sum(0)
         return scaled, dots, dy.sum(0, dtype=gain.dtype) if need_sum else None
 
     @staticmethod

@@ -9,6 +9,7 @@ from torch import nn
 
 pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import DoraCaching
 from peft.tuners.lora.layer import Linear as PeftLinear
 from test_peft import IDS, agree, as_right_as_peft, clean, fallback, llama, peft_llama, step  # noqa: F401
 
@@ -64,6 +65,160 @@ def test_a_bf16_norm_is_worse_than_ours():
     theirs = layer.lora_magnitude_vector["default"].get_weight_norm(W, B @ A, layer.scaling["default"])
     ours = torch.ops.lowrank.dora_norm(W, A, B.float() * layer.scaling["default"])
     assert (ours - truth).norm() < 0.01 * (theirs - truth).norm()
+
+
+class Line(nn.Module):
+    def __init__(self, dtype=torch.float32, bias=True):
+        super().__init__()
+        self.proj = nn.Linear(1000, 70, bias=bias, dtype=dtype)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def start(dtype, fp32_adapters, bias=True, **config):
+    """(a DoRA layer as it starts, an input, the base's output)."""
+    torch.manual_seed(4)
+    base, x = Line(dtype, bias), torch.randn(3, 40, 1000).to(dtype)
+    y = base(x)
+    config = LoraConfig(r=4, target_modules=["proj"], use_dora=True, **config)
+    return get_peft_model(base, config, autocast_adapter_dtype=fp32_adapters), x, y
+
+
+@pytest.mark.parametrize("fp32_adapters", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"lora_dropout": 0.4}, {"bias": False}, {"use_rslora": True, "lora_alpha": 3}], ids=str
+)
+def test_at_its_start_a_layer_is_nowhere_farther_from_the_base_than_pefts(dtype, fp32_adapters, how):
+    """Where PEFT's is the base bit for bit, so is ours; elsewhere (a magnitude PEFT rounded to 16 bits) it is PEFT's."""
+    model, x, y = start(dtype, fp32_adapters, **how)
+    model.train(bool(how.get("lora_dropout")))
+    off = []
+    for each in (model, patch(copy.deepcopy(model))):
+        off.append(float((each(x).double() - y.double()).norm().detach()))
+    theirs, ours = off
+    assert ours <= theirs
+    assert (theirs == 0) == (dtype is torch.float32 or not fp32_adapters)
+
+
+def test_a_weight_replaced_cast_or_written_to_starts_anew():
+    """Nothing of the weight outlives a call."""
+    model, x, _ = start(torch.float32, False)
+    layer = layers(patch(model))[0]
+    vector, weight = layer.lora_magnitude_vector["default"], layer.base_layer.weight
+
+    def is_base():
+        fresh = torch.linalg.norm(layer.base_layer.weight, dim=1)
+        vector.weight.data = fresh.to(vector.weight.dtype)
+        return torch.equal(model(x), layer.base_layer(x))
+
+    assert is_base()
+    weight.data.mul_(1.7)  # unseen by its version
+    assert is_base()
+    weight.data = torch.randn_like(weight)
+    assert is_base()
+    layer.base_layer.weight = nn.Parameter(torch.randn_like(weight), requires_grad=False)
+    assert is_base()
+    model.to(torch.bfloat16)
+    x = x.bfloat16()
+    assert is_base()
+
+
+def test_the_first_step_is_no_jump():
+    """bf16: a little of B moves the layer by as little, though the magnitude was rounded."""
+    model, x, y = start(torch.bfloat16, False)
+    layer = layers(patch(model))[0]
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(1e-6)
+        assert (model(x).double() - y.double()).norm() < 3e-4 * y.double().norm()
+
+
+@pytest.fixture
+def norms(monkeypatch):
+    """How many norms were computed."""
+    from lowrank.ops import dora_impl
+
+    made, norm = [], dora_impl.norm
+    monkeypatch.setattr(dora_impl, "norm", lambda *args: made.append(args) or norm(*args))
+    return made
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_dora_caching_computes_each_norm_once(mode, norms):
+    model = patch(dora_llama(target_modules=["q_proj", "v_proj"])).eval()
+    with mode():
+        want = model(IDS).logits
+        norms.clear()
+        with DoraCaching():
+            for _ in range(3):
+                assert torch.equal(model(IDS).logits, want)
+        assert len(norms) == len(layers(model))
+        assert torch.equal(model(IDS).logits, want)
+    assert len(norms) == 2 * len(layers(model))
+    assert not any(layer.lora_magnitude_vector["default"]._dora_cache for layer in layers(model))
+
+
+def kept(layer):
+    return layer.lora_magnitude_vector["default"]._dora_cache
+
+
+@pytest.mark.parametrize("how", ["train", "off", "merge", "twin"])
+def test_what_dora_caching_keeps_is_dropped_as_pefts(how):
+    model = patch(dora_llama(target_modules=["q_proj"])).eval()
+    layer = layers(model)[0]
+    with DoraCaching(), torch.no_grad():
+        model(IDS)
+        assert list(kept(layer)) == ["weight-norm-default"]
+        layer.lora_B["default"].weight.mul_(2)
+        if how == "train":
+            model.train().eval()
+        elif how == "off":
+            with DoraCaching(False):
+                model(IDS)
+        elif how == "merge":
+            model.merge_adapter()
+            model.unmerge_adapter()
+        else:
+            model = copy.deepcopy(model).train().eval()
+            assert kept(layer)
+            layer = layers(model)[0]
+        assert not kept(layer)
+        found = model(IDS).logits
+    with torch.no_grad():
+        torch.testing.assert_close(found, unpatch(model)(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_caching_is_not_for_training(norms):
+    model = patch(dora_llama(target_modules=["q_proj"])).train()
+    with DoraCaching():
+        for _ in range(2):
+            model(IDS)
+    assert len(norms) == 2 * len(layers(model))
+
+
+def test_dora_caching_shares_what_peft_kept_and_the_other_way_round(norms):
+    model = dora_llama(target_modules=["q_proj"]).eval()
+    with torch.no_grad(), DoraCaching():
+        want = model(IDS).logits
+        torch.testing.assert_close(patch(model)(IDS).logits, want)
+        assert not norms
+        model.train().eval()
+        model(IDS)
+        assert len(norms) == len(layers(model))
+        torch.testing.assert_close(unpatch(model)(IDS).logits, want)
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_what_dora_caching_kept_in_inference_mode_can_train(patched):
+    model = dora_llama(target_modules=["q_proj"]).eval()
+    model = patch(model) if patched else model
+    with DoraCaching():
+        with torch.inference_mode():
+            model(IDS)
+        model = patch(model)
+        found = step(model)  # in evaluation, with gradients
+    agree(found, step(unpatch(dora_llama(target_modules=["q_proj"]).eval())))
 
 
 @pytest.mark.parametrize("base_dropout", [True, False])

@@ -74,12 +74,16 @@ def dora_calls(dtype, A_dtype, M, rank, shape):
 
     x, v, gain = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype), empty(N)
     A, B = empty(rank, K, dtype=A_dtype), empty(N, rank)
-    dora.norm(empty(N, K, dtype=dtype), A, B)
+    for alone in (False, True):
+        dora.norm(empty(N, K, dtype=dtype), A, B, alone)
     S, (keep,) = dora.shrink(x, [A.to(FP32)], FP32, [0], [6554], empty(1, dtype=torch.int64))
     for bias in (None, gain.to(dtype)):
         dora.expand(S, B, v, gain, bias)
+        dora.expand(S, B, None, gain, bias, v)
+    dora.expand(S, B, v, gain, None, v)
     dora.gain_dy(v, gain, v, True, True)
     dora.gain_dy(v, gain, v, True, False)
+    dora.gain_dy(v, gain, v, True, False, gain.to(dtype))
     dora.drop(x, keep)
     dora.drop(x, keep, x)
 

@@ -58,6 +58,21 @@ def test_split_k_and_every_bit_twice(split_k):
     assert torch.equal(norm(W, A, B, config), norm(W, A, B, config))
 
 
+@pytest.mark.parametrize("R", [5, 100, 300])
+def test_the_norm_of_the_weight_alone(R):
+    """In bits what the whole is where B is 0, over several splits of K and of R."""
+    from lowrank.kernels import dora
+
+    W, A, B = randn(40, 1000, dtype=BF16), randn(R, 1000, dtype=BF16), randn(40, R, dtype=FP32)
+    B[::2] = 0
+    for products in (dora, Eager):
+        whole, alone = products.norm(W, A, B, alone=True)
+        assert torch.equal(whole, products.norm(W, A, B))
+        assert torch.equal(whole[::2], alone[::2])
+        assert not (whole == alone)[1::2].any()
+        torch.testing.assert_close(alone.double(), W.double().norm(dim=1), rtol=1e-5, atol=0)
+
+
 def test_transposed_factors():
     W, A, B = randn(40, 100, dtype=FP16), randn(100, 8, dtype=FP16).mT, randn(40, 8, dtype=FP32)
     gram = A.float() @ A.float().mT

@@ -75,6 +75,29 @@ def test_a_gain_on_the_start(dtype, thin_dtype, biased):
         rounded_once([found], [truth], "Y")
 
 
+@pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("what", ["a matrix", "its own", "its own without the bias", "its own without a wide bias"])
+def test_a_gain_beside_a_base(what, dtype, thin_dtype):
+    """Where the gain and B are 0, the base itself; elsewhere Eager's order of operations."""
+    S, B, base = randn(33, 24, dtype=thin_dtype), randn(70, 24, dtype=thin_dtype), strided(randn(33, 70, dtype=dtype))
+    gain = randn(70, dtype=FP32)
+    start = strided(randn(33, 70, dtype=dtype)) if what == "a matrix" else None
+    bias = randn(70, dtype=FP32 if "wide" in what else dtype) if "bias" in what else None
+    free = base if start is None else start
+    free = free if bias is None else free - bias
+    truth = oracle(S, [B], [1.0], [None], base.double() + gain.double() * free.double())
+    found = expand(S, [B], [1.0], [None], start, dtype, gain=gain, bias=bias, base=base)
+    if dtype is FP32:
+        within([found], [truth], [truth.abs() + 30], ["Y"])
+    else:
+        rounded_once([found], [truth], "Y")
+    still = expand(S, [B * 0], [1.0], [None], start, dtype, gain=gain * 0, bias=bias, base=base)
+    assert torch.equal(still, base)
+    one = expand(S, [B * 0], [1.0], [None], start, dtype, gain=gain, bias=bias, base=base)
+    if DEVICE == "cpu":  # a GPU multiplies and adds in one rounding
+        assert torch.equal(one, (base + free * gain).to(dtype))
+
+
 def test_a_scale_per_column_and_strides():
     S, B, m = strided(randn(33, 24, dtype=FP32)), randn(24, 70, dtype=FP32).mT, torch.rand(24, device=DEVICE)
     start = strided(randn(33, 70, dtype=BF16))
@@ -132,6 +155,12 @@ def test_empty():
         (dict(S=torch.ones(4, 8).mT), "last dim must be contiguous"),
         (dict(start=torch.ones(6)), r"expected start \[7\] or \[8, 7\]"),
         (dict(start=torch.ones(7, 8).mT), "start's last dim must be contiguous"),
+        (dict(base=torch.ones(7, 8).mT, gain=torch.ones(7)), "base's last dim must be contiguous"),
+        (dict(base=torch.ones(8, 7)), r"expected base \[8, 7\] beside a gain"),
+        (
+            dict(base=torch.ones(8, 7), start=torch.ones(8, 7), gain=torch.ones(7), bias=torch.ones(7)),
+            "no bias on a start",
+        ),
         (dict(start=torch.ones(7, dtype=torch.float64)), "expected fp16, bf16 or fp32"),
         (dict(S=torch.ones(8, 600), Bs=[torch.ones(7, 600)]), "rank 600 is outside"),
         (dict(dtype=torch.float64), "expected fp16, bf16 or fp32"),

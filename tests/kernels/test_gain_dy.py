@@ -41,6 +41,20 @@ def test_as_right_as_eager(dtype):
     in_the_mean(draw, NAMES)
 
 
+@pytest.mark.parametrize("bias_dtype", [BF16, FP32], ids=str)
+def test_a_bias_that_is_part_of_v(bias_dtype):
+    dY, v, gain = randn(133, 70, dtype=BF16), randn(133, 70, dtype=BF16), randn(70, dtype=FP32)
+    bias = 100 * randn(70, dtype=bias_dtype)
+    v = (v + bias).to(BF16)
+    for run in (gain_dy, Eager.gain_dy):
+        scaled, dots, sums = run(dY, gain, v, True, True, bias)
+        free = v.double() - bias.double()
+        truth = (dY.double() * free).sum(0)
+        assert ((dots - truth).abs() <= 1e-5 * (dY.double() * free).abs().sum(0)).all()
+        for found, same in zip((scaled, sums), run(dY, gain, v, True, True)[::2], strict=True):
+            assert torch.equal(found, same)
+
+
 def test_empty():
     scaled, dots, sums = gain_dy(randn(0, 8, dtype=BF16), randn(8, dtype=FP32), randn(0, 8, dtype=BF16), True, True)
     assert scaled.shape == (0, 8)
@@ -62,6 +76,7 @@ def test_rows_further_apart_than_int32_reaches():
         (dict(dY=torch.ones(8, 4).double()), "fp16, bf16 or fp32"),
         (dict(dY=torch.ones(4, 8).mT), "contiguous last dim"),
         (dict(gain=torch.ones(5)), r"contiguous fp32 gain \[4\]"),
+        (dict(bias=torch.ones(5)), r"contiguous bias \[4\]"),
         (dict(gain=torch.ones(4).half()), r"contiguous fp32 gain \[4\]"),
     ],
 )

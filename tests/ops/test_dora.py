@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import pytest
@@ -13,6 +14,13 @@ from lowrank.testing import assert_within
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 33, 65, 3), (7, 64, 100, 8), (33, 130, 66, 64), (133, 300, 77, 100), (256, 96, 513, 16)]
 NAMES = ("y", "dx", "dA", "dB", "dm", "db")
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Under any dispatch mode the ops are called as ops."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 def tensors(M, K, N, r, dtype, adapter_dtype=None):
@@ -177,6 +185,75 @@ def test_the_norm_is_as_right_as_the_whole_matrix(shape, dtype):
     assert norm.dtype is torch.float32
 
 
+def started(M, K, N, r, dtype, adapter_dtype, biased=True):
+    """A layer as it starts: B = 0, and torch's own norm of the weight as the magnitude."""
+    (x, A, B, _, b), W = tensors(M, K, N, r, dtype, adapter_dtype)
+    m = torch.linalg.norm(W.to(adapter_dtype), dim=1).to(adapter_dtype).requires_grad_()
+    return x, W, A, torch.zeros_like(B, requires_grad=True), m, b if biased else None
+
+
+STARTS = [(torch.float32, d) for d in DTYPES] + [(d, e) for d in DTYPES[1:] for e in (d, torch.float32)]
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), STARTS, ids=str)
+@pytest.mark.parametrize("how", ["evaluation", "dropout", "no base dropout", "no bias", "no grad", "autocast", "op"])
+def test_at_its_start_a_layer_is_the_base_bit_for_bit(dtype, adapter_dtype, how):
+    x, W, A, B, m, b = started(2 * 33, 1000, 70, 8, dtype, adapter_dtype, how != "no bias")
+    x = x.view(2, 33, 1000)
+    p = 0.4 if "dropout" in how else 0.0
+    with (
+        torch.set_grad_enabled(how != "no grad"),
+        torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"),
+        Seen() if how == "op" else contextlib.nullcontext(),
+    ):
+        base = torch.nn.functional.linear(x, W, b)
+        y = lowrank.dora_linear(x, W, A, B, m, 0.7, bias=b, dropout_p=p, base_dropout=how != "no base dropout")
+    assert y.dtype is base.dtype
+    assert torch.equal(y, base)
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), STARTS, ids=str)
+@pytest.mark.parametrize("K", [33, 1000, 4099])
+def test_the_norm_starts_as_torchs_and_moves_as_the_exact_one(dtype, adapter_dtype, K):
+    """A constant factor of each row, within the rounding of the adapters' dtype, and exact to fp32 beside it."""
+    _, W, A, B, m, _ = started(1, K, 70, 8, dtype, adapter_dtype)
+    B = B.detach().float()
+
+    def norm(B, **how):
+        return torch.ops.lowrank.dora_norm(W, A, B, **how)
+
+    start = norm(B, start=adapter_dtype)
+    assert torch.equal(start, m.float())
+    assert torch.equal(norm(B), norm(B, start=None))
+    unit = torch.finfo(adapter_dtype).eps
+    torch.testing.assert_close(start, norm(B), rtol=max(unit, 1e-5), atol=0)
+    for size in (1e-6, 1e-3, 1.0, 1e3):
+        B = size * torch.randn_like(B)
+        truth = torch.linalg.norm(W.double() + B.double() @ A.double(), dim=1) / torch.linalg.norm(W.double(), dim=1)
+        torch.testing.assert_close((norm(B, start=adapter_dtype) / start).double(), truth, rtol=2e-6, atol=0)
+
+
+def test_rows_that_16_bits_cannot_give_a_norm_have_ours():
+    W = torch.zeros(4, 9000, dtype=torch.float16)
+    W[1], W[2], W[3, 0] = 1000, 6e-8, 1  # a norm of 9.5e4, one of 5.7e-6, one of 1
+    A, B = torch.randn(2, 9000).half(), torch.zeros(4, 2)
+    norm = torch.ops.lowrank.dora_norm(W, A, B, start=torch.float16)
+    torch.testing.assert_close(norm.double(), W.double().norm(dim=1), rtol=5e-2, atol=0)
+    B[0] = 1
+    assert torch.ops.lowrank.dora_norm(W, A, B, start=torch.float16)[0] > 1
+
+
+def test_a_large_bias_costs_the_magnitudes_gradient_nothing():
+    """What is kept for it has the bias in it; PEFT takes it off element by element."""
+    compare(lambda: large_bias(draws((133, 64, 40, 4), torch.float32, "same")), call)
+
+
+def large_bias(drawn):
+    leaves, W, dy = drawn
+    leaves[4] = (leaves[4].detach() * 100).requires_grad_()
+    return leaves, W, dy
+
+
 def test_rows_that_cancel_have_norm_zero_and_not_nan():
     A, B = torch.randn(3, 40), torch.randn(6, 3)
     norm = torch.ops.lowrank.dora_norm(-(B @ A), A, B)
@@ -274,11 +351,13 @@ def test_opcheck(p):
     x, A, B, m, b = (t.detach() for t in leaves)
     B, gain = B.float(), m.float()
     torch.library.opcheck(torch.ops.lowrank.dora_norm.default, (W, A, B))
+    torch.library.opcheck(torch.ops.lowrank.dora_norm.default, (W, A, B, torch.bfloat16))
     forward = (x, W, b, A, B, gain, p, torch.tensor([7]) if p else None, p > 0, x.dtype)
     torch.library.opcheck(torch.ops.lowrank.dora_linear.default, forward)
     y, S, v, keeps = torch.ops.lowrank.dora_linear.default(*forward)
     backward = (y, x, W, A, B, gain, S, v, keeps, p > 0, x.dtype, [True] * 5)
     torch.library.opcheck(torch.ops.lowrank.dora_linear_backward.default, backward)
+    torch.library.opcheck(torch.ops.lowrank.dora_linear_backward.default, (*backward, b))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
