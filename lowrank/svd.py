@@ -88,6 +88,8 @@ def svd_factors(
             "auto": see :func:`resolve_method`.
         dtype: float32 or float64, of the result and, at least, of the computation.
 
+    Of a weight on the meta device the factors are there too: shapes and dtypes alone.
+
     Raises: ValueError for a weight that is not 2-D, is empty or not finite, for k or method out of range; TypeError for
         dtypes that are not floating point.
     """
@@ -102,6 +104,9 @@ def svd_factors(
     n = min(weight.shape)
     method = resolve_method(method, weight.shape, k, dtype)
     k = n if k is None else k
+    if weight.is_meta:
+        (N, K), empty = weight.shape, torch.empty(0, dtype=dtype, device="meta")
+        return SVDFactors(empty.new_empty(N, k), empty.new_empty(k), empty.new_empty(k, K))
     low, high = torch.aminmax(weight.detach())
     largest = max(-low.item(), high.item())
     if not math.isfinite(largest):

@@ -199,3 +199,13 @@ def test_cuda(method):
         assert ours.is_cuda
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4)
     assert factors.errors(W.cuda()).orthogonality < 5e-6
+
+
+@pytest.mark.parametrize("method", ["auto", "svd", "randomized"])
+def test_of_a_weight_on_meta_there_are_the_shapes(method):
+    weight = torch.empty(12, 7, dtype=torch.bfloat16, device="meta")
+    U, S, Vh = svd_factors(weight, 3, method=method)
+    assert [tuple(t.shape) for t in (U, S, Vh)] == [(12, 3), (3,), (3, 7)]
+    assert {(t.device.type, t.dtype) for t in (U, S, Vh)} == {("meta", torch.float32)}
+    with pytest.raises(ValueError, match="k: expected an integer from 1 to"):
+        svd_factors(weight, 8)

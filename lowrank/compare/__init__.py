@@ -1,6 +1,7 @@
 """``lowrank compare``: full fine-tuning and low-rank adapters on one model, one text and the same seeds, measured."""
 
 import argparse
+import sys
 
 from .settings import METHODS, Embedded, from_arguments
 
@@ -31,7 +32,13 @@ def main(args: argparse.Namespace, embedded: Embedded | None = None) -> int:
 
     from . import report, run  # torch, transformers and peft: only once the options are known to be good
 
-    comparison = run.compare(settings)
-    report.show(comparison)
+    def save(comparison) -> None:
+        try:
+            report.write(comparison, settings.out)
+        except OSError as error:  # a full disk may have room again when all is done
+            print(f"lowrank compare: not written yet: {error}", file=sys.stderr)
+
+    comparison = run.compare(settings, save)
     report.write(comparison, settings.out)
+    report.show(comparison)
     return 0

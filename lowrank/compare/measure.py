@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lowrank._version import __version__
 from lowrank.analysis import diff_stats, stable_rank, total
@@ -83,31 +84,42 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int,
 
 
 def linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in the model without adapters, weight with its adapters merged in fp32) of every linear layer."""
+    """(parameter's name in the model without adapters, its value with the adapters merged in fp32) of every linear layer's
+    and router's weight [N, K] and every stack of experts' [E, N, K]."""
     inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        plain = name.removeprefix("base_model.model.")
-        if hasattr(module, "get_delta_weight"):
+        deltas: dict[str, list[Tensor]] = {}
+        while hasattr(module, "get_delta_weight"):  # PEFT's layers over parameters nest, one in another
             inside = name + "."
-            delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
-            yield plain, module.get_base_layer().weight.float() + delta
-        elif is_linear(module):
-            yield plain, module.weight.float()
+            adapters = [a for a in module.active_adapters if a in getattr(module, "lora_A", (a,))]
+            found = deltas.setdefault(getattr(module, "parameter_name", "weight"), [])
+            found += [module.get_delta_weight(adapter).float() for adapter in adapters]
+            module = module.base_layer
+        plain = name.removeprefix("base_model.model.")
+        for own, parameter in module.named_parameters(recurse=False):
+            if is_matrix(module, own, parameter):
+                yield f"{plain}.{own}", sum(deltas.get(own, ()), parameter.float())
+
+
+def is_matrix(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether a module's own parameter multiplies activations: a linear layer's or router's weight, a stack of experts'."""
+    if isinstance(module, (nn.Embedding, _ConvNd)):
+        return False
+    return parameter.dim() == 3 or (name == "weight" and (parameter.dim() == 2 or is_linear(module)))
 
 
 @torch.no_grad()
 def weight_changes(base: nn.Module, model: nn.Module) -> dict:
-    """Shares of linear weights whose stored value (base's dtype) differs in any bit, and by more than TOLERANCE; stable
-    ranks of the layers that changed."""
+    """Shares of the weights of linear layers and experts whose stored value (base's dtype) differs in any bit, and by more
+    than TOLERANCE; stable ranks of the matrices that changed, as long as they are finite."""
     found, ranks = {}, []
     for name, weight in linear_weights(model):
-        before = base.get_submodule(name).weight.to(weight.device)
+        before = base.get_parameter(name).detach().to(weight.device)
         found[name] = diff_stats(before, weight.to(before.dtype), TOLERANCE)
         delta = weight - before.float()
-        if delta.any():
-            ranks.append(stable_rank(delta))
+        ranks += [stable_rank(d) for d in delta.reshape(-1, *delta.shape[-2:]) if d.any() and d.isfinite().all()]
     ranks = ranks or [0.0]
     sums = total(found)
     return {
@@ -118,8 +130,10 @@ def weight_changes(base: nn.Module, model: nn.Module) -> dict:
 
 
 @torch.no_grad()
-def latency(model: nn.Module, batch: Tensor, repeats: int = 15) -> float:
-    """Seconds of one forward of batch [B, T]: the median of repeats, after two that do not count."""
+def latency(model: nn.Module | None, batch: Tensor, repeats: int = 15) -> float | None:
+    """Seconds of one forward of batch [B, T]: the median of repeats, after two that do not count.  None of no model."""
+    if model is None:
+        return None
     model.eval()
     seconds = []
     for _ in range(repeats + 2):
@@ -131,10 +145,9 @@ def latency(model: nn.Module, batch: Tensor, repeats: int = 15) -> float:
     return statistics.median(seconds[2:])
 
 
-def latencies(model: nn.Module, batch: Tensor) -> dict[str, float | None]:
-    """Seconds unmerged and merged; merged is None for a model without adapters."""
-    merged = copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else None
-    return {"unmerged": latency(model, batch), "merged": latency(merged, batch) if merged is not None else None}
+def merged(model: nn.Module) -> nn.Module | None:
+    """A copy with its adapters merged; None of a model without."""
+    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else None
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

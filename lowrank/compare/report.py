@@ -32,15 +32,14 @@ def tables(result: dict) -> list[Rows]:
     cost, effect, rates = [], [], []
     for name, m in result["methods"].items():
         milliseconds = {key: value * 1e3 for key, value in m["seconds_per_step"].items()}
-        unmerged, merged = m["latency"]["unmerged"], m["latency"]["merged"]
+        forward, rank = m["latency"], m["stable_rank"]
         cost.append([
             name,
             f"{m['trainable_parameters']:,}",
             _over_seeds(milliseconds, 1),
             megabytes(m["memory"]["total"]),
             megabytes(m["checkpoint_bytes"]),
-            f"{unmerged * 1e3:.1f}",
-            "–" if merged is None else f"{merged * 1e3:.1f}",
+            *("–" if forward[key] is None else f"{forward[key] * 1e3:.1f}" for key in ("unmerged", "merged")),
         ])  # fmt: skip
         before, at = m["old_loss"]["before"], m["at_target"]
         effect.append([
@@ -50,9 +49,8 @@ def tables(result: dict) -> list[Rows]:
             _over_seeds({key: value - before for key, value in at["old_loss"].items()}),
             f"{at['step']['mean']:.0f}",
             f"{at['seconds']['mean']:.1f}",
-            f"{m['share_changed']:.1%}",
-            f"{m['share_beyond_tolerance']:.1%}",
-            f"{m['stable_rank']['median']:.1f}",
+            *("–" if m[key] is None else f"{m[key]:.1%}" for key in ("share_changed", "share_beyond_tolerance")),
+            "–" if rank is None else f"{rank['median']:.1f}",
         ])  # fmt: skip
         tried = ", ".join(f"{s['learning_rate']:g}: {s['validation_loss']:.3f}" for s in m["sweep"])
         rates.append([name, tried, f"{m['learning_rate']:g}", "edge of the grid" if m["edge_of_grid"] else ""])
@@ -113,7 +111,7 @@ def markdown(result: dict) -> str:
         f"the whole comparison took {result['seconds']:.0f} s.",
         f"Model: {model['name']}, {model['parameters']:,} parameters. New domain: {_source(result['data']['new'])}. "
         f"Old domain: {_source(result['data']['general'])}.",
-        *(f"{name}: {m['summary']}." + _paths(m["paths"]) for name, m in result["methods"].items()),
+        *(f"{name}: {m['summary']}." + _paths(m["paths"]) + _unmeasured(m) for name, m in result["methods"].items()),
         *caveats(result),
     ]]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -129,6 +127,10 @@ def _paths(paths: dict | None) -> str:
         return ""
     reasons = "".join(f", {count} fell back ({reason})" for reason, count in paths["fallback"].items())
     return f" lowrank.stats: {paths['fused']} fused{reasons}."
+
+
+def _unmeasured(method: dict) -> str:
+    return "".join(f" No {what}: {why.rstrip('.')}." for what, why in method["not_measured"].items())
 
 
 def caveats(result: dict) -> list[str]:
@@ -148,8 +150,9 @@ def caveats(result: dict) -> list[str]:
         "longer run may prefer a lower rate. Losses are of test sequences that picked nothing, in nats per token.",
         "Old Δ at equal loss: change of the old domain's loss when the new domain's first comes down to the worst of "
         "the methods' best losses, linear between evaluations; for full→lora that can be in its first phase.",
-        "Changed: share of all linear weights (the output head included, the embedding not) whose stored value differs "
-        "after merging. Stable rank: ‖Δ‖F²/‖Δ‖2² of the update, the median over the layers that changed.",
+        "Changed: share of the weights of all linear layers and experts (the output head included, the embedding not) "
+        "whose stored value differs after merging. Stable rank: ‖Δ‖F²/‖Δ‖2² of the update, the median over the matrices "
+        "that changed.",
         "By > 1e-5: the same by more than the tolerance of arXiv 2505.11711, where much of the published sparsity of RL's "
         "updates comes from it: in bfloat16 a weight below 0.002 can move by a whole unit and still count as equal.",
         "Checkpoint: the files to keep beside the original model; for full→lora the continued model and the adapter (its "
@@ -180,7 +183,7 @@ def _json(result: dict) -> str:
 
 
 def write(comparison: Comparison, out: Path) -> None:
-    """The three reports into the directory out, each complete or not there."""
+    """The three reports into the directory out, each complete or not there; of what is done so far."""
     from .figure import draw
 
     result = summarize(comparison)

@@ -1,8 +1,11 @@
 """The whole comparison: pretrain where needed, sweep each method's learning rate, run it, measure it."""
 
+import contextlib
+import copy
 import math
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +14,13 @@ from torch import nn
 
 from . import train
 from .data import Subject, load
-from .measure import environment, latencies, weight_changes
-from .methods import METHODS, Method, attention_layers
+from .measure import environment, latency, merged, weight_changes
+from .methods import METHODS, Method
 from .settings import Settings
 
 FULL_RATE = 1.2e-3 * 128  # over the model's width: the centre of full fine-tuning's grid, found on the embedded model
 GRID_FACTOR = 3.0
+LONGEST_REASON = 400  # characters of somebody else's error message
 EXTENSIONS = 2  # values added beyond an edge that wins before the sweep gives up and flags it
 
 
@@ -38,37 +42,48 @@ class Sweep:
 
 @dataclass
 class Row:
-    """One method.  runs: one per seed, models dropped; the other figures are the first seed's."""
+    """One method.  runs: one per seed, models dropped; the other figures are the first seed's, None where they could not
+    be taken, for the reason in not_measured."""
 
     name: str
     sweep: Sweep
     runs: list[train.Run] = field(default_factory=list)
-    changes: dict = field(default_factory=dict)
-    latency: dict = field(default_factory=dict)
+    changes: dict | None = None
+    latency: dict = field(default_factory=lambda: {"unmerged": None, "merged": None})
     paths: dict | None = None  # lowrank.stats: which calls ran fused
+    not_measured: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Comparison:
+    """rows: what has a run.  not_done: {method: why it, or the rest of it, could not be done to this model}."""
+
     settings: Settings
     subject: Subject
     environment: dict[str, str]
-    pretraining: dict | None
-    rows: dict[str, Row]
-    control: list[float] | None  # losses of peft-lora started one rounding apart
-    seconds: float
+    pretraining: dict | None = None
+    rows: dict[str, Row] = field(default_factory=dict)
+    not_done: dict[str, str] = field(default_factory=dict)
+    control: list[float] | None = None  # losses of peft-lora started one rounding apart
+    seconds: float = 0.0
+    complete: bool = False
 
 
-def compare(settings: Settings) -> Comparison:
-    """Everything that takes time."""
+def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comparison: None) -> Comparison:
+    """Everything that takes time.  save(comparison) follows every run that is finished: a method's, of one seed.
+
+    Raises: ValueError if none of the methods can be done to the model.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     began = time.perf_counter()
     subject = load(settings)
-    if "lora-attention" in settings.methods:
-        attention_layers(subject.model)  # raises now rather than after the other methods' runs
     device = torch.device(settings.device)
+    comparison = Comparison(
+        settings, subject, environment(device), not_done=rehearse(settings.methods, subject, settings.rank)
+    )
+    _some_left(comparison)
     columns = (
         TextColumn("{task.description:<34}"),
         BarColumn(24),
@@ -77,12 +92,85 @@ def compare(settings: Settings) -> Comparison:
     )
     with Progress(*columns, TimeElapsedColumn()) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        pretraining = _pretrain(settings, subject, device, progress) if subject.embedded else None
+        if subject.embedded:
+            comparison.pretraining = _pretrain(settings, subject, device, progress)
         subject.model.to(getattr(torch, settings.dtype))
-        rows = {name: _row(name, settings, subject, device, progress) for name in settings.methods}
-        control = _control(rows, settings, subject, device, progress)
-    seconds = time.perf_counter() - began
-    return Comparison(settings, subject, environment(device), pretraining, rows, control, seconds)
+        for name, why in comparison.not_done.items():
+            _tell(progress, name, why)
+        for name in [name for name in settings.methods if name not in comparison.not_done]:
+            runs = _row(name, settings, subject, device, progress)
+            while True:
+                row = None
+                with _or_why_not(comparison, name, progress):
+                    row = next(runs, None)
+                if row is None:
+                    break
+                comparison.rows[name] = row
+                comparison.seconds = time.perf_counter() - began
+                save(comparison)
+        _some_left(comparison)
+        with _or_why_not(comparison, "rounding control", progress):
+            comparison.control = _control(comparison.rows, settings, subject, device, progress)
+    comparison.seconds, comparison.complete = time.perf_counter() - began, True
+    return comparison
+
+
+def rehearse(methods, subject: Subject, rank: int) -> dict[str, str]:
+    """{method: why not} of those that fail to prepare a copy of the model without weights, each in all of its phases."""
+    why_not = {}
+    for name in methods:
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+                warnings.simplefilter("ignore")
+                model = _without_weights(subject.model)
+                for phase in METHODS[name].phases:
+                    model = phase.prepare(model, rank)
+                    if not any(p.requires_grad for p in model.parameters()):
+                        raise ValueError("nothing of the model would train")
+        except Exception as error:  # whatever this model makes a library raise
+            why_not[name] = reason(error)
+    return why_not
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A deep copy with parameters and buffers on the meta device; a plain one where their class has no place there."""
+    with contextlib.suppress(Exception):
+        memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+        return copy.deepcopy(model, memo | {id(b): b.to("meta") for b in model.buffers()})
+    return copy.deepcopy(model)
+
+
+def reason(error: Exception) -> str:
+    """One line of an exception."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " …"
+    plain = isinstance(error, (ValueError, TypeError, OSError, ImportError)) and text
+    return text if plain else f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def _or_why_not(comparison: Comparison, name: str, progress: Progress):
+    """What fails inside is noted, and the comparison goes on."""
+    try:
+        yield
+    except Exception as error:  # whatever this model makes a library raise
+        done = len(comparison.rows[name].runs) if name in comparison.rows else 0
+        comparison.not_done[name] = (
+            f"after {done} of {comparison.settings.seeds} seeds, {reason(error)}" if done else reason(error)
+        )
+        _tell(progress, name, comparison.not_done[name])
+
+
+def _tell(progress: Progress, name: str, why: str) -> None:
+    progress.console.print(f"{name} not done: {why.removeprefix(f'{name}: ')}", markup=False, highlight=False)
+
+
+def _some_left(comparison: Comparison) -> None:
+    if len(comparison.not_done.keys() - comparison.rows.keys() - {"rounding control"}) == len(
+        comparison.settings.methods
+    ):
+        reasons = "; ".join(f"{name}: {why}" for name, why in comparison.not_done.items())
+        raise ValueError(f"--methods: none can be done to {type(comparison.subject.model).__name__}: {reasons}")
 
 
 def _task(progress: Progress, name: str, steps: int):
@@ -133,7 +221,8 @@ def sweep(run_at, rates: list[float], grow=lambda: None) -> Sweep:
     return Sweep(dict(sorted(validation.items())), curves)
 
 
-def _row(name: str, settings: Settings, subject: Subject, device: torch.device, progress: Progress) -> Row:
+def _row(name: str, settings: Settings, subject: Subject, device: torch.device, progress: Progress) -> Iterator[Row]:
+    """The method's row after the run of each seed."""
     method = METHODS[name]
     short, width = settings.sweep_steps, subject.model.get_input_embeddings().embedding_dim
     rates = grid(method, width)
@@ -154,17 +243,25 @@ def _row(name: str, settings: Settings, subject: Subject, device: torch.device, 
             _finish(row, run.model, subject, device)
         run.model = None
         row.runs.append(run)
-    return row
+        yield row
 
 
 def _finish(row: Row, model: nn.Module, subject: Subject, device: torch.device) -> None:
-    """What needs the trained model."""
+    """What needs the trained model.  The run is done: a figure that cannot be taken costs that figure alone."""
     import lowrank
 
     if row.name != "full":
         row.paths = lowrank.stats(model)
-    row.changes = weight_changes(subject.model, model)
-    row.latency = latencies(model, subject.new.test[: subject.batch].to(device))
+    try:
+        row.changes = weight_changes(subject.model, model)
+    except Exception as error:
+        row.not_measured["weight changes"] = reason(error)
+    batch = subject.new.test[: subject.batch].to(device)
+    for key, measured in (("unmerged", lambda: model), ("merged", lambda: merged(model))):
+        try:
+            row.latency[key] = latency(measured(), batch)
+        except Exception as error:
+            row.not_measured[f"{key} forward"] = reason(error)
 
 
 def _control(

@@ -20,6 +20,8 @@ def summarize(comparison: Comparison) -> dict:
     return {
         "command": settings.command,
         "seconds": comparison.seconds,
+        "complete": comparison.complete,
+        "not_done": comparison.not_done,
         "environment": comparison.environment,
         "model": {
             "name": subject.name,
@@ -65,6 +67,7 @@ def _method(row: Row, target: float) -> dict:
     crossings = [at_loss(run.points, target) for run in row.runs]
     return {
         "summary": METHODS[row.name].summary,
+        "seeds_done": len(row.runs),
         "learning_rate": sweep.picked,
         "edge_of_grid": sweep.edge,
         "sweep": [{"learning_rate": rate, "validation_loss": loss} for rate, loss in sweep.validation.items()],
@@ -73,7 +76,8 @@ def _method(row: Row, target: float) -> dict:
         "memory": first.memory.as_dict(),
         "checkpoint_bytes": first.checkpoint_bytes,
         "latency": row.latency,
-        **row.changes,
+        **(row.changes or dict.fromkeys(("share_changed", "share_beyond_tolerance", "stable_rank"))),
+        "not_measured": row.not_measured,
         "paths": row.paths,
         "new_loss": {
             "before": float(first.points[0].new.mean()),

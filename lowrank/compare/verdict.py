@@ -5,6 +5,7 @@ def verdict(result: dict) -> list[str]:
     """result: summarize()'s data."""
     sentences = [
         _scope(result),
+        *_not_done(result),
         _judged_by(result),
         _lowest(result),
         _target(result),
@@ -16,6 +17,16 @@ def verdict(result: dict) -> list[str]:
     edges = [name for name, m in result["methods"].items() if m["edge_of_grid"]]
     if edges:
         sentences.append(f"The rate picked for {listed(edges)} is the edge of the grid: a better one may lie outside.")
+    return sentences
+
+
+def _not_done(result: dict) -> list[str]:
+    sentences = [
+        f"{name} was not done: {why.removeprefix(f'{name}: ').rstrip('.')}."
+        for name, why in result.get("not_done", {}).items()
+    ]
+    if not result.get("complete", True):
+        sentences.append("Unfinished: what follows is of the runs that were done when this was written.")
     return sentences
 
 

@@ -103,6 +103,97 @@ def test_nothing_is_left_when_a_report_fails(parse, texts, tmp_path, monkeypatch
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.fixture
+def broken(monkeypatch):
+    """broken(method, prepare): the method prepares its model like this."""
+    from lowrank.compare.methods import METHODS, Method, Phase
+
+    def put(name, prepare):
+        monkeypatch.setitem(METHODS, name, Method("broken", 1.0, (Phase(1.0, prepare),)))
+
+    return put
+
+
+def tiny_run(parse, texts, out, *options):
+    files = ("--data", texts / "new.txt", "--general-data", texts / "old.txt", "--out", out)
+    return compare.main(parse(*files, "--device", "cpu", "--steps", 6, "--rank", 2, *options), TINY)
+
+
+def test_a_method_that_cannot_prepare_the_model_is_found_before_anything_trains(
+    parse, texts, tmp_path, broken, monkeypatch
+):
+    from lowrank.compare import train
+
+    events, train_once = [], train.train
+
+    def refuse(model, rank):
+        events.append("prepared" if all(p.is_meta for p in model.parameters()) else "prepared with weights")
+        raise ValueError("no such layer\nhere.")
+
+    monkeypatch.setattr(train, "train", lambda *a, **k: events.append("trained") or train_once(*a, **k))
+    broken("lora", refuse)
+    assert tiny_run(parse, texts, tmp_path, "--methods", "full,lora") == 0
+    assert events[:2] == ["prepared", "trained"]
+    assert events.count("prepared") == 1
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert (list(result["methods"]), result["not_done"]) == (["full"], {"lora": "no such layer here."})
+    assert "- lora was not done: no such layer here.\n" in (tmp_path / "compare.md").read_text()
+
+
+def test_nothing_trains_where_no_method_can(parse, texts, tmp_path, broken, monkeypatch):
+    from lowrank.compare import train
+
+    def refuse(model, rank):
+        raise AttributeError("no weight")
+
+    broken("lora", refuse)
+    broken("svf", lambda model, rank: model.requires_grad_(False))
+    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(train, "pretrain", None)
+    with pytest.raises(ValueError, match=r"lora: AttributeError: no weight; svf: nothing of the model would train"):
+        tiny_run(parse, texts, tmp_path / "out", "--methods", "lora,svf")
+
+
+def test_what_fails_while_it_trains_is_a_line_and_what_was_done_stays(parse, texts, tmp_path, broken, monkeypatch):
+    from lowrank.compare import train
+
+    train_once = train.train
+
+    def second_seed_fails(subject, method, rate, steps, seed, **options):
+        if method.summary == "broken" and seed == 1:
+            raise RuntimeError("out of memory")
+        return train_once(subject, method, rate, steps, seed, **options)
+
+    monkeypatch.setattr(train, "train", second_seed_fails)
+    broken("full", lambda model, rank: model.requires_grad_(True))
+    assert tiny_run(parse, texts, tmp_path, "--methods", "full,svf", "--seeds", 2) == 0
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert {name: m["seeds_done"] for name, m in result["methods"].items()} == {"full": 1, "svf": 2}
+    assert result["not_done"] == {"full": "after 1 of 2 seeds, RuntimeError: out of memory"}
+
+
+def test_every_finished_run_is_on_disk_before_the_next_one(parse, texts, tmp_path, monkeypatch):
+    from lowrank.compare import train
+
+    seen, train_once = [], train.train
+
+    def look_and_train(subject, method, rate, steps, seed, **options):
+        if options.get("points"):
+            file = tmp_path / "compare.json"
+            result = json.loads(file.read_text()) if file.exists() else {"methods": {}, "complete": None}
+            seen.append(({name: m["seeds_done"] for name, m in result["methods"].items()}, result["complete"]))
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+        return train_once(subject, method, rate, steps, seed, **options)
+
+    monkeypatch.setattr(train, "train", look_and_train)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(parse, texts, tmp_path, "--methods", "full,svf", "--seeds", 2)
+    assert seen == [({}, None), ({"full": 1}, False), ({"full": 2}, False), ({"full": 2, "svf": 1}, False)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["compare.json", "compare.md", "compare.png"]
+    assert "Unfinished: " in (tmp_path / "compare.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
