@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 @dataclass(frozen=True)
 class Run:
     """Bytes of the distinct storages kept for backward, parameters and buffers excluded; the same at the peak with
-    gradient checkpointing; and the FLOPs of attention's two forward products, causal ones counted half."""
+    gradient checkpointing; and the FLOPs of attention's two forward products, causal ones counted half where a fused kernel
+    skips the other."""
 
     saved_bytes: int
     checkpointed_bytes: int
@@ -19,23 +20,62 @@ class Run:
 
 
 def build(config, dtype: torch.dtype):
-    """A trainable model of `config` on the meta device."""
+    """A trainable model of `config` on the meta device, with fused attention if it has one and its own code if not."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    refused = None
+    for attention in ("sdpa", "eager"):
         try:
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa")
-        except ValueError as error:  # transformers lists every class it knows, over many lines
-            raise ValueError(f"transformers builds no causal language model: {str(error).splitlines()[0]}") from error
-    if any(
-        p.dim() > 2 for p in model.parameters()
-    ):  # fused experts, convolutions: what they compute is not in the shape
-        raise ValueError(f"{type(model).__name__} has weights of more than two dimensions (experts?): not supported")
-    return model.train()
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(config), dtype=dtype, attn_implementation=attention
+                )
+            return model.train()
+        except (ValueError, ImportError) as error:
+            refused = error
+    # transformers lists every class it knows, over many lines
+    raise ValueError(f"transformers builds no causal language model: {str(refused).splitlines()[0]}") from refused
 
 
-def add_lora(model, targets: list[str], setting, *, run_by: str, dtype: torch.dtype):
-    """The model with LoRA on the modules named in `targets`, computed by PEFT's layers or by lowrank's."""
+def is_fused(model) -> bool:
+    """Whether the model's attention runs in fused kernels."""
+    return model.config._attn_implementation == "sdpa"
+
+
+def macs_per_token(model) -> tuple[int, int]:
+    """Multiplications that one token makes with the model's matrices: all of them, and those with experts' alone.
+
+    Linear layers, routers, convolutions along the tokens, and of a stack [E, ...] of experts the share that a token visits.
+    """
+    from .compare.measure import is_matrix
+
+    every = experts = 0
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if isinstance(module, torch.nn.Conv1d) and name == "weight":
+                every += p.numel()
+            elif p.dim() == 3 and is_matrix(module, name, p):
+                visited = p.numel() * experts_per_token(model) // p.shape[0]
+                every, experts = every + visited, experts + visited
+            elif is_matrix(module, name, p):
+                every += p.numel()
+    return every, experts
+
+
+def experts_per_token(model) -> int:
+    """What the model's config says.  Raises ValueError where it does not."""
+    config = model.config.get_text_config()
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"):
+        if isinstance(found := getattr(config, name, None), int):
+            return found
+    raise ValueError(
+        f"{type(model).__name__} has weights of more than two dimensions, and its config does not say how many experts a "
+        "token visits: not supported"
+    )
+
+
+def add_lora(model, targets: list[str] | str, setting, *, run_by: str, dtype: torch.dtype):
+    """The model with LoRA on the modules named in `targets` or by "all-linear", computed by PEFT's layers or by lowrank's."""
     try:
         import peft
     except ImportError as error:
@@ -98,34 +138,62 @@ def forward(model, setting, *, compute_dtype: torch.dtype) -> Run:
     return Run(total(), sum(block[0] for block in blocks) + peak, mode.attention_flops)
 
 
+_GROUPED = {getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)} - {None}
+_PRODUCTS = {torch.matmul: 0, torch.Tensor.matmul: 0, torch.bmm: 0, torch.baddbmm: 1, torch.Tensor.baddbmm: 1}
+
+
 class _AsOnDevice(TorchFunctionMode):
     """Makes the meta device save what `device` would, where the two differ."""
 
     def __init__(self, device: str, compute_dtype: torch.dtype):
         self.device, self.compute_dtype = device, compute_dtype
-        self.attention_flops = 0
+        self.fused_flops = self.product_flops = 0
         super().__init__()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if function in _GROUPED:
+            return _GroupedProducts.apply(*args[:2], kwargs.get("offs"))
         if function is F.dropout and self.device == "cuda":  # one byte per element; elsewhere the scaled mask
             return self._dropout(*args, **kwargs)
         if function is F.linear and not self.compute_dtype == args[0].dtype == args[1].dtype:
             args = [t if t is None else t.to(self.compute_dtype) for t in args]  # autocast, as trainers run it
         if function is torch.Tensor.__bool__:
             return True  # transformers asks whether the batch is unpadded and unpacked
-        return function(*args, **kwargs)
+        out = function(*args, **kwargs)
+        if function in _PRODUCTS:
+            self._count(out, kwargs.get("batch1", None), *args[_PRODUCTS[function] :])
+        return out
+
+    @property
+    def attention_flops(self) -> int:
+        """Of fused attention; of products of two activations where the model calls none."""
+        return self.fused_flops or self.product_flops
+
+    def _count(self, out, named, *factors) -> None:
+        left = factors[0] if named is None else named
+        if out.dim() > 2 and not any(isinstance(t, torch.nn.Parameter) for t in factors):
+            self.product_flops += 2 * out.numel() * left.shape[-1]
 
     def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
         # [..., H, T, D]
         products = 4 * query.numel() * key.shape[-2]
-        self.attention_flops += products // 2 if is_causal else products
+        self.fused_flops += products // 2 if is_causal else products
         return _FusedAttention.apply(query, key, value, attn_mask)
 
     def _dropout(self, input, p=0.5, training=True, inplace=False):
         return torch.native_dropout(input, p, True)[0] if training and p else input
+
+
+class _GroupedProducts(torch.autograd.Function):
+    """What torch's grouped product of rows [S, K] with a stack [E, K, N] keeps, in the dtypes its meta kernel refuses too."""
+
+    @staticmethod
+    def forward(ctx, rows, stack, offsets):
+        ctx.save_for_backward(rows if stack.requires_grad else None, stack, offsets)
+        return rows.new_empty(rows.shape[0], stack.shape[-1])
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -7,6 +7,7 @@ bench/ to use: a Problem, its tensors, and the methods that take them.
 import argparse
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ._shapes import BUILT_IN, load_config
+from ._streams import Unbreakable
 
 SUMMARY = "time a model's own layer shapes on this device: frozen, PEFT, lowrank"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -213,6 +215,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     import torch
 
+    from .compare.settings import try_out
+
     started = time.perf_counter()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cuda", "cpu") or (device.type == "cuda" and not torch.cuda.is_available()):
@@ -225,6 +229,8 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"{option} must be a positive integer, got {value}")
     where = {"M": tokens, "r": args.rank, "dtype": args.dtype, "device": str(device), "dropout": args.dropout}
     Problem(K=1, N=1, **where)  # refuse a wrong number before a model is looked for
+    if args.out:
+        try_out(f"--out {args.out}", args.out.parent, [args.out.name])
     shapes = layer_shapes(load_config(args.model), args.dtype)
     result = {"model": args.model, "tokens": tokens, "rank": args.rank, "dtype": args.dtype, "dropout": args.dropout}
     result |= {"environment": environment(device), "shapes": [], "absent": {}}
@@ -242,10 +248,10 @@ def main(args: argparse.Namespace) -> int:
         del calls
     result["seconds_asked"], result["seconds"] = args.seconds, time.perf_counter() - started
     result["summary"] = summary(result)
-    _print(result)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
+    _print(result)
     return 0
 
 
@@ -358,7 +364,7 @@ def _print(result: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(file=Unbreakable(sys.stdout), highlight=False)
     console.width = max(console.width, 112)
     env = result["environment"]
     console.print(

@@ -9,10 +9,12 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 import warnings
 from dataclasses import dataclass
 
 from ._shapes import BUILT_IN, load_config
+from ._streams import Unbreakable
 
 SUMMARY = "memory, FLOPs and GPUs that each fine-tuning method needs for a model (computed, not measured)"
 
@@ -23,8 +25,8 @@ USABLE = 0.9
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 ASSUMPTIONS = (
     "Computed, not measured; `lowrank compare` measures.",
-    "Activations: what autograd keeps for backward on {device}, loss and its fp32 logits included; fused attention "
-    "(no [T,T] kept); one micro-batch.",
+    "Activations: what autograd keeps for backward on {device}, loss and its fp32 logits included; {attention}; "
+    "one micro-batch.",
     "AdamW: two fp32 moments{master}.  Adapters: {adapter_dtype}{autocast}.",
     "qlora: NF4 with double quantisation, output head and embeddings in {dtype}; PEFT's layers.",
     f"GPUs: everything sharded evenly, {USABLE:.0%} of each card usable: a lower bound (no workspace, no gathered "
@@ -83,7 +85,10 @@ class Estimate:
         full   6 N + 6 T D L            weights: forward 2, their inputs' gradients 2, their own gradients 2
         lora   4 N + 6 n + 6 T D L      causal attention: forward 2 T D L (half of the square), backward twice that
 
+    Of experts' weights N has what a token visits; a scan's elementwise work is in none of them.
+
     Gradient checkpointing adds one forward of everything between the embedding and the head.
+    fused: whether attention is; where it is not, [T,T] are kept and all of T D L is computed.
     """
 
     method: str
@@ -95,6 +100,7 @@ class Estimate:
     activations: int
     checkpoint: int
     flops_per_token: int
+    fused: bool = True
 
     @property
     def total(self) -> int:
@@ -115,14 +121,14 @@ def estimate(config, method: Method, setting: Setting) -> Estimate:
 
     dtype, adapter_dtype = (getattr(torch, name) for name in (setting.dtype, setting.adapter_dtype))
     model = _meta_run.build(config, dtype)
-    head = model.get_output_embeddings()
+    head, fused = model.get_output_embeddings(), _meta_run.is_fused(model)
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     every = [name for name, m in linears.items() if m is not head]
     if not every:
         raise ValueError(f"{type(model).__name__} has no linear layers to adapt: not supported")
     parameters = sum(p.numel() for p in model.parameters())
     weights = parameters * dtype.itemsize
-    matmul = sum(m.weight.numel() for m in linears.values())
+    matmul, in_experts = _meta_run.macs_per_token(model)
     if method.nf4:
         quantised = sum(linears[name].weight.numel() for name in every)
         weights -= quantised * dtype.itemsize - round(quantised * NF4_BYTES)
@@ -130,10 +136,12 @@ def estimate(config, method: Method, setting: Setting) -> Estimate:
         trained = parameters
         itemsize = dtype.itemsize
     else:
-        adapted = attention_layers(model) if method.layers == "attention" else every
+        adapted = attention_layers(model) if method.layers == "attention" else "all-linear" if in_experts else every
         model = _meta_run.add_lora(model, adapted, setting, run_by=method.run_by, dtype=adapter_dtype)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         itemsize = adapter_dtype.itemsize
+        if any(hasattr(m, "parameter_name") for m in model.modules()):
+            raise ValueError("PEFT puts these adapters on experts' weights too: not computed")
         weights += trained * itemsize
     run = _meta_run.forward(model, setting, compute_dtype=dtype)
     attention = run.attention_flops // (setting.batch * setting.seq)
@@ -152,6 +160,7 @@ def estimate(config, method: Method, setting: Setting) -> Estimate:
         activations=run.checkpointed_bytes if setting.gradient_checkpointing else run.saved_bytes,
         checkpoint=trained * itemsize,
         flops_per_token=flops,
+        fused=fused,
     )
 
 
@@ -176,21 +185,38 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other packages' deprecations, once per adapted model
-        estimates = [estimate(config, method, setting) for method in METHODS]
-    notes = _notes(setting)
+        estimates, not_done = estimate_all(config, setting)
+    notes = _notes(setting, estimates[0].fused) + [f"{name} cannot be done: {why}" for name, why in not_done.items()]
     if args.json:
         rows = {e.method: {**dataclasses.asdict(e), "total": e.total, "gpus": e.gpus()} for e in estimates}
         setting = dataclasses.asdict(setting)
-        print(json.dumps({"model": args.model, "setting": setting, "methods": rows, "notes": notes}, indent=2))
+        found = {"model": args.model, "setting": setting, "methods": rows, "not_done": not_done, "notes": notes}
+        print(json.dumps(found, indent=2))
     else:
         _print_table(args.model, setting, estimates, notes)
     return 0
 
 
-def _notes(setting: Setting) -> list[str]:
+def estimate_all(config, setting: Setting) -> tuple[list[Estimate], dict[str, str]]:
+    """Every method's estimate, and {method: why not} of those that this model cannot have.  Raises ValueError if none can."""
+    estimates, not_done = [], {}
+    for method in METHODS:
+        try:
+            estimates.append(estimate(config, method, setting))
+        except ValueError as error:
+            if not estimates and method.layers is None:  # full fine-tuning asks for nothing but the model
+                raise
+            not_done[method.name] = " ".join(str(error).split())
+    return estimates, not_done
+
+
+def _notes(setting: Setting, fused: bool) -> list[str]:
     autocast = "" if setting.adapter_dtype == setting.dtype else f", layers under {setting.dtype} autocast"
     master = " and an fp32 copy of the weights (full)" if setting.master else ", no fp32 copy of the weights"
-    names = {**dataclasses.asdict(setting), "autocast": autocast, "master": master}
+    attention = (
+        "fused attention (no [T,T] kept)" if fused else "no fused attention or scan: what the model's own code keeps"
+    )
+    names = {**dataclasses.asdict(setting), "autocast": autocast, "master": master, "attention": attention}
     return [line.format(**names) for line in ASSUMPTIONS]
 
 
@@ -199,7 +225,7 @@ def _print_table(model: str, setting: Setting, estimates: list[Estimate], notes:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(file=Unbreakable(sys.stdout), highlight=False)
     console.width = max(console.width, 112)  # a pipe counts as 80 columns: whole numbers matter more
     console.print(
         f"{model}: {estimates[0].parameters:,} parameters in {setting.dtype}; {setting.batch} x {setting.seq} tokens, "

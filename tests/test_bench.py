@@ -21,7 +21,7 @@ import torch
 import tune
 from verdict import verdict
 
-from lowrank import cli, timing
+from lowrank import bench, cli, timing
 from lowrank.bench import Problem, frozen, lowrank_method, passes, summary, tensors
 from lowrank.testing import error
 
@@ -383,3 +383,34 @@ def test_summary_says_where_lowrank_is_slower():
         "All 6 linears, forward + backward, over the frozen ones' time: lowrank 1.20×, PEFT at its fastest 1.20×; "
         "against PEFT, lowrank is slower on q (1.08×); level within the spread on v (1.00×); faster on k (0.92×)."
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "layers"),
+    [
+        ("Gemma2", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}, 14),
+        ("GptOss", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}, 8),
+        ("Mamba", {"state_size": 4}, 8),
+    ],
+)
+def test_layers_of_models_without_fused_attention(name, shape, layers):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(vocab_size=128, hidden_size=32, num_hidden_layers=2, **shape)
+    assert sum(count for *_, count in bench.layer_shapes(config, "float32")) == layers
+
+
+def test_lowrank_bench_writes_before_it_prints(model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "result" / "bench.json"
+    options = ["bench", "--model", model, "--tokens", "8", "--seconds", "1", "--device", "cpu", "--dtype", "float32"]
+    monkeypatch.setitem(sys.modules, "peft", None)
+
+    def closed(result):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(bench, "_print", closed)
+    assert cli.main([*options, "--out", str(out)]) == 1
+    assert json.loads(out.read_text())["shapes"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(bench, "layer_shapes", None)
+    assert cli.main([*options, "--out", str(out / "deeper.json")]) == 2
+    assert "is not writable" in capsys.readouterr().err

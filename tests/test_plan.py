@@ -42,7 +42,7 @@ def build(config, method, s):
     return model
 
 
-def loss_and_saved_bytes(model, s):
+def loss_and_saved_bytes(model, s, vocabulary=256):
     """A forward pass and the bytes of the distinct storages that autograd keeps for its backward."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
@@ -53,7 +53,7 @@ def loss_and_saved_bytes(model, s):
             storages[storage.data_ptr()] = storage
         return tensor
 
-    tokens = torch.randint(0, 256, (s.batch, s.seq))
+    tokens = torch.randint(0, vocabulary, (s.batch, s.seq))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     return loss, sum(storage.nbytes() for storage in storages.values())
@@ -196,12 +196,79 @@ def test_dropout_must_be_a_probability():
         setting(dropout=1.0)
 
 
-def test_experts_are_refused():
-    from transformers import MixtralConfig
+SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {**SMALL, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+OTHERS = {
+    "Gemma2": HEADS,
+    "GptOss": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Mamba": {**SMALL, "state_size": 4},
+    "Mixtral": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Bloom": {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+}
 
-    config = MixtralConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
-    with pytest.raises(ValueError, match="MixtralForCausalLM has weights of more than two dimensions"):
-        plan.estimate(config, METHODS["full"], setting())
+
+def other(name):
+    import transformers
+
+    return getattr(transformers, f"{name}Config")(**OTHERS[name])
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora-attention", "peft-lora"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_memory_without_fused_attention_and_with_experts(name, method):
+    from transformers import AutoModelForCausalLM
+
+    from lowrank.compare import methods
+
+    s = setting(seq=24, rank=2)
+    if method != "full" and (name == "Mamba" or (name == "Mixtral" and method != "lora-attention")):
+        reason = {"Mamba": "incompatible with Mamba|no linear layer", "Mixtral": "experts' weights too: not computed"}
+        with pytest.raises(ValueError, match=reason[name]):
+            plan.estimate(other(name), METHODS[method], s)
+        return
+    model = methods.METHODS[method].phases[0].prepare(AutoModelForCausalLM.from_config(other(name)).train(), s.rank)
+    _, activations = loss_and_saved_bytes(model, s, vocabulary=128)
+    predicted = plan.estimate(other(name), METHODS[method], s)
+    assert predicted.activations == pytest.approx(activations, rel=1e-3)
+    assert predicted.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert predicted.weights == sum(p.nbytes for p in model.parameters())
+
+
+def test_flops_of_attention_that_is_not_fused_are_those_that_pytorch_counts():
+    from transformers import AutoModelForCausalLM
+
+    s = setting(seq=24)
+    with FlopCounterMode(display=False) as counter:
+        loss_and_saved_bytes(AutoModelForCausalLM.from_config(other("Gemma2")), s, vocabulary=128)[0].backward()
+    predicted = plan.estimate(other("Gemma2"), METHODS["full"], s)
+    assert not predicted.fused
+    assert predicted.flops_per_token == pytest.approx(counter.get_total_flops() / (2 * 24), rel=1e-3)
+
+
+def test_a_token_visits_some_experts():
+    def flops(k):
+        config = other("Mixtral")
+        config.num_experts_per_tok = k
+        return plan.estimate(config, METHODS["full"], setting(seq=24)).flops_per_token
+
+    assert flops(2) - flops(1) == 6 * 3 * 32 * 48 * 2
+    from lowrank import _meta_run
+
+    model = _meta_run.build(other("Mixtral"), torch.float32)
+    model.config = tiny()
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM has weights of more than two dimensions, and its config"):
+        _meta_run.macs_per_token(model)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "GptOss", "Mamba"])
+def test_command_for_models_without_fused_attention(name, tmp_path, capsys):
+    other(name).save_pretrained(tmp_path)
+    assert cli.main(["plan", str(tmp_path), "--seq", "16", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    missing = {"lora", "lora-attention", "peft-lora", "qlora"} if name == "Mamba" else set()
+    assert result["not_done"].keys() == missing
+    assert result["methods"].keys() == METHODS.keys() - missing
+    assert any("no fused attention" in note for note in result["notes"])
 
 
 def test_models_that_are_no_causal_language_model_are_refused():

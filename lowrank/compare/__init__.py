@@ -32,13 +32,25 @@ def main(args: argparse.Namespace, embedded: Embedded | None = None) -> int:
 
     from . import report, run  # torch, transformers and peft: only once the options are known to be good
 
+    finished = 0
+
     def save(comparison) -> None:
+        nonlocal finished
         try:
             report.write(comparison, settings.out)
+            finished += 1
         except OSError as error:  # a full disk may have room again when all is done
             print(f"lowrank compare: not written yet: {error}", file=sys.stderr)
 
-    comparison = run.compare(settings, save)
-    report.write(comparison, settings.out)
-    report.show(comparison)
+    try:
+        comparison = run.compare(settings, save)
+    except KeyboardInterrupt:
+        if finished:
+            runs = f"{finished} run{'s' if finished > 1 else ''}"
+            raise KeyboardInterrupt(f"{settings.out} holds what was finished, {runs}") from None
+        raise
+    try:
+        report.write(comparison, settings.out)
+    finally:  # what took so long is at least on the terminal
+        report.show(comparison)
     return 0

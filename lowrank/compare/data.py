@@ -37,6 +37,7 @@ class Subject:
     new: Corpus
     batch: int
     embedded: bool
+    invented: tuple[str, ...] = ()  # parameters that the checkpoint lacks and transformers made up
 
     @property
     def length(self) -> int:
@@ -65,6 +66,7 @@ def embedded_config(size: Embedded = Embedded()):  # noqa: B008 (frozen)
 
 def load(settings: Settings) -> Subject:
     """Model (untrained where embedded) and both corpora.  What is missing, unreadable or too short raises here."""
+    invented = ()
     if settings.model is None:
         from transformers import LlamaForCausalLM
 
@@ -72,35 +74,49 @@ def load(settings: Settings) -> Subject:
         model, tokenize = LlamaForCausalLM(embedded_config(settings.embedded)), _bytes
         name, batch, length = "embedded byte-level Llama", settings.embedded.batch, settings.embedded.length
     else:
-        model, tokenize = _pretrained(settings)
+        model, tokenize, invented = _pretrained(settings)
         name, batch = settings.model, 8
         length = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
     general = _corpus(settings.general_data, "pydoc_data.topics", topics_text, tokenize, length)
     new = _corpus(settings.data, "standard library source", library_text, tokenize, length)
     rows = model.get_input_embeddings().num_embeddings
-    most = max(int(corpus.train.max()) for corpus in (general, new))
+    most = max(int(part.max()) for corpus in (general, new) for part in (corpus.train, corpus.validation, corpus.test))
     if most >= rows:
         raise ValueError(f"--model {name}: its tokenizer gives token {most}, its embedding has only {rows} rows")
-    return Subject(name, model, general, new, batch, settings.model is None)
+    return Subject(name, model, general, new, batch, settings.model is None, invented)
 
 
 def _pretrained(settings: Settings):
+    """(model, tokenize, names of the parameters that its checkpoint lacks).  Raises OSError or ValueError, in one line."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        model, info = AutoModelForCausalLM.from_pretrained(
+            settings.model, dtype=getattr(torch, settings.dtype), output_loading_info=True
+        )
+    except Exception as error:  # a damaged or foreign file raises whatever its reader does
         raise OSError(
-            f"--model {settings.model}: transformers cannot load a causal model and tokenizer: {reason}"
+            f"--model {settings.model}: transformers cannot load a causal model and tokenizer: {one_line(error)}"
         ) from error
+    floats = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
+    if odd := [name for name, p in floats.items() if not p.isfinite().all()]:
+        more = f" and {len(odd) - 1} others hold" if len(odd) > 1 else " holds"
+        raise ValueError(f"--model {settings.model}: {odd[0]}{more} NaN or infinity")
 
     def tokenize(text: bytes) -> Tensor:
         ids = tokenizer(text.decode("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
-    return model, tokenize
+    return model, tokenize, tuple(sorted(info["missing_keys"]))
+
+
+def one_line(error: BaseException, longest: int = 400) -> str:
+    """What an exception says; its type too where the message does not speak for itself."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= longest else text[:longest] + " …"
+    plain = isinstance(error, (ValueError, TypeError, OSError, ImportError)) and text
+    return text if plain else f"{type(error).__name__}: {text}"
 
 
 def _bytes(text: bytes) -> Tensor:

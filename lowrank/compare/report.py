@@ -10,8 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from .._streams import Unbreakable
 from . import train
 from .run import Comparison
+from .settings import REPORTS
 from .summary import summarize
 from .verdict import megabytes, verdict
 
@@ -85,8 +87,10 @@ def tables(result: dict) -> list[Rows]:
 
 
 def show(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the tables and the verdict."""
-    console = console or Console(width=None if sys.stdout.isatty() else 112)
+    """Print the tables and the verdict, as far as the terminal can spell them and its reader stays."""
+    if console is None:
+        out = Unbreakable(sys.stdout)
+        console = Console(file=out, width=None if out.isatty() else 112)
     result = summarize(comparison)
     for title, columns, rows in tables(result):
         table = Table(*columns, title=title, title_justify="left")
@@ -190,8 +194,9 @@ def write(comparison: Comparison, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".compare-") as folder:
         draft = Path(folder)
-        (draft / "compare.json").write_text(_json({**result, "verdict": verdict(result)}))
-        (draft / "compare.md").write_text(markdown(result))
+        texts = {"compare.json": _json({**result, "verdict": verdict(result)}), "compare.md": markdown(result)}
+        for name, text in texts.items():  # a path may hold bytes that are no text
+            (draft / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         draw(result, draft / "compare.png")
-        for name in ("compare.json", "compare.png", "compare.md"):
+        for name in REPORTS:
             os.replace(draft / name, out / name)

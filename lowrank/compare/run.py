@@ -3,24 +3,27 @@
 import contextlib
 import copy
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
+from .._streams import Unbreakable
 from . import train
-from .data import Subject, load
+from .data import Subject, load, one_line
 from .measure import environment, latency, merged, weight_changes
 from .methods import METHODS, Method
 from .settings import Settings
+from .verdict import invented
 
 FULL_RATE = 1.2e-3 * 128  # over the model's width: the centre of full fine-tuning's grid, found on the embedded model
 GRID_FACTOR = 3.0
-LONGEST_REASON = 400  # characters of somebody else's error message
 EXTENSIONS = 2  # values added beyond an edge that wins before the sweep gives up and flags it
 
 
@@ -90,11 +93,17 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, TimeElapsedColumn()) as progress, warnings.catch_warnings():
+    # not stdout, which the report may be read from; and whoever closes it does not end the training
+    console = Console(file=Unbreakable(sys.stderr))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         if subject.embedded:
             comparison.pretraining = _pretrain(settings, subject, device, progress)
         subject.model.to(getattr(torch, settings.dtype))
+        if not subject.embedded:
+            _check_base(subject, device)
+        if subject.invented:
+            progress.console.print(invented(subject.name, subject.invented), markup=False, highlight=False)
         for name, why in comparison.not_done.items():
             _tell(progress, name, why)
         for name in [name for name in settings.methods if name not in comparison.not_done]:
@@ -115,6 +124,35 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
     return comparison
 
 
+def _check_base(subject: Subject, device: torch.device) -> None:
+    """Raises ValueError unless the model runs, sees no later token, and has a finite loss on both domains."""
+    what = f"--model {subject.name}: {type(subject.model).__name__}"
+    model = copy.deepcopy(subject.model).to(device).eval()
+    try:
+        losses = [train.evaluate(model, c.test, subject.batch) for c in (subject.new, subject.general)]
+        leak = _looks_ahead(model, subject.new.test[:1].to(device))
+    except Exception as error:  # whatever this model makes a library raise
+        raise ValueError(f"{what} does not run on {device}: {one_line(error)}") from error
+    if leak:
+        raise ValueError(
+            f"{what} sees the tokens it is to predict: its first position's logits change with the last token; expected a "
+            "causal language model, no encoder"
+        )
+    for loss, corpus in zip(losses, (subject.new, subject.general), strict=True):
+        if not loss.isfinite().all():
+            raise ValueError(f"{what}: its loss on {corpus.source} is {float(loss.mean())} before any training")
+
+
+@torch.no_grad()
+def _looks_ahead(model: nn.Module, block: torch.Tensor) -> bool:
+    """Whether the first position's logits depend on the last token by more than rounding."""
+    other = block.clone()
+    other[:, -1] = (block[:, -1] + 1) % model.get_input_embeddings().num_embeddings
+    one, two = (model(input_ids=b).logits[:, 0].float() for b in (block, other))
+    scale = one.abs().max() * max(1e-4, 8 * torch.finfo(model.dtype).eps)
+    return bool((one - two).abs().max() > scale)
+
+
 def rehearse(methods, subject: Subject, rank: int) -> dict[str, str]:
     """{method: why not} of those that fail to prepare a copy of the model without weights, each in all of its phases."""
     why_not = {}
@@ -128,7 +166,7 @@ def rehearse(methods, subject: Subject, rank: int) -> dict[str, str]:
                     if not any(p.requires_grad for p in model.parameters()):
                         raise ValueError("nothing of the model would train")
         except Exception as error:  # whatever this model makes a library raise
-            why_not[name] = reason(error)
+            why_not[name] = one_line(error)
     return why_not
 
 
@@ -140,14 +178,6 @@ def _without_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def reason(error: Exception) -> str:
-    """One line of an exception."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " …"
-    plain = isinstance(error, (ValueError, TypeError, OSError, ImportError)) and text
-    return text if plain else f"{type(error).__name__}: {text}"
-
-
 @contextlib.contextmanager
 def _or_why_not(comparison: Comparison, name: str, progress: Progress):
     """What fails inside is noted, and the comparison goes on."""
@@ -156,7 +186,7 @@ def _or_why_not(comparison: Comparison, name: str, progress: Progress):
     except Exception as error:  # whatever this model makes a library raise
         done = len(comparison.rows[name].runs) if name in comparison.rows else 0
         comparison.not_done[name] = (
-            f"after {done} of {comparison.settings.seeds} seeds, {reason(error)}" if done else reason(error)
+            f"after {done} of {comparison.settings.seeds} seeds, {one_line(error)}" if done else one_line(error)
         )
         _tell(progress, name, comparison.not_done[name])
 
@@ -255,13 +285,13 @@ def _finish(row: Row, model: nn.Module, subject: Subject, device: torch.device) 
     try:
         row.changes = weight_changes(subject.model, model)
     except Exception as error:
-        row.not_measured["weight changes"] = reason(error)
+        row.not_measured["weight changes"] = one_line(error)
     batch = subject.new.test[: subject.batch].to(device)
     for key, measured in (("unmerged", lambda: model), ("merged", lambda: merged(model))):
         try:
             row.latency[key] = latency(measured(), batch)
         except Exception as error:
-            row.not_measured[f"{key} forward"] = reason(error)
+            row.not_measured[f"{key} forward"] = one_line(error)
 
 
 def _control(

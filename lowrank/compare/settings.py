@@ -2,11 +2,15 @@
 
 import importlib.util
 import os
+import shlex
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 METHODS = ("full", "full-masked", "lora", "lora-attention", "peft-lora", "full→lora", "svf", "svf-full")
 ALIASES = {"full-lora": "full→lora"}  # what a keyboard types
+REPORTS = ("compare.json", "compare.png", "compare.md")  # in the order they are put in place
+SEEDS = 2**64  # what torch's generators tell apart
 DTYPES = ("float32", "bfloat16")  # float16 would need a loss scaler, which would then be compared as well
 
 
@@ -46,15 +50,17 @@ class Settings:
 
     @property
     def command(self) -> str:
-        """The command line that repeats this run."""
-        parts = ["lowrank compare"]
+        """The command line that repeats this run, quoted for a POSIX shell."""
+        parts = ["lowrank", "compare"]
+        typed = {full: alias for alias, full in ALIASES.items()}
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None or field.name == "embedded":
                 continue
-            value = ",".join(value) if field.name == "methods" else value
-            parts.append(f"--{field.name.replace('_', '-')} {value}")
-        return " ".join(parts)
+            value = ",".join(typed.get(name, name) for name in value) if field.name == "methods" else str(value)
+            option = f"--{field.name.replace('_', '-')}"
+            parts += [f"{option}={value}"] if value.startswith("-") else [option, value]
+        return shlex.join(parts)
 
 
 def from_arguments(args, embedded: Embedded) -> Settings:
@@ -62,10 +68,13 @@ def from_arguments(args, embedded: Embedded) -> Settings:
     for option, least in (("steps", 6), ("rank", 1), ("seeds", 1), ("seed", 0)):
         if getattr(args, option) < least:
             raise ValueError(f"--{option} {getattr(args, option)}: expected at least {least}")
+    if args.seed + args.seeds > SEEDS:
+        raise ValueError(
+            f"--seed {args.seed}: expected at most 2**64 - {args.seeds}, so that every seed is below 2**64"
+        )
     for option in ("data", "general_data"):
-        path = getattr(args, option)
-        if path is not None and not Path(path).is_file():
-            raise FileNotFoundError(f"--{option.replace('_', '-')} {path}: no such file; expected a text file")
+        if (path := getattr(args, option)) is not None:
+            _readable(f"--{option.replace('_', '-')} {path}", Path(path))
     device = _device(args.device)
     settings = Settings(
         methods=_methods(args.methods),
@@ -84,7 +93,36 @@ def from_arguments(args, embedded: Embedded) -> Settings:
     for package in ("peft", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"compare needs {package}: pip install 'lowrank-kernels[compare]'")
+    try_out(f"--out {args.out}", settings.out, REPORTS)
     return settings
+
+
+def _readable(what: str, path: Path) -> None:
+    if not path.is_file():
+        came = "is no file" if path.exists() else "no such file"
+        raise FileNotFoundError(f"{what}: {came}; expected a text file")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise type(error)(f"{what}: cannot be read: {error.strerror}") from error
+
+
+def try_out(what: str, folder: Path, names) -> None:
+    """Write a file into a folder and take it away again, with the folders made for it.  Raises OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    if taken := [name for name in names if (folder / name).is_dir()]:
+        raise IsADirectoryError(f"{what}: {folder / taken[0]} is a directory; expected a file or nothing")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise type(error)(f"{what}: {error.filename or folder} is not writable: {error.strerror}") from error
+    finally:
+        for path in missing:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 def _methods(text: str) -> tuple[str, ...]:

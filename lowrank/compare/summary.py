@@ -26,6 +26,7 @@ def summarize(comparison: Comparison) -> dict:
         "model": {
             "name": subject.name,
             "embedded": subject.embedded,
+            "invented": list(subject.invented),
             "parameters": sum(p.numel() for p in subject.model.parameters()),
             "pretraining": comparison.pretraining,
             "config": subject.model.config.to_dict(),

@@ -5,6 +5,7 @@ def verdict(result: dict) -> list[str]:
     """result: summarize()'s data."""
     sentences = [
         _scope(result),
+        *_invented(result),
         *_not_done(result),
         _judged_by(result),
         _lowest(result),
@@ -18,6 +19,17 @@ def verdict(result: dict) -> list[str]:
     if edges:
         sentences.append(f"The rate picked for {listed(edges)} is the edge of the grid: a better one may lie outside.")
     return sentences
+
+
+def invented(model: str, names) -> str:
+    """What to know of a model whose checkpoint lacks parameters."""
+    shown = listed([*names[:3], f"{len(names) - 3} more"] if len(names) > 4 else list(names))
+    return f"{model}'s checkpoint has no {shown}: transformers made up random values, and every loss is of that."
+
+
+def _invented(result: dict) -> list[str]:
+    names = result["model"].get("invented")
+    return [invented(result["model"]["name"], names)] if names else []
 
 
 def _not_done(result: dict) -> list[str]:

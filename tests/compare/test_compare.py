@@ -1,5 +1,6 @@
 """One toy comparison from the command's main to the files, and every bad input before it starts."""
 
+import io
 import json
 import sys
 
@@ -202,10 +203,14 @@ def test_every_finished_run_is_on_disk_before_the_next_one(parse, texts, tmp_pat
         (["--rank", "0"], ValueError, "--rank 0: expected at least 1"),
         (["--steps", "2"], ValueError, "--steps 2: expected at least 6"),
         (["--seeds", "0"], ValueError, "--seeds 0: expected at least 1"),
+        (["--seed", "-1"], ValueError, "--seed -1: expected at least 0"),
+        (["--seed", str(2**64)], ValueError, f"--seed {2**64}: expected at most 2**64 - 1"),
+        (["--seed", str(2**64 - 2), "--seeds", "3"], ValueError, "expected at most 2**64 - 3"),
         (["--dtype", "float8"], ValueError, "--dtype 'float8': expected one of float32, bfloat16"),
         (["--device", "gpu"], ValueError, "--device 'gpu': expected cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], ValueError, "--device 'cuda:99': expected a device that exists"),
         (["--data", "/no/such.txt"], FileNotFoundError, "--data /no/such.txt: no such file"),
+        (["--data", "/"], FileNotFoundError, "--data /: is no file; expected a text file"),
         (["--general-data", "/no/such.txt"], FileNotFoundError, "--general-data /no/such.txt: no such file"),
         (["--model", "./no/model"], FileNotFoundError, "--model ./no/model: no such directory"),
     ],
@@ -220,6 +225,124 @@ def test_out_is_a_file(parse, tmp_path):
     (tmp_path / "taken").touch()
     with pytest.raises(NotADirectoryError, match="is a file; expected a directory"):
         compare.main(parse("--out", tmp_path / "taken"), TINY)
+
+
+def test_out_is_tried_before_anything_is_loaded(parse, tmp_path, monkeypatch):
+    import os
+
+    from lowrank.compare import data
+
+    monkeypatch.setattr(data, "load", None)
+    (tmp_path / "taken").touch()
+    (tmp_path / "reports" / "compare.json").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"--out .*: .*taken.* is not writable: Not a directory"):
+        compare.main(parse("--device", "cpu", "--out", tmp_path / "taken" / "deeper"), TINY)
+    with pytest.raises(IsADirectoryError, match=r"compare\.json is a directory; expected a file or nothing"):
+        compare.main(parse("--device", "cpu", "--out", tmp_path / "reports"), TINY)
+
+    def full(*_, **__):
+        raise OSError(28, os.strerror(28), None)
+
+    from lowrank.compare import settings
+
+    monkeypatch.setattr(settings.tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match=r"--out .*is not writable: No space left"):
+        compare.main(parse("--device", "cpu", "--out", tmp_path / "new" / "er"), TINY)
+    assert not (tmp_path / "new").exists()
+
+
+class Terminal(io.TextIOWrapper):
+    """Of an encoding; with ``lines``, its reader leaves after so many."""
+
+    def __init__(self, encoding, lines=None):
+        super().__init__(io.BytesIO(), encoding=encoding)
+        self.lines = lines
+
+    def write(self, text):
+        if self.lines is not None:
+            self.lines -= text.count("\n")
+            if self.lines < 0:
+                raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [("latin-1", None), ("ascii", None), ("utf-8", 0), ("utf-8", 1)])
+def test_the_report_is_on_disk_whatever_the_terminal_does(parse, texts, tmp_path, monkeypatch, terminal):
+    monkeypatch.setattr(sys, "stdout", Terminal(*terminal))
+    monkeypatch.setattr(sys, "stderr", Terminal(*terminal))
+    assert tiny_run(parse, texts, tmp_path, "--methods", "full,full-lora") == 0
+    result = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert list(result["methods"]) == ["full", "full→lora"]
+    sys.stdout.seek(0)
+    if terminal[1] is None:
+        assert "full?lora" in sys.stdout.read()
+
+
+def test_the_reports_are_utf8_in_every_locale(parse, texts, tmp_path, monkeypatch):
+    from pathlib import Path
+
+    import lowrank.compare.report
+
+    write = Path.write_text
+
+    def as_latin1(self, text, encoding=None, **options):
+        return write(self, text, encoding=encoding or "latin-1", **options)
+
+    monkeypatch.setattr(lowrank.compare.report.Path, "write_text", as_latin1)
+    assert tiny_run(parse, texts, tmp_path, "--methods", "full,full-lora") == 0
+    assert "full→lora" in (tmp_path / "compare.md").read_text(encoding="utf-8")
+
+
+def test_a_report_that_cannot_be_written_is_shown(parse, texts, tmp_path, monkeypatch, capsys):
+    from lowrank.compare import report
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        tiny_run(parse, texts, tmp_path, "--methods", "full")
+    shown = capsys.readouterr()
+    assert "Lowest loss on the new domain" in shown.out
+    assert "not written yet: [Errno 28] No space left" in shown.err
+
+
+def test_the_command_that_repeats_the_run_survives_a_shell(parse, texts, tmp_path):
+    import shlex
+
+    from lowrank.compare.settings import from_arguments
+
+    odd = tmp_path / 'it\'s a "new" $domain; rm.txt'
+    odd.write_text("text")
+    options = ("--data", odd, "--out", tmp_path / "o ut", "--methods", "full,full-lora", "--device", "cpu")
+    settings = from_arguments(parse(*options), TINY)
+    words = shlex.split(settings.command)
+    assert words[:2] == ["lowrank", "compare"]
+    assert from_arguments(parse(*words[2:]), TINY) == settings
+    settings = from_arguments(parse("--out=-reports", "--device", "cpu"), TINY)
+    assert from_arguments(parse(*shlex.split(settings.command)[2:]), TINY) == settings
+
+
+def test_interrupted(parse, texts, tmp_path, monkeypatch, capsys):
+    from lowrank import cli
+    from lowrank.compare import train
+
+    runs, train_once = [], train.train
+
+    def interrupt(*args, **options):
+        if options.get("points"):
+            runs.append(1)
+            if len(runs) == 2:
+                raise KeyboardInterrupt
+        return train_once(*args, **options)
+
+    monkeypatch.setattr(train, "train", interrupt)
+    monkeypatch.setattr(compare, "Embedded", lambda: TINY)
+    files = ["--data", texts / "new.txt", "--general-data", texts / "old.txt", "--out", tmp_path]
+    options = ["--device", "cpu", "--steps", 6, "--rank", 2, "--methods", "full,svf"]
+    assert cli.main(["compare", *map(str, files + options)]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"lowrank compare: interrupted: {tmp_path} holds what was finished, 1 run"
 
 
 def test_text_too_short(parse, tmp_path):
