@@ -87,11 +87,17 @@ def fell_back(layer: nn.Module, reason: str, library: str = "PEFT") -> None:
     _warn(reason, text)
 
 
-def op_fell_back(reason: str) -> None:
-    """Count one call of an op that PyTorch ran where a kernel should have; like :func:`fell_back` otherwise."""
+def op_fell_back(reason: str, layers=()) -> None:
+    """Count one call of an op that PyTorch ran where a kernel should have; like :func:`fell_back` otherwise.
+
+    ``layers``: whose call it was, if that is known.
+    """
     if _strict:
         raise FallbackError(f"no kernel for this call: {reason}")
-    _all[reason] += 1
+    if not layers:
+        _all[reason] += 1
+    for layer in layers:
+        _count(layer, reason)
     _warn(reason, f"lowrank runs some calls in PyTorch instead of its kernels: {reason}")
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from . import _stats, sharding
-from .ops.dora import dora_projection
+from .ops import dora as dora_op
 from .ops.lora import Adapter, Projection, lora_projections
+from .ops.node import followed
 from .ops.validation import DTYPES
 
 # in a layer's __dict__
@@ -39,6 +40,8 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
             made = group.take(self)  # whichever way this call goes: what another layer's failed forward left goes here
         dora = _dora(self)
         adapters, reason = adapters_of(self, x, args, kwargs, dora)
+        if adapters:
+            reason = followed() or reason
         if reason is SHARDED and dora is None:
             _stats.ran_fused(self)
             return _inside_units(self, x, adapters)
@@ -54,8 +57,8 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
         base = self.base_layer
         if not _is_plain_linear(base, x):
             _stats.ran_fused(self)
-            return lora_projections(x, (Projection(None, None, adapters, base=_call(base, x)),))[0]
-        projection = Projection(base.weight, base.bias, adapters)
+            return lora_projections(x, (_projected(self, None, None, adapters, _call(base, x)),))[0]
+        projection = _projected(self, base.weight, base.bias, adapters)
         group = None if compiling else self.__dict__.get(GROUP)  # its counts would be guards
         y = None if group is None else group.call(self, x, projection, _projection, made)
         _stats.ran_fused(self, shared=made is not None and y is not None)
@@ -93,9 +96,9 @@ def _inside_units(layer, x, adapters) -> torch.Tensor:
             whole.append(adapter._replace(A=A.weight, B=B.weight, bias=B.bias))
         base = layer.base_layer
         if _is_plain_linear(base, x) and _is_whole(base.weight):
-            projection = Projection(base.weight, base.bias, tuple(whole))
+            projection = _projected(layer, base.weight, base.bias, tuple(whole))
         else:
-            projection = Projection(None, None, tuple(whole), base=_call(base, x))
+            projection = _projected(layer, None, None, tuple(whole), _call(base, x))
         return lora_projections(x, (projection,))[0]
 
     units = [module for pair in factors for module in pair if sharding.is_unit(module, x)]
@@ -112,7 +115,12 @@ def _projection(layer, x) -> Projection | None:
     adapters, reason = adapters_of(layer, x, (), {})
     if not adapters or reason is not None:
         return None
-    return Projection(base.weight, base.bias, adapters)
+    return _projected(layer, base.weight, base.bias, adapters)
+
+
+def _projected(layer, weight, bias, adapters, base=None) -> Projection:
+    known = None if torch.compiler.is_compiling() else layer  # which layer it is would be a guard
+    return Projection(weight, bias, adapters, base, known)
 
 
 def _dora(layer) -> str | None:
@@ -144,7 +152,11 @@ def _run_dora(layer, name: str, adapter: Adapter, x: torch.Tensor, base_dropout:
     A, B, scaling, _, p = adapter
     p = p if layer.training else 0.0  # PEFT asks the layer here, not its dropout
     cache, key = _norms_of(vector), f"weight-norm-{name}"
-    return dora_projection(x, base.weight, A, B, vector.weight, scaling, base.bias, p, base_dropout, cache, key)
+    known = None if torch.compiler.is_compiling() else layer
+    return dora_op.of_layer(
+        known, x, base.weight, A, B, vector.weight, scaling, base.bias,
+        dropout_p=p, base_dropout=base_dropout, cache=cache, key=key,
+    )  # fmt: skip
 
 
 def _norms_of(vector) -> dict | None:

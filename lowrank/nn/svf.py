@@ -22,6 +22,7 @@ from ..factors import (
 from ..ops.dropout import row_blocks
 from ..ops.lora_impl import no_autocast
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
+from ..ops.node import followed
 from ..ops.svf import MODES, cheapest, column_scales, svf_projection
 from ..svd import SVDFactors, svd_factors
 from .merging import ordinary, report_merge
@@ -234,7 +235,8 @@ class SVFLinear(nn.Module):
         N, K = self.out_features, self.in_features
         if not self.is_dense or self.base_layer.weight.requires_grad:
             return "delta"
-        compiling = torch.compiler.is_compiling()  # a cache is no graph, and a rule on rows would be a graph per length
+        # a cache is no graph, and a rule on rows would be a graph per length
+        compiling = torch.compiler.is_compiling() or followed() is not None
         if self.mode != "auto" and not (self.mode == "merged" and (mixed or compiling)):
             return self.mode
         if compiling:

@@ -12,13 +12,15 @@ Schemas live here, so that a machine without a GPU traces every op.  Autograd is
 """
 
 import math
+import weakref
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .. import _stats
 from . import dora_impl, dropout
 from .lora import Adapter, Projection, as_shaped, autocast_dtype, is_plain
+from .node import DIFFERENTIABLE, alive, followed, must_follow, to_save
 from .validation import check_dora, check_projection
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -65,19 +67,31 @@ def dora_linear(
     row of ``weight``, 1 but for the rounding of ``lora_A``'s dtype: where ``lora_B`` is 0 it is ``torch.linalg.norm(weight.to(
     lora_A.dtype), dim=1)`` bit for bit, and with that magnitude the result is ``F.linear(x, weight, bias)``.
 
-    Returns: [..., N] in x's dtype; under autocast, in autocast's.  First derivatives in reverse mode only.
+    Returns: [..., N] in x's dtype; under autocast, in autocast's.  Derivatives of every order, as :func:`lora_linear`'s.
 
     Raises: ValueError or TypeError that names the argument, what came and what was expected.
     """
-    return dora_projection(x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p, base_dropout)
+    return of_layer(
+        None, x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p=dropout_p, base_dropout=base_dropout
+    )
 
 
-def dora_projection(
-    x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p, base_dropout, cache: dict | None = None, key=None
+def of_layer(
+    layer,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    magnitude,
+    scaling,
+    bias,
+    *,
+    dropout_p,
+    base_dropout,
+    cache: dict | None = None,
+    key=None,
 ) -> torch.Tensor:
-    """:func:`dora_linear` with the norm from ``cache[key]``, or left there for the next call."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError("dora_linear has no forward-mode derivative (forward_ad, torch.func.jvp)")
+    """:func:`dora_linear` as a call of ``layer``, for stats(); the norm is ``cache[key]``'s, or left there for the next."""
     autocast = autocast_dtype(x)
     adapter = Adapter(lora_A, lora_B, scaling, None, dropout_p)
     check_projection(x, Projection(weight, bias, (adapter,)), autocast is not None)
@@ -85,24 +99,35 @@ def dora_projection(
     dtype = autocast or x.dtype
     wide = torch.promote_types(torch.promote_types(dtype, torch.float32), lora_B.dtype)
 
+    reason = followed()
     if isinstance(scaling, torch.Tensor):
         away = scaling.device != x.device and is_plain(x)  # on a CPU, then: reading it waits for nothing
         scaling = float(scaling) if away else scaling.to(device=x.device, dtype=wide)
     norm = None if cache is None else cache.get(key)
     if norm is None or norm.device != x.device or norm.is_inference():
         with torch.no_grad() if cache is None else torch.inference_mode(False), torch.no_grad():
-            norm = _norm(weight, lora_A, lora_B.to(wide) * scaling, lora_A.dtype)
+            if reason is None:
+                norm = _norm(weight, lora_A, lora_B.to(wide) * scaling, lora_A.dtype)
+            else:
+                norm = dora_impl.norm_formula(
+                    weight.detach(), lora_A.detach(), lora_B.detach().to(wide) * scaling, lora_A.dtype
+                )
         if cache is not None:
             cache[key] = norm
     g = magnitude.to(wide) / norm
     twice, kept = base_dropout and dropout.threshold(dropout_p) > 0, dropout.keep_scale(dropout_p)
     B = lora_B * (g * (scaling * kept)).unsqueeze(1)
     gain = (g - 1) * kept if twice else g
+    if reason is not None:
+        _stats.op_fell_back(reason)
+        return dora_impl.formula(x, weight, bias, lora_A, B, gain, dropout_p, twice, dtype)
     seed = dropout.draw_seeds(1, x.device) if dropout.threshold(dropout_p) else None
     spec = _Spec(dropout_p, twice, dtype)
     tensors = (x, weight, bias, lora_A, B, gain)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y = _DoRALinear.apply(spec, seed, *tensors)
+        x = to_save(x)
+        layers = [] if layer is None else [weakref.ref(layer)]
+        y = _DoRALinear.apply(spec, layers, seed, x, *tensors[1:])
     else:
         y = _forward(spec, seed, *tensors)[0]
     return as_shaped(y, x)
@@ -116,28 +141,32 @@ class _Spec(NamedTuple):
 
 class _DoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spec, seed, x, weight, bias, A, B, gain):
+    def forward(ctx, spec, layers, seed, x, weight, bias, A, B, gain):
         y, S, v, keeps = _forward(spec, seed, x, weight, bias, A, B, gain)
-        _, _, need_x, _, _, need_A, need_B, need_gain = ctx.needs_input_grad
+        _, _, _, need_x, _, _, need_A, need_B, need_gain = ctx.needs_input_grad
+        keep_x = need_A or (need_x and (need_B or need_gain))  # beside a frozen A for second derivatives alone
         ctx.spec, ctx.x_shape = spec, x.shape
+        ctx.layers = layers
         ctx.save_for_backward(
-            x if need_A else None, weight if need_x else None, A, B, gain,
+            x if keep_x else None, weight if need_x else None, A, B, gain,
             S if need_B else None, v if need_gain else None,
             bias if need_gain and not spec.twice else None, *(keeps if need_x or need_A else ()),
         )  # fmt: skip
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         spec, x_shape = ctx.spec, ctx.x_shape
         x, weight, A, B, gain, S, v, bias, *keeps = ctx.saved_tensors
-        _, _, need_x, _, need_b, need_A, need_B, need_gain = ctx.needs_input_grad
+        _, _, _, need_x, _, need_b, need_A, need_B, need_gain = ctx.needs_input_grad
         needs = [need_x, need_b, need_A, need_B, need_gain]
         run = dora_impl.backward if is_plain(dy) else torch.ops.lowrank.dora_linear_backward.default
+        if must_follow((dy,)):
+            _stats.op_fell_back(DIFFERENTIABLE, alive(ctx.layers))
+            run = dora_impl.differentiable
         found = iter(run(dy, x, weight, A, B, gain, S, v, keeps, spec.twice, spec.dtype, needs, bias))
         dx, db, dA, dB, dgain = (next(found) if need else None for need in needs)
-        return None, None, None if dx is None else dx.view(x_shape), None, db, dA, dB, dgain
+        return None, None, None, None if dx is None else dx.view(x_shape), None, db, dA, dB, dgain
 
 
 def _forward(spec, seed, x, weight, bias, A, B, gain):

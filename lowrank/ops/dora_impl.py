@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import bits
 from . import dropout, eager
 from ._dispatch import dora_products
-from .lora_impl import dense, no_autocast, rows_of
+from .lora_impl import dense, dropper, no_autocast, rows_of
 
 
 def norm(weight, A, B, start=None) -> Tensor:
@@ -34,9 +34,19 @@ def norm(weight, A, B, start=None) -> Tensor:
         if start is None:
             return products.norm(weight, A, B)
         whole, alone = products.norm(weight, A, B, alone=True)
-        first = _torch_norm(weight, start).to(alone.dtype)
-        usable = (first > 0) & (first < math.inf) & (alone > 0)  # not where 16 bits have no number for it
-        return torch.where(usable, first * (whole / alone), whole)
+        return _started(_torch_norm(weight, start).to(alone.dtype), whole, alone)
+
+
+def norm_formula(weight, A, B, start: torch.dtype) -> Tensor:
+    """:func:`norm` in operations that torch.func, forward mode and tracers follow."""
+    W = weight.to(B.dtype)
+    whole, alone = (torch.linalg.vector_norm(t, dim=1) for t in (W + B @ A.to(B.dtype), W))
+    return _started(torch.linalg.vector_norm(weight.to(start), dim=1).to(B.dtype), whole, alone)
+
+
+def _started(first: Tensor, whole: Tensor, alone: Tensor) -> Tensor:
+    usable = (first > 0) & (first < math.inf) & (alone > 0)  # not where 16 bits have no number for it
+    return torch.where(usable, first * (whole / alone), whole)
 
 
 def _torch_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,6 +96,46 @@ def backward(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs, bias=N
         if need_x:
             eager.add_product_(dX, dy if twice else scaled, weight)
         return [grad for grad, need in zip((dX, db, dA, dB, dgain), needs, strict=True) if need]
+
+
+def differentiable(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs, bias=None):
+    """:func:`backward`'s gradients in out-of-place operations, which autograd and vmap follow.
+
+    S and v are computed again from x, through which their graphs go; without x they are constants.
+    """
+    with no_autocast(A.device):
+        need_x, need_b, need_A, need_B, need_gain = needs
+        drop, mask = dropper(keeps, A.shape[1]), 0 if keeps else -1
+        weight, thin = None if weight is None else weight.to(dtype), A.to(B.dtype)
+        x = None if x is None else rows_of(x, dtype)
+        dropped = None if x is None else drop(x, mask).to(B.dtype)
+        wide = dy.to(B.dtype)
+        dS = wide @ B if need_x or need_A else None
+        dA = dS.mT @ dropped if need_A else None
+        dB = wide.mT @ (S if x is None else dropped @ thin.mT) if need_B else None
+        if need_gain and x is not None and weight is not None:
+            v = (dropped.to(dtype) if twice else x) @ weight.mT
+        elif need_gain and bias is not None:
+            v = v - bias
+        dgain = (wide * v).sum(0) if need_gain else None
+        dX = None
+        if need_x:
+            scaled = (dy * gain).to(dtype) @ weight
+            dX = drop(dS @ thin + (scaled if twice else 0), mask) + (dy @ weight if twice else scaled)
+            dX = dX.to(dtype)
+        db = wide.sum(0) if need_b else None
+        return [grad for grad, need in zip((dX, db, dA, dB, dgain), needs, strict=True) if need]
+
+
+def formula(x, weight, bias, A, B, gain, p, twice, dtype):
+    """:func:`forward`'s y [..., N] in operations that torch.func, forward mode and tracers follow; dropout is torch's."""
+    with no_autocast(x.device):
+        x, weight = x.to(dtype), weight.to(dtype)
+        dropped = torch.nn.functional.dropout(x, p) * (1 - p)
+        v = (dropped if twice else x) @ weight.mT
+        y = v * gain + (dropped.to(B.dtype) @ A.to(B.dtype).mT) @ B.mT
+        y = y if bias is None else y + bias
+        return (y + x @ weight.mT if twice else y).to(dtype)
 
 
 class Eager:

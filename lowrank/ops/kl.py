@@ -7,12 +7,13 @@ Written so that no small KL is the difference of large numbers (kernels/kl.py). 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import _stats
 from . import kl_impl
 from .head import CHUNK_BYTES, SCHEMA, Head, as_arguments
-from .logprob import spread
+from .logprob import differentiated, spread
 from .lora import autocast_dtype, is_plain
+from .node import followed, must_follow
 from .validation import check_chunk_bytes, check_heads
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -34,19 +35,20 @@ def kl_to(policy: Head, base: Head, *, chunk_bytes: int = CHUNK_BYTES, batch_inv
         chunk_bytes, batch_invariant: as in :func:`linear_logprob`.
 
     Returns: fp32 [...] (fp64 for fp64), never negative; exactly 0, with gradients of exactly 0, where both sides are the same
-        tensors.  Reverse mode, first derivatives.
+        tensors.  Derivatives of every order, as :func:`linear_logprob`'s.
 
     Raises: ValueError or TypeError that names the argument.
     """
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError("kl_to has no forward-mode derivative (forward_ad, torch.func.jvp)")
     autocast = autocast_dtype(policy.hidden) if isinstance(getattr(policy, "hidden", None), Tensor) else None
     check_heads(policy, base, Head, autocast is not None)
     check_chunk_bytes(chunk_bytes)
     (tensors, numbers), (others, base_numbers) = as_arguments(policy), as_arguments(base)
     others = [None if t is None else t.detach() for t in others]
     call = numbers, base_numbers, (chunk_bytes, bool(batch_invariant), autocast or policy.hidden.dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if (reason := followed()) is not None:
+        _stats.op_fell_back(reason)
+        kl = kl_impl.formula(*_arguments(call, tensors, others))
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         kl = _KL.apply(call, others, *tensors)
     else:
         kl, _ = _forward(*_arguments(call, tensors, others))
@@ -70,10 +72,16 @@ class _KL(torch.autograd.Function):
         return kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dkl):
         stats, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[2:7])
+        if must_follow((dkl,)):
+
+            def formula():
+                return (kl_impl.formula(*_arguments(ctx.call, tensors[:6], tensors[6:])),)
+
+            grads = differentiated(formula, tensors, needs, (dkl,))
+            return None, None, *grads, None
         grads = _backward(dkl, stats, *_arguments(ctx.call, tensors[:6], tensors[6:]), needs)
         return None, None, *spread(grads, needs, tensors[0].shape), None
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .head import Gradients, Products, chunks, row_passes
-from .logprob_impl import row_sum, transform
+from .logprob_impl import plain_logits, row_sum, transform
 from .lora_impl import no_autocast
 
 
@@ -18,6 +18,20 @@ def forward(*arguments):
             (z, _), (z0, _) = policy.logits(policy.rows(at)), base.logits(base.rows(at))
             passes.forward(z, z0, policy.scales(at), base.scales(at), kl[at], stats[:, at])
     return kl, stats
+
+
+def formula(*arguments):
+    """:func:`forward`'s kl in operations that autograd, torch.func and forward mode follow; all logits are kept."""
+    *heads, _, _, dtype = arguments
+    with no_autocast(heads[0].device):
+        log_p, log_q = (plain_logits(*head, dtype).log_softmax(1) for head in (heads[:7], heads[7:]))
+        p, q = log_p.exp(), log_q.exp()
+        delta = torch.where(p == 0, 0, log_p - log_q)
+        near = delta.abs() < 0.5
+        small = torch.where(near, delta, 0)
+        # near p = q the same without a difference of large numbers
+        terms = torch.where(near, p * (torch.expm1(-small) + small), p * delta + q - p)
+        return torch.where(p == 0, q, terms).sum(1)
 
 
 def backward(dkl, stats, *arguments):

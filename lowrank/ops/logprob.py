@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import _stats
 from . import logprob_impl
 from .head import CHUNK_BYTES, SCHEMA, Head, as_arguments
 from .lora import autocast_dtype, is_plain
+from .node import DIFFERENTIABLE, followed, must_follow
 from .validation import check_head, check_logprob
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -63,7 +64,8 @@ def linear_logprob(
         chunk_bytes: of logits at a time, in fp32 with their gradient: what this needs beside its inputs and gradients.
         batch_invariant: a row's bits depend on its hidden row alone, not on how many rows there are; slower.
 
-    Returns: LogProb(logp, entropy), fp32 [...] (fp64 for fp64); reverse mode, first derivatives.
+    Returns: LogProb(logp, entropy), fp32 [...] (fp64 for fp64).  Derivatives of every order, as :func:`lora_linear`'s; beyond
+        the first ones in reverse mode all logits are kept.
 
     Raises: ValueError or TypeError that names the argument; on a CPU also for a target outside [0, V), which on a GPU gives
         NaN and no gradient.
@@ -76,15 +78,16 @@ def with_stats(
     head: Head, targets: Tensor, ignore_index: int = -100, chunk_bytes: int = CHUNK_BYTES, batch_invariant: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`linear_logprob`'s logp and entropy, and max, ℓ and Ē of each token, [3, T] and without gradient."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError("linear_logprob has no forward-mode derivative (forward_ad, torch.func.jvp)")
     hidden, weight = head[:2]
     autocast = autocast_dtype(hidden) if isinstance(hidden, Tensor) else None
     check_head(head, autocast is not None)
     check_logprob(targets, hidden, weight.shape[0], ignore_index, chunk_bytes)
     lead, (tensors, numbers) = hidden.shape[:-1], as_arguments(head)
     call = (ignore_index, chunk_bytes, bool(batch_invariant), autocast or hidden.dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if (reason := followed()) is not None:
+        _stats.op_fell_back(reason)
+        logp, entropy, stats = logprob_impl.formula(*_arguments(numbers, call, targets, *tensors))
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         logp, entropy, stats = _LinearLogProb.apply(numbers, call, targets, *tensors)
     else:
         logp, entropy, stats = _forward(*_arguments(numbers, call, targets, *tensors))
@@ -106,12 +109,29 @@ class _LinearLogProb(torch.autograd.Function):
         return logp, entropy, stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dlogp, dentropy, _):
         stats, targets, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[3:8])
+        if must_follow((dlogp, dentropy)):
+
+            def formula():
+                return logprob_impl.formula(*_arguments(ctx.numbers, ctx.call, targets, *tensors))[:2]
+
+            grads = differentiated(formula, tensors, needs, (dlogp, dentropy))
+            return None, None, None, *grads, None
         grads = _backward(dlogp, dentropy, stats, *_arguments(ctx.numbers, ctx.call, targets, *tensors), needs)
         return None, None, None, *spread(grads, needs, tensors[0].shape), None
+
+
+def differentiated(formula, tensors, needs: list[bool], grads) -> list[Tensor | None]:
+    """The gradients of the first five of ``tensors`` that are needed, by autograd, through ``formula()`` of those tensors."""
+    _stats.op_fell_back(DIFFERENTIABLE)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        outs = formula()
+    wanted = [t for t, need in zip(tensors, needs, strict=False) if need]
+    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=create_graph))
+    return [next(found) if need else None for need in needs]
 
 
 def spread(grads, needs: list[bool], shape) -> list[Tensor | None]:

@@ -30,6 +30,39 @@ def forward(*arguments):
     return logp, entropy, stats
 
 
+def formula(*arguments):
+    """:func:`forward` in operations that autograd, torch.func and forward mode follow; all logits are kept."""
+    *head, targets, ignore_index, _, _, dtype = arguments
+    with no_autocast(head[0].device):
+        ignored = targets == ignore_index
+        z = plain_logits(_without(head[0], ignored), *head[1:], dtype)
+        inside = (targets >= 0) & (targets < z.shape[1])
+        largest = z.detach().amax(1, keepdim=True)
+        z = z - largest
+        lse = z.exp().sum(1, keepdim=True).log()
+        p = (z - lse).exp()
+        mean = (p * z.clamp_min(FAR)).sum(1)
+        chosen = z.gather(1, torch.where(inside, targets, 0)[:, None])[:, 0]
+        lse, largest = lse[:, 0], largest[:, 0]
+        logp, entropy = torch.where(inside, chosen - lse, torch.nan), lse - mean
+        entropy = torch.where(inside, entropy, entropy.detach())  # as logp: no gradient beside a bad target
+        stats = torch.stack((largest, lse.detach(), mean.detach()))
+        return torch.where(ignored, 0, logp), torch.where(ignored, 0, entropy), stats
+
+
+def plain_logits(hidden, weight, bias, A, B, inv_t, numbers, dtype) -> Tensor:
+    """z [T, V] in fp32 or wider, after scale, cap and temperature, out of place."""
+    scaling, inv_temperature, logit_scale, softcap = numbers
+    wide = torch.promote_types(dtype, torch.float32)
+    h = hidden.to(dtype).to(wide)
+    z = torch.nn.functional.linear(h, weight.to(dtype).to(wide), None if bias is None else bias.to(wide))
+    if A is not None:
+        z = z + scaling * (h @ A.to(wide).mT) @ B.to(wide).mT
+    z = z * logit_scale
+    z = softcap * (z / softcap).tanh() if softcap else z
+    return z * (inv_temperature if inv_t is None else inv_t[:, None])
+
+
 def backward(dlogp, dentropy, stats, *arguments):
     """The gradients of hidden, weight, bias, A and B that are needed, in that order and in their dtypes."""
     *head, targets, ignore_index, chunk_bytes, batch_invariant, dtype, needs = arguments

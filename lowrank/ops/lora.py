@@ -11,12 +11,14 @@ Schemas live here, so that a machine without a GPU traces every op.  Autograd is
 """
 
 import math
+import weakref
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .. import _stats
 from . import dropout, lora_impl
+from .node import DIFFERENTIABLE, alive, followed, must_follow, to_save
 from .validation import check_projection
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -49,12 +51,16 @@ class Adapter(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """What is added to the thin terms: weight [N,K] with bias [N], or a finished base output [...,N] (quantised layers)."""
+    """What is added to the thin terms: weight [N,K] with bias [N], or a finished base output [...,N] (quantised layers).
+
+    layer: whose call this is, for stats().
+    """
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     adapters: tuple[Adapter, ...]
     base: torch.Tensor | None = None
+    layer: torch.nn.Module | None = None
 
 
 def lora_linear(
@@ -81,7 +87,9 @@ def lora_linear(
 
     Returns: [..., N] in x's dtype; under autocast, in autocast's dtype.
 
-    First derivatives in reverse mode only: no double backward, no forward mode, no torch.func transforms.
+    Derivatives of every order: under ``create_graph`` or a batch of gradients (``is_grads_batched``) backward computes the
+    same formula in differentiable operations; under torch.func, forward mode and torch.jit.trace so does forward, with
+    torch's own dropout.  Both are slower and counted in :func:`lowrank.stats`.
 
     Raises: ValueError or TypeError that names the argument, what came and what was expected.
     """
@@ -125,8 +133,7 @@ def lora_projections(
     x: torch.Tensor, projections: tuple[Projection, ...], *, shared_mask: bool = False
 ) -> tuple[torch.Tensor, ...]:
     """The general form: every projection of x with all its adapters, in one autograd node."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError("lora_linear has no forward-mode derivative (forward_ad, torch.func.jvp)")
+    reason = followed()
     autocast = autocast_dtype(x)
     dtype = thin_dtype = autocast or x.dtype
     weights, biases, bases, counts = [], [], [], []
@@ -153,11 +160,21 @@ def lora_projections(
             else:
                 masks.append(len(ps))
                 ps.append(p)
+    if reason is not None:
+        _stats.op_fell_back(reason)
+        return tuple(
+            lora_impl.formula(
+                x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
+                scalings, counts, masks, ps, dtype, thin_dtype,
+            )
+        )  # fmt: skip
     seeds = dropout.draw_seeds(len(ps), x.device) if ps else None
     spec = _Spec(tuple(counts), tuple(scalings), tuple(masks), tuple(ps), dtype, thin_dtype)
     tensors = (*weights, *biases, *bases, *As, *Bs, *lora_biases, *scaling_tensors)
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
-        ys = _LoRALinears.apply(spec, x, seeds, *tensors)
+        x = to_save(x)
+        layers = [weakref.ref(projection.layer) for projection in projections if projection.layer is not None]
+        ys = _LoRALinears.apply(spec, layers, x, seeds, *tensors)[: len(weights)]
     else:
         ys, _, _ = _forward(
             x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
@@ -191,43 +208,55 @@ class _Spec(NamedTuple):
 
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spec, x, seeds, *tensors):
+    def forward(ctx, spec, layers, x, seeds, *tensors):
         weights, biases, bases, As, Bs, lora_biases, scaling_tensors = spec.split(tensors)
         ys, S, keeps = _forward(
             x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
             spec.scalings, spec.counts, spec.masks, spec.ps, seeds, spec.dtype, spec.thin_dtype,
         )  # fmt: skip
-        _, need_x, _, *needs = ctx.needs_input_grad
+        _, _, need_x, _, *needs = ctx.needs_input_grad
         n, a = len(weights), len(As)
         need_W, need_A, need_B = any(needs[:n]), any(needs[3 * n : 3 * n + a]), any(needs[3 * n + a : 3 * n + 2 * a])
+        compiling, keep_x = torch.compiler.is_compiling(), need_A or need_W
         ctx.spec, ctx.x_shape = spec, x.shape
+        ctx.layers = layers
+        # without x, S is what a second derivative reaches x through: an output, for autograd to know its graph
+        ctx.linked = need_x and need_B and not keep_x and not compiling
         ctx.materialize_grads = False  # set_materialize_grads, in the form that Dynamo traces
         ctx.save_for_backward(
-            x if need_A or need_W else None,
+            x if keep_x else None,
             S if need_B else None,
             *(weights if need_x else [None] * n),
             *As, *Bs, *scaling_tensors, *(keeps if need_x or need_A else ()),
         )  # fmt: skip
-        return tuple(ys)
+        return (*ys, S) if ctx.linked else tuple(ys)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *dys):
         spec, x_shape = ctx.spec, ctx.x_shape
         n, a = len(spec.counts), len(spec.scalings)
+        dys, dS = dys[:n], dys[n] if ctx.linked else None
         x, S, *saved = ctx.saved_tensors
         weights, As, Bs, scaling_tensors, keeps = lora_impl.runs(saved, (n, a, a, a, len(spec.ps)))
-        _, need_x, _, *flags = ctx.needs_input_grad
+        _, _, need_x, _, *flags = ctx.needs_input_grad
         needs = [need_x, *flags[: 2 * n], *flags[3 * n : 3 * n + 3 * a]]
-        if not all(live := [dy is not None for dy in dys]):  # what a projection that nobody used is made of gets None
-            if not any(live):
-                return (None,) * len(ctx.needs_input_grad)
-            owned = [it for it, count in zip(live, spec.counts, strict=True) for _ in range(count)]
-            needs = [need and it for need, it in zip(needs, [True, *live * 2, *owned * 3], strict=True)]
-        found = _backward(
-            list(dys), x, weights, As, Bs, scaling_tensors, S, keeps,
-            spec.scalings, spec.counts, spec.masks, spec.ps, spec.dtype, spec.thin_dtype, needs,
+        rest = (
+            x, weights, As, Bs, scaling_tensors, S, keeps,
+            spec.scalings, spec.counts, spec.masks, spec.ps, spec.dtype, spec.thin_dtype,
         )  # fmt: skip
+        live = [dy is not None for dy in dys]
+        if not any(live) and dS is None:
+            return (None,) * len(ctx.needs_input_grad)
+        follow = must_follow(dys)
+        if follow:
+            _stats.op_fell_back(DIFFERENTIABLE, alive(ctx.layers))
+        if follow or dS is not None:
+            found = lora_impl.differentiable(dys, dS, *rest, needs)
+        else:
+            if not all(live):  # what a projection that nobody used is made of gets None
+                owned = [it for it, count in zip(live, spec.counts, strict=True) for _ in range(count)]
+                needs = [need and it for need, it in zip(needs, [True, *live * 2, *owned * 3], strict=True)]
+            found = _backward(list(dys), *rest, needs)
         found = iter(found)
         dx, *grads = [next(found) if need else None for need in needs]
         dx = None if dx is None else dx.view(x_shape)
@@ -235,7 +264,7 @@ class _LoRALinears(torch.autograd.Function):
             dy.view(*x_shape[:-1], dy.shape[1]) if need and dy is not None else None
             for dy, need in zip(dys, flags[2 * n : 3 * n], strict=True)
         ]
-        return None, dx, None, *grads[: 2 * n], *dbases, *grads[2 * n :], *[None] * a
+        return None, None, dx, None, *grads[: 2 * n], *dbases, *grads[2 * n :], *[None] * a
 
 
 def _forward(x: torch.Tensor, *rest):

@@ -9,6 +9,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from .. import bits
 from . import dropout
 from ._dispatch import thin_products
 from .eager import add_product_, times
@@ -109,6 +110,92 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
         return [grad for grad, need in zip([dX, *dW, *db, *dA, *dB, *dlb], needs, strict=True) if need]
 
 
+def formula(
+    x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors, scalings, counts, masks, ps, dtype, thin_dtype
+):  # fmt: skip
+    """:func:`forward`'s ys, in x's leading shape and in operations that torch.func, forward mode and tracers follow.
+
+    Dropout is torch's own, which vmap knows how to draw.
+    """
+    with no_autocast(x.device):
+        x = x.to(dtype)
+        wide = x.to(thin_dtype)
+        dropped = [torch.nn.functional.dropout(wide, p) for p in ps]
+        scalings, scaling_tensors = _on_device(scalings, scaling_tensors, x.device)
+        ys = []
+        for i, (mine, _) in enumerate(_spans(counts, As)):
+            bias = None if biases[i] is None else biases[i].to(dtype)
+            y = bases[i]
+            if y is None:
+                y = torch.nn.functional.linear(x, weights[i].to(dtype), bias)
+            out_dtype = y.dtype
+            for j in range(mine.start, mine.stop):
+                S = (wide if masks[j] < 0 else dropped[masks[j]]) @ As[j].to(thin_dtype).mT
+                constant = None if lora_biases[j] is None else lora_biases[j].to(thin_dtype)
+                term = torch.nn.functional.linear(S, Bs[j].to(thin_dtype), constant)
+                y = y + times(term, scalings[j], scaling_tensors[j])
+            ys.append(y.to(out_dtype))
+        return ys
+
+
+def differentiable(
+    dys, dS, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, masks, ps, dtype, thin_dtype, needs
+):  # fmt: skip
+    """:func:`backward`'s gradients in out-of-place operations, which autograd and vmap follow.  A dy may be None.
+
+    S is computed again from x where x or A has a graph; without x it is a constant, or an output of the node, which ``dS`` is
+    then the gradient of.
+    """
+    with no_autocast(As[0].device if As else x.device if x is not None else weights[0].device):
+        n, a = len(counts), len(As)
+        need_x, need_W, need_b, need_A, need_B, need_lb = runs(needs, (1, n, n, a, a, a))
+        x = None if x is None else rows_of(x, dtype)
+        wide = None if x is None else x.to(thin_dtype)
+        constant = x is None or not (need_x[0] or any(need_A))  # S
+        scalings, scaling_tensors = _on_device(scalings, scaling_tensors, As[0].device if As else None)
+        scales, drop = _scales(scalings, masks, ps), dropper(keeps, As[0].shape[1] if As else 0)
+        ranks = [A.shape[0] for A in As]
+        parts = [None] * a if S is None else S.split(ranks, 1)
+        handed = [None] * a if dS is None else dS.split(ranks, 1)
+        dX, low, dW, db = None, None, [None] * n, [None] * n
+        dA, dB, dlb = [None] * a, [None] * a, [None] * a
+        for i, (mine, _) in enumerate(_spans(counts, As)):
+            dy = dys[i]
+            if dy is not None and need_x[0] and weights[i] is not None:
+                dX = plus(dX, dy @ weights[i].to(dtype))
+            if dy is not None and need_W[i]:
+                dW[i] = dy.mT @ x
+            if dy is not None and (need_b[i] or any(need_lb[mine])):
+                db[i] = dy.sum(0, dtype=torch.promote_types(thin_dtype, torch.float32))
+            for j in range(mine.start, mine.stop):
+                scaled = None if dy is None else times(dy.to(thin_dtype), scales[j], scaling_tensors[j])
+                if scaled is not None and need_B[j]:
+                    dB[j] = scaled.mT @ (parts[j] if constant else drop(wide, masks[j]) @ As[j].to(thin_dtype).mT)
+                if db[i] is not None and need_lb[j]:
+                    dlb[j] = times(db[i], scalings[j], scaling_tensors[j])
+                if not (need_x[0] or need_A[j]):
+                    continue
+                d = plus(handed[j], None if scaled is None else scaled @ Bs[j].to(thin_dtype))
+                if d is not None and need_A[j]:
+                    dA[j] = d.mT @ drop(wide, masks[j])
+                if d is not None and need_x[0]:
+                    low = plus(low, drop(d @ As[j].to(thin_dtype), masks[j]))
+        dX = plus(dX, low)
+        dX = None if dX is None else dX.to(dtype)
+        return [grad for grad, need in zip([dX, *dW, *db, *dA, *dB, *dlb], needs, strict=True) if need]
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None is nothing."""
+    return b if a is None else a if b is None else a + b
+
+
+def dropper(keeps: list[Tensor], columns: int):
+    """drop(t [M,columns], mask): t, 0 where the mask's keep bit is 0; mask -1 is no mask."""
+    masks = [bits.unpack(keep.reshape(-1), (keep.shape[0], 32 * keep.shape[1]))[:, :columns] for keep in keeps]
+    return lambda t, mask: t if mask < 0 else torch.where(masks[mask], t, 0)
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Dtypes are explicit below; the context is entered only where autocast would interfere."""
     if torch.is_autocast_enabled(device.type):
@@ -126,7 +213,7 @@ def dense(dy: Tensor) -> Tensor:
     return dy if 1 in dy.stride() and 0 not in dy.stride() else dy.contiguous()
 
 
-def _on_device(scalings, scaling_tensors, device: torch.device) -> tuple[list[float], list[Tensor | None]]:
+def _on_device(scalings, scaling_tensors, device: torch.device | None) -> tuple[list[float], list[Tensor | None]]:
     """A scaling tensor that lives on the CPU beside a model that does not is read: nothing has to be waited for."""
     scalings, scaling_tensors = list(scalings), list(scaling_tensors)
     for j, t in enumerate(scaling_tensors):

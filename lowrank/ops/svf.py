@@ -13,12 +13,13 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .. import _stats
 from ..svd import SVDFactors
 from . import svf_impl
 from .lora import as_shaped, autocast_dtype, is_plain
 from .materialize import materialize
+from .node import DIFFERENTIABLE, followed, must_follow
 from .validation import check_svf
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -64,7 +65,7 @@ def svf_linear(
             :func:`cheapest`.  All are the same function of their arguments, up to rounding and the factors' own error.
         normalize: None, or "nuclear": z is rescaled by Σσ / Σσz over the given directions (Transformer²'s factor).
 
-    Gradients for x, z, mix, weight and bias, first derivatives in reverse mode.
+    Gradients for x, z, mix, weight and bias; derivatives of every order, as :func:`lora_linear`'s.
 
     Returns: [..., N] in x's dtype; under autocast, in autocast's.
 
@@ -155,16 +156,18 @@ def _check_mean(mean: torch.Tensor, what: str) -> None:
 
 def svf_projection(x, weight, bias, base, A, B, scales, mix, *, merged: bool = False) -> torch.Tensor:
     """The general form over finished ``scales`` and ``mix``; ``base``: what is added to in place of x Wᵀ."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError("svf_linear has no forward-mode derivative (forward_ad, torch.func.jvp)")
     autocast = autocast_dtype(x)
     dtype = thin_dtype = autocast or x.dtype
     if autocast is None:
         thin_dtype = torch.promote_types(dtype, torch.promote_types(A.dtype, B.dtype))
     tensors = (x, weight, bias, base, A, B, scales, mix)
+    if (reason := followed()) is not None:
+        _stats.op_fell_back(reason)
+        return svf_impl.formula(*tensors, dtype, thin_dtype)
     spec = _Spec(dtype, thin_dtype, merged)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         y = _SVFLinear.apply(spec, *tensors)
+        y = y[0] if isinstance(y, tuple) else y
     else:
         y, _ = _forward(spec, *tensors)
     return as_shaped(y, x)
@@ -183,23 +186,32 @@ class _SVFLinear(torch.autograd.Function):
         _, need_x, need_W, _, _, _, _, *dots = ctx.needs_input_grad
         ctx.spec, ctx.x_shape = spec, x.shape
         keep_x = need_W or (spec.merged and any(dots))
+        # without x, S is what a second derivative reaches x through: an output, for autograd to know its graph
+        linked = need_x and any(dots) and not keep_x and not torch.compiler.is_compiling()
         ctx.save_for_backward(
             x if keep_x else None, weight if need_x else None, A, B, scales, mix, S if any(dots) else None
         )
+        if linked:
+            ctx.set_materialize_grads(False)
+            return y, S
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy, dS=None):
         spec, x_shape = ctx.spec, ctx.x_shape
         _, need_x, need_W, need_b, need_base, _, _, need_scales, need_mix = ctx.needs_input_grad
         needs = [need_x, need_W, need_b, need_scales, need_mix]
-        arguments = (dy, *ctx.saved_tensors, spec.dtype, spec.thin_dtype, needs)
-        run = svf_impl.backward if is_plain(dy) else torch.ops.lowrank.svf_linear_backward.default
-        found = iter(run(*arguments))
+        arguments = (*ctx.saved_tensors, spec.dtype, spec.thin_dtype, needs)
+        if follow := must_follow((dy, dS)):
+            _stats.op_fell_back(DIFFERENTIABLE)
+        if follow or dy is None or dS is not None:
+            found = iter(svf_impl.differentiable(dy, dS, *arguments))
+        else:
+            run = svf_impl.backward if is_plain(dy) else torch.ops.lowrank.svf_linear_backward.default
+            found = iter(run(dy, *arguments))
         dx, dW, db, dscales, dmix = (next(found) if need else None for need in needs)
         dx = None if dx is None else dx.view(x_shape)
-        dbase = dy.view(*x_shape[:-1], dy.shape[1]) if need_base else None
+        dbase = dy.view(*x_shape[:-1], dy.shape[1]) if need_base and dy is not None else None
         return None, dx, dW, db, dbase, None, None, dscales, dmix
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import dropout, eager
 from ._dispatch import svf_products
-from .lora_impl import dense, no_autocast, rows_of
+from .lora_impl import dense, no_autocast, plus, rows_of
 
 
 def forward(x, weight, bias, base, A, B, scales, mix, dtype, thin_dtype):
@@ -53,6 +53,46 @@ def backward(dy, x, weight, A, B, scales, mix, S, dtype, thin_dtype, needs):
         dW = dy.mT @ x if need_W else None
         db = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_b else None
         return [grad for grad, need in zip((dX, dW, db, dscales, dmix), needs, strict=True) if need]
+
+
+def differentiable(dy, dS, x, weight, A, B, scales, mix, S, dtype, thin_dtype, needs):
+    """:func:`backward`'s gradients in out-of-place operations, which autograd and vmap follow.  dy may be None.
+
+    S is computed again from x, through which its graph goes; without x it is a constant, or an output of the node, which
+    ``dS`` is then the gradient of.
+    """
+    with no_autocast(A.device):
+        need_x, need_W, need_b, need_scales, need_mix = needs
+        A, B, x = A.to(thin_dtype), B.to(thin_dtype), None if x is None else rows_of(x, dtype)
+        dX = dW = db = dscales = dmix = None
+        if dy is not None:
+            D = dy.to(thin_dtype) @ B
+            m = scales if mix is None else mix @ scales
+            dS = plus(dS, (D * m).to(thin_dtype)) if need_x else None
+            if need_x and weight is not None:
+                dX = dy @ weight.to(dtype)
+            if need_scales or need_mix:
+                S = S if x is None else x.to(thin_dtype) @ A.mT
+                h = D.to(torch.promote_types(thin_dtype, scales.dtype)) * S
+                dscales = h.sum(0) if mix is None else mix.to(h.dtype).mT @ h
+                dmix = None if mix is None else h @ scales.to(h.dtype).mT
+            dW = dy.mT @ x if need_W else None
+            db = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_b else None
+        if need_x and dS is not None:
+            dX = plus(dX, dS @ A).to(dtype)
+        return [grad for grad, need in zip((dX, dW, db, dscales, dmix), needs, strict=True) if need]
+
+
+def formula(x, weight, bias, base, A, B, scales, mix, dtype, thin_dtype):
+    """:func:`forward`'s y [..., N] in operations that torch.func, forward mode and tracers follow."""
+    with no_autocast(x.device):
+        x = x.to(dtype)
+        y, out_dtype = base, dtype if base is None else base.dtype
+        if weight is not None:
+            y = torch.nn.functional.linear(x, weight.to(dtype))
+        m = scales if mix is None else (mix @ scales).reshape(*x.shape[:-1], A.shape[0])
+        y = plus(y, ((x.to(thin_dtype) @ A.to(thin_dtype).mT) * m).to(thin_dtype) @ B.to(thin_dtype).mT)
+        return plus(y, bias).to(out_dtype)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from .node import followed
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -276,8 +278,8 @@ class debug_checks:
 
 
 def may_look(t: torch.Tensor) -> bool:
-    """Whether a check may read the values of ``t``: on a CPU, or under :class:`debug_checks`; never while traced."""
-    if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter):
+    """Whether a check may read the values of ``t``: on a CPU, or under :class:`debug_checks`; never while traced or batched."""
+    if torch.compiler.is_compiling() or followed() is not None or type(t) not in (torch.Tensor, torch.nn.Parameter):
         return False
     return t.device.type == "cpu" or (debug_checks.enabled and not t.is_meta)
 

@@ -406,7 +406,38 @@ def test_refuses(case):
         lowrank.dora_linear(**given | change())
 
 
-def test_forward_mode_is_refused_and_not_wrong():
-    leaves, W = tensors(4, 8, 6, 2, torch.float32)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda x: call(x, *leaves[1:], W), (leaves[0],), (leaves[0],))
+def constant_norm(x, A, B, m, b, W, keep=None, base_dropout=True):
+    return formula(x, A, B, m, b, W, keep=keep, inv_keep=1 if keep is None else 2.0, base_dropout=base_dropout)
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+@pytest.mark.parametrize("trained", ["xABmb", "xBm", "ABm", "x", "m"])
+@pytest.mark.parametrize(("p", "base_dropout"), [(0.0, True), (0.5, True), (0.5, False)])
+def test_second_derivatives(p, base_dropout, trained, monkeypatch):
+    """The formula's, in which the norm is a constant as well; the mask is the one that was drawn."""
+    leaves, W = tensors(4, 40, 6, 2, torch.float64)
+    leaves = [t.requires_grad_(name in trained) for name, t in zip("xABmb", leaves, strict=True)]
+    seed = torch.tensor([5])
+    monkeypatch.setattr(dropout, "draw_seeds", lambda n, device: seed)
+    keep = torch.cat([m for _, m in dropout.draw(seed[0], 4, 40, dropout.threshold(p))])[:, :40] if p else None
+
+    def second(f):
+        wanted = [t for t in leaves if t.requires_grad]
+        first = torch.autograd.grad(f().sin().sum(), wanted, create_graph=True)
+        return first, torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+    ours = second(lambda: call(*leaves, W, dropout_p=p, base_dropout=base_dropout))
+    theirs = second(lambda: constant_norm(*leaves, W, keep, base_dropout))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+def test_transforms_and_forward_mode():
+    leaves, W = tensors(4, 8, 6, 2, torch.float64)
+    leaves = tuple(t.detach() for t in leaves)
+    for how in (
+        lambda f: torch.func.jvp(lambda *ts: f(*ts, W), leaves, leaves)[1],
+        lambda f: torch.func.jacrev(lambda *ts: f(*ts, W), (0, 1, 2, 3, 4))(*leaves),
+        lambda f: torch.func.vmap(lambda x: f(x, *leaves[1:], W))(leaves[0][:, None]),
+    ):
+        torch.testing.assert_close(how(call), how(constant_norm), rtol=1e-9, atol=1e-9)

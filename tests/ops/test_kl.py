@@ -204,3 +204,16 @@ def test_refuses(change, error, message):
     head = Head(torch.ones(2, 4), torch.ones(5, 4))
     with pytest.raises(error, match=message):
         lowrank.kl_to(**dict(policy=head, base=head) | change)
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+def test_derivatives_of_every_order():
+    policy, base = heads(3, 5, 6, 2, torch.float64)
+    assert torch.autograd.gradgradcheck(lambda *policy: ours(policy, base), policy, check_batched_grad=True)
+    policy = tuple(t.detach() for t in policy)
+    for how in (
+        lambda f: torch.func.jvp(lambda *policy: f(policy, base), policy, policy)[1],
+        lambda f: torch.func.jacrev(lambda *policy: f(policy, base), (0, 1, 2, 3, 4))(*policy),
+        lambda f: torch.func.vmap(lambda h, h0: f((h, *policy[1:]), [h0, *base[1:]]))(policy[0], base[0]),
+    ):
+        torch.testing.assert_close(how(ours), how(plain), rtol=1e-9, atol=1e-9)

@@ -411,13 +411,27 @@ def test_arguments_stay_as_they_are():
     assert all(torch.equal(t, same) for t, same in zip(everything, before, strict=True))
 
 
-def test_first_derivatives_in_reverse_mode_only():
-    (h, W, *_), targets = tensors(3, 16, 37, 3, torch.float32)
-    (dh,) = torch.autograd.grad(lowrank.linear_logprob(h, W, targets).logp.square().sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dh.sum().backward()
-    with pytest.raises(NotImplementedError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
-        lowrank.linear_logprob(h, W, targets)
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.7, logit_scale=1.3, softcap=2.0)], ids=str)
+def test_second_derivatives(options):
+    leaves, targets = tensors(4, 5, 6, 2, torch.float64, torch.float64)
+
+    def f(*leaves):
+        return tuple(ours(leaves, targets, **options))
+
+    assert torch.autograd.gradgradcheck(f, leaves, check_batched_grad=True)
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+def test_transforms_and_forward_mode():
+    leaves, targets = tensors(4, 5, 6, 2, torch.float64, torch.float64)
+    leaves = tuple(t.detach() for t in leaves)
+    for how in (
+        lambda f: torch.func.jvp(lambda *ts: tuple(f(ts, targets)), leaves, leaves)[1],
+        lambda f: torch.func.jacrev(lambda *ts: tuple(f(ts, targets)), (0, 1, 2, 3, 4))(*leaves),
+        lambda f: torch.func.vmap(lambda h, y: tuple(f((h, *leaves[1:]), y)))(leaves[0], targets),
+    ):
+        torch.testing.assert_close(how(ours), how(plain), rtol=1e-9, atol=1e-9)
 
 
 def bad(h, W, b, A, B, y):

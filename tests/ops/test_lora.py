@@ -1,5 +1,6 @@
 import contextlib
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -437,11 +438,101 @@ def test_inputs_are_never_written_to():
     assert all(torch.equal(t, c) for t, c in zip(ts, before, strict=True))
 
 
-def test_second_derivatives_are_refused():
+# which of x, W, A and B are trained: all, a plain LoRA, LoRA-FA (S is kept, x is not), W beside B, x alone, B alone
+TRAINED = ["xWAB", "xAB", "xB", "WB", "x", "B"]
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_second_derivatives(p, trained):
+    x, W, A, B, b, lb = tensors(4, 5, 3, 2, torch.float64)
+    for name, t in zip("xWAB", (x, W, A, B), strict=True):
+        t.requires_grad_(name in trained)
+
+    def f(x, W, A, B, b, lb):
+        torch.manual_seed(1)
+        return lowrank.lora_linear(x.view(2, 2, 5), W, A, B, 0.7, bias=b, lora_bias=lb, dropout_p=p)
+
+    assert torch.autograd.gradcheck(f, (x, W, A, B, b, lb), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, (x, W, A, B, b, lb), check_batched_grad=True)
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+@pytest.mark.parametrize("frozen_A", [False, True])
+@pytest.mark.parametrize("used", [(0, 1), (1,)], ids=str)
+def test_second_derivatives_of_siblings(used, frozen_A):
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    sets = [tensors(4, 5, N, r, torch.float64)[1:4] for N, r in ((3, 2), (2, 1))]
+    Ws, As, Bs = zip(*sets, strict=True)
+    for frozen in (*Ws, *(As if frozen_A else ())):
+        frozen.requires_grad_(False)
+
+    def f(x, *factors):
+        torch.manual_seed(1)
+        ys = lowrank.lora_linears(x, Ws, factors[:2], factors[2:], [0.5, torch.tensor(2.0)], dropout_p=0.3)
+        return [ys[i] for i in used]
+
+    assert torch.autograd.gradgradcheck(f, (x, *As, *Bs))
+
+
+def test_a_gradient_penalty_uses_the_mask_that_was_drawn():
+    """Penalty and loss in one graph, in the formula's dropped x."""
+    x, W, A, B, _, _ = tensors(8, 64, 5, 3, torch.float64)
+    seeds = torch.tensor([99])
+    keep = torch.cat([m for _, m in lowrank.ops.dropout.draw(seeds[0], 8, 64, lowrank.ops.dropout.threshold(0.5))])
+
+    def penalty(f):
+        y = f(x, W, A, B)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(y.sum() + dx.square().sum(), (x, W, A, B))
+
+    want = penalty(lambda *ts: formula(*ts, None, None, keep=keep[:, :64], inv_keep=2.0))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr("lowrank.ops.dropout.draw_seeds", lambda n, device: seeds)
+        got = penalty(lambda *ts: lowrank.lora_linear(*ts, 0.7, dropout_p=0.5))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_differentiable_backward_gives_what_the_other_one_gives(autocast):
+    """Narrow activations, wide factors and autocast: the same dtypes, and gradients as exact."""
+    names = NAMES[1:]
+
+    def draw():
+        ts = tensors(33, 40, 70, 8, torch.float32 if autocast else torch.bfloat16, torch.float32)
+        x, W, A, B, b, lb = ts
+        dy = torch.randn(33, 70, dtype=torch.bfloat16)
+
+        def run(create_graph):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = lowrank.lora_linear(x, W, A, B, 0.7, bias=b, lora_bias=lb)
+            return torch.autograd.grad(y, ts, dy, create_graph=create_graph)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            followed = run(True)
+        assert all(out.requires_grad or name in ("db", "dlb") for name, out in zip(names, followed, strict=True))
+        return followed, run(False), grads(formula, wide(ts), dy.double())[1:]
+
+    in_the_mean(draw, names)
+
+
+def test_following_is_counted_and_refused_under_strict():
     x, W, A, B, _, _ = tensors(2, 12, 10, 3, torch.float32)
-    (dx,) = torch.autograd.grad(lowrank.lora_linear(x, W, A, B).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    lowrank._stats._all.clear()
+    lowrank._stats._warned.clear()
+    y = lowrank.lora_linear(x, W, A, B)
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert lowrank.stats()["fallback"] == {}
+    with pytest.warns(UserWarning, match="create_graph"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert list(lowrank.stats()["fallback"].values()) == [1]
+    with lowrank.strict(), pytest.raises(lowrank.FallbackError, match="create_graph"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    with lowrank.strict(), pytest.raises(lowrank.FallbackError, match="torch"):
+        torch.func.vmap(lambda x: lowrank.lora_linear(x, W, A, B))(x)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -524,10 +615,53 @@ def test_meta_tensors_trace():
     assert lowrank.lora_linear(x, W, A, B, dropout_p=0.1).shape == (6, 7)
 
 
-def test_forward_mode_is_refused_and_not_wrong():
-    x, W, A, B, _, _ = (t.detach() for t in tensors(2, 12, 10, 3, torch.float32))
-    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-        torch.func.jvp(lambda x: lowrank.lora_linear(x, W, A, B), (x,), (x,))
+FOLLOWERS = {
+    "vmap": lambda f, ts: torch.func.vmap(f, (0, *[None] * 5))(ts[0], *ts[1:]),
+    "jvp": lambda f, ts: torch.func.jvp(f, ts, ts)[1],
+    "vjp": lambda f, ts: torch.func.vjp(f, *ts)[1](torch.ones(4, 3, dtype=torch.float64)),
+    "jacrev": lambda f, ts: torch.func.jacrev(f, tuple(range(6)))(*ts),
+    "jacfwd": lambda f, ts: torch.func.jacfwd(f, tuple(range(6)))(*ts),
+    "hessian": lambda f, ts: torch.func.hessian(lambda *ts: f(*ts).square().sum())(*ts),
+    "per sample": lambda f, ts: torch.func.vmap(
+        torch.func.grad(lambda x, *ts: f(x, *ts).square().sum(), (1, 2, 3)), (0, *[None] * 5)
+    )(*ts),
+    "trace": lambda f, ts: torch.jit.trace(f, ts)(torch.cat([ts[0], ts[0]]), *ts[1:]),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", FOLLOWERS)
+def test_transforms_forward_mode_and_tracing(how):
+    ts = tuple(t.detach() for t in tensors(4, 5, 3, 2, torch.float64))
+
+    def ours(x, W, A, B, b, lb):
+        return lowrank.lora_linear(x, W, A, B, 0.7, bias=b, lora_bias=lb)
+
+    torch.testing.assert_close(FOLLOWERS[how](ours, ts), FOLLOWERS[how](formula, ts), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+def test_gradients_batched_by_torch_func_outside_the_call():
+    x, W, A, B, _, _ = tensors(4, 5, 3, 2, torch.float64)
+    eye = torch.eye(12, dtype=torch.float64).view(12, 4, 3)
+
+    def rows(y):
+        return torch.func.vmap(lambda dy: torch.autograd.grad(y, (x, W, A, B), dy, retain_graph=True))(eye)
+
+    want = rows(formula(x, W, A, B, None, None))
+    torch.testing.assert_close(rows(lowrank.lora_linear(x, W, A, B, 0.7)), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+def test_dropout_under_vmap_is_torchs():
+    x, W, A, B, _, _ = (t.detach() for t in tensors(4, 512, 3, 2, torch.float64))
+
+    def f(x):
+        return lowrank.lora_linear(x, torch.zeros_like(W), A, B, dropout_p=0.5)
+
+    same = x[:1].expand(4, -1)
+    assert len(torch.func.vmap(f, randomness="different")(same).unique(dim=0)) == 4
+    assert len(torch.func.vmap(f, randomness="same")(same).unique(dim=0)) == 1
 
 
 def test_an_empty_batch_onto_a_base():

@@ -406,3 +406,39 @@ def test_more_directions_than_the_weight_has():
     U, Vh = torch.randn(4, 6), torch.randn(6, 40)
     with pytest.raises(ValueError, match="k = 6 directions are more than"):
         op(torch.randn(3, 40), SVDFactors(U, torch.ones(6), Vh), torch.ones(6))
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+@pytest.mark.parametrize("trained", ["xz", "z", "x", "xWzb"])
+@pytest.mark.parametrize("mode", ["delta", "activation", "merged", "mix"])
+def test_second_derivatives(mode, trained):
+    leaves, factors = tensors(3, 5, 4, 4, torch.float64, E=2 if mode == "mix" else None)
+    x, W, z, mix, b = (None if t is None else t.detach().double() for t in leaves)
+    named = {"x": x, "W": W, "z": z, "b": b} | ({} if mix is None else {"z": z, "mix": mix})
+    ts = [t.requires_grad_(name in trained or name == "mix") for name, t in named.items()]
+
+    def f(x, W, z, b, mix=None):
+        W = None if mode == "activation" else W
+        return lowrank.svf_linear(x, W, factors, z, bias=b, mix=mix, mode="delta" if mode == "mix" else mode)
+
+    assert torch.autograd.gradgradcheck(f, ts, check_batched_grad=True)
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+def test_transforms_and_forward_mode():
+    leaves, factors = tensors(4, 9, 7, 3, torch.float64)
+    x, W, z, _, b = (None if t is None else t.detach().double() for t in leaves)
+
+    def ours(x, z, b):
+        return lowrank.svf_linear(x, W, factors, z, bias=b)
+
+    def theirs(x, z, b):
+        return formula(x, W, z, None, b, factors)
+
+    for how in (
+        lambda f: torch.func.jvp(f, (x, z, b), (x, z, b))[1],
+        lambda f: torch.func.jacrev(f, (0, 1, 2))(x, z, b),
+        lambda f: torch.func.vmap(f, (0, None, None))(x, z, b),
+        lambda f: torch.func.vmap(f, (None, 0, None))(x, torch.stack([z, 2 * z]), b),
+    ):
+        torch.testing.assert_close(how(ours), how(theirs))
