@@ -14,7 +14,7 @@ from torch import nn
 from . import _stats, sharding
 from .ops import dora as dora_op
 from .ops.lora import Adapter, Projection, lora_projections
-from .ops.node import followed
+from .ops.node import CHANGED, COPY, followed
 from .ops.validation import DTYPES
 
 # in a layer's __dict__
@@ -41,7 +41,7 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
         dora = _dora(self)
         adapters, reason = adapters_of(self, x, args, kwargs, dora)
         if adapters:
-            reason = followed() or reason
+            reason = followed() or (WRITTEN if self.__dict__.get(CHANGED) else reason)
         if reason is SHARDED and dora is None:
             _stats.ran_fused(self)
             return _inside_units(self, x, adapters)
@@ -113,14 +113,14 @@ def _projection(layer, x) -> Projection | None:
     if GROUP not in layer.__dict__ or not _is_plain_linear(base, x):
         return None
     adapters, reason = adapters_of(layer, x, (), {})
-    if not adapters or reason is not None:
+    if not adapters or reason is not None or layer.__dict__.get(CHANGED):
         return None
     return _projected(layer, base.weight, base.bias, adapters)
 
 
 def _projected(layer, weight, bias, adapters, base=None) -> Projection:
     known = None if torch.compiler.is_compiling() else layer  # which layer it is would be a guard
-    return Projection(weight, bias, adapters, base, known)
+    return Projection(weight, bias, adapters, base, known, layer.__dict__.get(COPY, False))
 
 
 def _dora(layer) -> str | None:
@@ -155,7 +155,7 @@ def _run_dora(layer, name: str, adapter: Adapter, x: torch.Tensor, base_dropout:
     known = None if torch.compiler.is_compiling() else layer
     return dora_op.of_layer(
         known, x, base.weight, A, B, vector.weight, scaling, base.bias,
-        dropout_p=p, base_dropout=base_dropout, cache=cache, key=key,
+        dropout_p=p, base_dropout=base_dropout, cache=cache, key=key, copy=layer.__dict__.get(COPY, False),
     )  # fmt: skip
 
 
@@ -225,6 +225,7 @@ def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[
 
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
+WRITTEN = "the input is changed in place after the call: copy_inputs would save a copy of it"
 SHARDED = "lora_A or lora_B is sharded by itself: shard the LoRA layer or the decoder layer"
 
 

@@ -7,12 +7,13 @@ once per reason.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from .. import _stats
 from ..layers import BASE_DROPOUT, GROUP, fused
+from ..ops.node import CHANGED, COPY, NAME
 from . import siblings as _siblings
 
 try:
@@ -24,7 +25,12 @@ except ImportError as error:
 
 
 def patch(
-    model: nn.Module | None = None, *, siblings: bool = True, shared_mask: bool = False, dora_base_dropout: bool = True
+    model: nn.Module | None = None,
+    *,
+    siblings: bool = True,
+    shared_mask: bool = False,
+    dora_base_dropout: bool = True,
+    copy_inputs: bool | Sequence[str] = False,
 ) -> nn.Module | None:
     """Run PEFT's LoRA layers on lowrank: those of ``model``, or every one of the process, made before or after.
 
@@ -36,9 +42,16 @@ def patch(
         shared_mask: let siblings share one dropout mask too: a bit per element kept instead of one each.
         dora_base_dropout: whether dropout reaches the base's term of a DoRA layer too, as in PEFT, which costs a second
             GEMM with the weight; False is one GEMM, and the same mean (:func:`lowrank.dora_linear`).
+        copy_inputs: for one model, the layers whose input the model changes in place after it has called them, by name or
+            by the end of it, as target_modules has them; True for all.  They save a copy for backward.  Without it the
+            backward that finds such an input raises, and that layer is PEFT's own from then on.
 
-    Raises: TypeError if ``model`` is no module; ValueError if it holds no LoRA layer that lowrank covers.
+    Raises: TypeError if ``model`` is no module or ``copy_inputs`` no list of names; ValueError if it holds no LoRA layer that
+        lowrank covers, or none of a name in ``copy_inputs``.
     """
+    _check_copy_inputs(copy_inputs)
+    if model is None and copy_inputs:
+        raise ValueError("copy_inputs: expected a model beside it, got none")
     if model is None:
         for cls in _covered():
             if cls not in _originals:
@@ -47,21 +60,35 @@ def patch(
         return None
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if not swap_layers(model, siblings=siblings, shared_mask=shared_mask, dora_base_dropout=dora_base_dropout):
+    options = dict(shared_mask=shared_mask, dora_base_dropout=dora_base_dropout, copy_inputs=copy_inputs)
+    if not swap_layers(model, siblings=siblings, **options):
         raise ValueError("model: found no LoRA layer to patch; call this after get_peft_model")
     return model
 
 
 def swap_layers(
-    model: nn.Module, *, siblings: bool = True, shared_mask: bool = False, dora_base_dropout: bool = True
+    model: nn.Module,
+    *,
+    siblings: bool = True,
+    shared_mask: bool = False,
+    dora_base_dropout: bool = True,
+    copy_inputs: bool | Sequence[str] = False,
 ) -> int:
     """:func:`patch` for one model, where having nothing to patch is no mistake.  Returns how many layers are patched."""
     twins = {cls: _twin(cls) for cls in _covered()}
-    layers = [m for m in model.modules() if type(m) in twins or type(m) in twins.values()]
-    for layer in layers:
+    layers: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in twins or type(module) in twins.values():
+            layers.setdefault(module, []).append(name)
+    copied = _copied(layers, copy_inputs)
+    for layer, (name, *_) in layers.items():
         layer.__class__ = twins.get(type(layer), type(layer))
         _leave(layer)
         layer.__dict__[BASE_DROPOUT] = dora_base_dropout
+        layer.__dict__[NAME] = name
+        layer.__dict__[COPY] = layer in copied
+        if layer in copied:
+            layer.__dict__.pop(CHANGED, None)
     for group in _siblings.find(model, set(layers).__contains__) if siblings else ():
         together = _siblings.Siblings(group, shared_mask)
         for layer in group:
@@ -79,10 +106,12 @@ def unpatch(model: nn.Module | None = None) -> nn.Module | None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for layer in model.modules():
+        layer.__dict__.pop(CHANGED, None)  # also from layers that patch() without a model reached
         if type(layer) in _twins.values():
             layer.__class__ = type(layer).__mro__[1]
             _leave(layer)
-            layer.__dict__.pop(BASE_DROPOUT, None)
+            for key in (BASE_DROPOUT, NAME, COPY):
+                layer.__dict__.pop(key, None)
     return model
 
 
@@ -102,6 +131,26 @@ def register(config: LoraConfig) -> LoraConfig:
         raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
     config._register_custom_module({nn.Linear: _make_layer})
     return config
+
+
+def _check_copy_inputs(copy_inputs) -> None:
+    names = () if isinstance(copy_inputs, bool) else copy_inputs
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) and n for n in names):
+        raise TypeError(f"copy_inputs: expected True, False or a list of layer names, got {copy_inputs!r}")
+
+
+def _copied(layers: dict[nn.Module, list[str]], copy_inputs: bool | Sequence[str]) -> set[nn.Module]:
+    """The layers that ``copy_inputs`` names."""
+    _check_copy_inputs(copy_inputs)
+    if isinstance(copy_inputs, bool):
+        return set(layers) if copy_inputs else set()
+    found = {
+        wanted: [m for m, names in layers.items() if any(n == wanted or n.endswith(f".{wanted}") for n in names)]
+        for wanted in copy_inputs
+    }
+    if layers and (missing := [wanted for wanted, of in found.items() if not of]):
+        raise ValueError(f"copy_inputs: no LoRA layer {missing[0]!r}; there is {next(iter(layers.values()))[0]!r}")
+    return {layer for of in found.values() for layer in of}
 
 
 def is_patched(layer: nn.Module) -> bool:

@@ -20,7 +20,7 @@ import torch
 from .. import _stats
 from . import dora_impl, dropout
 from .lora import Adapter, Projection, as_shaped, autocast_dtype, is_plain
-from .node import DIFFERENTIABLE, alive, followed, must_follow, to_save
+from .node import DIFFERENTIABLE, alive, followed, must_follow, recall, remember, to_save
 from .validation import check_dora, check_projection
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -90,8 +90,12 @@ def of_layer(
     base_dropout,
     cache: dict | None = None,
     key=None,
+    copy=False,
 ) -> torch.Tensor:
-    """:func:`dora_linear` as a call of ``layer``, for stats(); the norm is ``cache[key]``'s, or left there for the next."""
+    """:func:`dora_linear` as a call of ``layer``, for stats() and errors.
+
+    cache, key: where the norm is, or is left for the next call.  copy: backward gets a copy of x.
+    """
     autocast = autocast_dtype(x)
     adapter = Adapter(lora_A, lora_B, scaling, None, dropout_p)
     check_projection(x, Projection(weight, bias, (adapter,)), autocast is not None)
@@ -125,7 +129,7 @@ def of_layer(
     spec = _Spec(dropout_p, twice, dtype)
     tensors = (x, weight, bias, lora_A, B, gain)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        x = to_save(x)
+        x = to_save(x, copy)
         layers = [] if layer is None else [weakref.ref(layer)]
         y = _DoRALinear.apply(spec, layers, seed, x, *tensors[1:])
     else:
@@ -146,7 +150,7 @@ class _DoRALinear(torch.autograd.Function):
         _, _, _, need_x, _, _, need_A, need_B, need_gain = ctx.needs_input_grad
         keep_x = need_A or (need_x and (need_B or need_gain))  # beside a frozen A for second derivatives alone
         ctx.spec, ctx.x_shape = spec, x.shape
-        ctx.layers = layers
+        ctx.layers, ctx.remembered = layers, remember(layers, x) if layers and keep_x else None
         ctx.save_for_backward(
             x if keep_x else None, weight if need_x else None, A, B, gain,
             S if need_B else None, v if need_gain else None,
@@ -157,7 +161,7 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         spec, x_shape = ctx.spec, ctx.x_shape
-        x, weight, A, B, gain, S, v, bias, *keeps = ctx.saved_tensors
+        x, weight, A, B, gain, S, v, bias, *keeps = recall(ctx, ctx.remembered)
         _, _, _, need_x, _, need_b, need_A, need_B, need_gain = ctx.needs_input_grad
         needs = [need_x, need_b, need_A, need_B, need_gain]
         run = dora_impl.backward if is_plain(dy) else torch.ops.lowrank.dora_linear_backward.default

@@ -18,7 +18,7 @@ import torch
 
 from .. import _stats
 from . import dropout, lora_impl
-from .node import DIFFERENTIABLE, alive, followed, must_follow, to_save
+from .node import DIFFERENTIABLE, alive, followed, must_follow, recall, remember, to_save
 from .validation import check_projection
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -53,7 +53,7 @@ class Adapter(NamedTuple):
 class Projection(NamedTuple):
     """What is added to the thin terms: weight [N,K] with bias [N], or a finished base output [...,N] (quantised layers).
 
-    layer: whose call this is, for stats().
+    layer: whose call this is, for stats() and errors.  copy: whether backward gets a copy of x, which others may write to.
     """
 
     weight: torch.Tensor | None
@@ -61,6 +61,7 @@ class Projection(NamedTuple):
     adapters: tuple[Adapter, ...]
     base: torch.Tensor | None = None
     layer: torch.nn.Module | None = None
+    copy: bool = False
 
 
 def lora_linear(
@@ -136,10 +137,12 @@ def lora_projections(
     reason = followed()
     autocast = autocast_dtype(x)
     dtype = thin_dtype = autocast or x.dtype
+    copy = False
     weights, biases, bases, counts = [], [], [], []
     As, Bs, lora_biases, scaling_tensors, scalings, masks, ps = [], [], [], [], [], [], []
     for projection in projections:
         check_projection(x, projection, autocast is not None)
+        copy |= projection.copy
         weights.append(projection.weight)
         biases.append(projection.bias)
         bases.append(projection.base)
@@ -172,7 +175,7 @@ def lora_projections(
     spec = _Spec(tuple(counts), tuple(scalings), tuple(masks), tuple(ps), dtype, thin_dtype)
     tensors = (*weights, *biases, *bases, *As, *Bs, *lora_biases, *scaling_tensors)
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
-        x = to_save(x)
+        x = to_save(x, copy)
         layers = [weakref.ref(projection.layer) for projection in projections if projection.layer is not None]
         ys = _LoRALinears.apply(spec, layers, x, seeds, *tensors)[: len(weights)]
     else:
@@ -219,7 +222,7 @@ class _LoRALinears(torch.autograd.Function):
         need_W, need_A, need_B = any(needs[:n]), any(needs[3 * n : 3 * n + a]), any(needs[3 * n + a : 3 * n + 2 * a])
         compiling, keep_x = torch.compiler.is_compiling(), need_A or need_W
         ctx.spec, ctx.x_shape = spec, x.shape
-        ctx.layers = layers
+        ctx.layers, ctx.remembered = layers, remember(layers, x) if layers and keep_x else None
         # without x, S is what a second derivative reaches x through: an output, for autograd to know its graph
         ctx.linked = need_x and need_B and not keep_x and not compiling
         ctx.materialize_grads = False  # set_materialize_grads, in the form that Dynamo traces
@@ -236,7 +239,7 @@ class _LoRALinears(torch.autograd.Function):
         spec, x_shape = ctx.spec, ctx.x_shape
         n, a = len(spec.counts), len(spec.scalings)
         dys, dS = dys[:n], dys[n] if ctx.linked else None
-        x, S, *saved = ctx.saved_tensors
+        x, S, *saved = recall(ctx, ctx.remembered)
         weights, As, Bs, scaling_tensors, keeps = lora_impl.runs(saved, (n, a, a, a, len(spec.ps)))
         _, _, need_x, _, *flags = ctx.needs_input_grad
         needs = [need_x, *flags[: 2 * n], *flags[3 * n : 3 * n + 3 * a]]

@@ -1,4 +1,6 @@
-"""What the autograd nodes of this package share: who follows their operations beside autograd."""
+"""What the autograd nodes of this package share: who follows their operations, and inputs written to before backward."""
+
+import weakref
 
 import torch
 from torch.autograd import forward_ad
@@ -7,6 +9,10 @@ _interpreter, _is_batched = torch._C._functorch.peek_interpreter_stack, torch._C
 _is_tracing = torch._C._is_tracing
 
 DIFFERENTIABLE = "create_graph, or a batched or dual gradient: backward in differentiable operations"
+# in a LoRA layer's __dict__
+NAME = "_lowrank_name"  # what patch(model) found it as
+COPY = "_lowrank_copies_input"  # True: what it saves is a copy
+CHANGED = "_lowrank_input_was_changed"  # True: a backward found its input written to
 
 
 def followed() -> str | None:
@@ -32,10 +38,57 @@ def must_follow(grads) -> bool:
     )
 
 
-def to_save(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy of what inference mode made, which cannot be saved."""
-    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+def to_save(x: torch.Tensor, copy: bool) -> torch.Tensor:
+    """x, or a copy of it: where one is asked for, and of what inference mode made, which cannot be saved."""
+    return x.clone() if copy or (not torch.compiler.is_compiling() and x.is_inference()) else x
+
+
+def remember(layers, x: torch.Tensor) -> tuple:
+    """For a node that saves x: the layers it was given to and what x is now.  Weak references alone."""
+    # hooks (offloading) take autograd's own look at the version away, and checkpointing computes x again
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    again = hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+    return layers, weakref.ref(x), x._version, again
+
+
+def recall(ctx, remembered: tuple | None) -> tuple[torch.Tensor | None, ...]:
+    """``ctx.saved_tensors``, whose first is x or None.
+
+    Raises: RuntimeError that names the layers if x was written to since; they are PEFT's from then on.
+    """
+    if remembered is None:
+        return ctx.saved_tensors
+    layers, ref, version, again = remembered
+    try:
+        saved = ctx.saved_tensors
+    except RuntimeError as error:
+        x = ref()
+        if x is None or x._version == version:
+            raise
+        raise RuntimeError(_hand_over(layers)) from error
+    found = saved[0]
+    if found is not None and found._version != version and (again or _is_same(ref(), found)):
+        raise RuntimeError(_hand_over(layers))
+    return saved
+
+
+def _is_same(x: torch.Tensor | None, found: torch.Tensor) -> bool:
+    return x is not None and x.data_ptr() == found.data_ptr()
 
 
 def alive(layers) -> list:
     return [layer for layer in (ref() for ref in layers) if layer is not None]
+
+
+def _hand_over(layers) -> str:
+    layers = alive(layers)
+    for layer in layers:
+        layer.__dict__[CHANGED] = True
+    names = [layer.__dict__.get(NAME) for layer in layers]
+    known = bool(names) and all(names)
+    return (
+        f"{', '.join(names) if known else 'a LoRA layer'}: the input was changed in place after the layer was called, and"
+        " lowrank saves the input itself for backward.  From now on PEFT's own code runs there;"
+        f" patch(model, copy_inputs={names if known else True}) keeps it on lowrank, at the price of a copy of that input"
+        + (" (True: of every layer's)" if known else "")
+    )

@@ -502,19 +502,19 @@ def test_a_differentiable_backward_gives_what_the_other_one_gives(autocast):
 
     def draw():
         ts = tensors(33, 40, 70, 8, torch.float32 if autocast else torch.bfloat16, torch.float32)
-        x, W, A, B, b, lb = ts
         dy = torch.randn(33, 70, dtype=torch.bfloat16)
 
-        def run(create_graph):
+        def run(f, create_graph=False):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                y = lowrank.lora_linear(x, W, A, B, 0.7, bias=b, lora_bias=lb)
+                y = f(*ts)
             return torch.autograd.grad(y, ts, dy, create_graph=create_graph)
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            followed = run(True)
+            followed = run(call, True)
         assert all(out.requires_grad or name in ("db", "dlb") for name, out in zip(names, followed, strict=True))
-        return followed, run(False), grads(formula, wide(ts), dy.double())[1:]
+        assert [out.dtype for out in followed] == [out.dtype for out in run(call)]
+        return followed, run(formula), grads(formula, wide(ts), dy.double())[1:]
 
     in_the_mean(draw, names)
 
