@@ -133,8 +133,10 @@ def x_pass(
     masks: list[int],
     keeps: list[torch.Tensor],
     config: Config | None = None,
+    add: bool = False,
 ) -> list[torch.Tensor | None]:
-    """dA_j in A_j's dtype where needed; ``dX`` [M, K], if given, is overwritten.  x may be None where no dA is needed.
+    """dA_j in A_j's dtype where needed; ``dX`` [M, K], if given, is overwritten, or added to and rounded once.  x may be None
+    where no dA is needed.
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
@@ -148,10 +150,10 @@ def x_pass(
     ranks = [A.shape[0] for A in As]
     how = dot_kind((dX if x is None else x).dtype, dS[0].dtype)
     fused = any(need_dA) and fits(len(ranks) * pad_rank(max(ranks)), how, device_facts(dS[0].device)[0])
-    if dX is not None and not fused:
+    if dX is not None and (add or not fused):
         of = [keeps[m] if m >= 0 else None for m in masks]
         n = len(As)
-        expand_into(dX, dS, [A.mT for A in As], [1.0] * n, [None] * n, None, of)
+        expand_into(dX, dS, [A.mT for A in As], [1.0] * n, [None] * n, dX if add else None, of)
         dX = None
     for batch in batches(ranks, WIDTH[how]):
         mine = slice(batch.start, batch.stop)

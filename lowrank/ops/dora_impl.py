@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import bits
 from . import dropout, eager
 from ._dispatch import dora_products
-from .lora_impl import dense, dropper, no_autocast, rows_of
+from .lora_impl import dense, dropper, may_overflow, no_autocast, rows_of
 
 
 def norm(weight, A, B, start=None) -> Tensor:
@@ -89,11 +89,14 @@ def backward(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs, bias=N
             weight, dX = weight.to(dtype), dy.new_empty((dy.shape[0], A.shape[1]), dtype=dtype)
         if need_x or need_A:
             x = rows_of(x, dtype) if need_A else None
-            (dA,) = products.x_pass(x, [dS], [A.to(B.dtype)], [need_A], dX, [0] if keeps else [-1], keeps)
+            first = need_x and not twice and may_overflow(dtype, B.dtype)
+            if first:
+                dX.addmm_(scaled, weight, beta=0)
+            (dA,) = products.x_pass(x, [dS], [A.to(B.dtype)], [need_A], dX, [0] if keeps else [-1], keeps, add=first)
             dA = dA.to(A.dtype) if need_A else None
         if need_x and twice:
             products.drop(scaled @ weight, keeps[0], dX)
-        if need_x:
+        if need_x and not first:
             eager.add_product_(dX, dy if twice else scaled, weight)
         return [grad for grad, need in zip((dX, db, dA, dB, dgain), needs, strict=True) if need]
 

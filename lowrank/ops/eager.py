@@ -108,14 +108,22 @@ def x_pass(
     dX: Tensor | None,
     masks: list[int],
     keeps: list[Tensor],
+    add: bool = False,
 ) -> list[Tensor | None]:
-    """dA_j in A_j's dtype where needed (x may be None if nowhere); ``dX`` [M,K], if given, is overwritten."""
+    """dA_j in A_j's dtype where needed (x may be None if nowhere); ``dX`` [M,K], if given, is overwritten, or added to and
+    rounded once.
+    """
+    if add and dX is not None and dX.dtype is not dS[0].dtype:
+        total = dX.to(dS[0].dtype)
+        dAs = x_pass(x, dS, As, need_dA, total, masks, keeps, add)
+        dX.copy_(total)
+        return dAs
     dAs: list[Tensor | None] = [None] * len(As)
     for g, (mask, group) in enumerate(_groups(masks)):
         thin = _joined([dS[j] for j in group], dS[0].dtype, 1)
         wanted = x if any(need_dA[j] for j in group) else None
         A = _joined([As[j] for j in group], thin.dtype, 0)
-        _spread(_x_pass(wanted, thin, A, keeps[mask] if mask >= 0 else None, dX, g > 0), dAs, group, As, 0, 0)
+        _spread(_x_pass(wanted, thin, A, keeps[mask] if mask >= 0 else None, dX, add or g > 0), dAs, group, As, 0, 0)
     several = len(As) > 1
     return [
         d.to(A.dtype, copy=several) if need and d is not None else None

@@ -30,22 +30,26 @@ def forward(
 
         ys = []
         for i, (mine, columns) in enumerate(_spans(counts, As)):
+            weight, base = weights[i], bases[i]
             constants = [] if biases[i] is None else [biases[i]]
+            if counts[i] and weight is not None and may_overflow(dtype, thin_dtype):
+                base, weight = torch.nn.functional.linear(x, weight.to(dtype), *constants), None
+                constants = []
             constants += [
                 times(lora_biases[j].to(thin_dtype), scalings[j], scaling_tensors[j])
                 for j in range(mine.start, mine.stop)
                 if lora_biases[j] is not None
             ]
-            if bases[i] is not None:
-                constants.append(bases[i].reshape(x.shape[0], bases[i].shape[-1]))
+            if base is not None:
+                constants.append(base.reshape(x.shape[0], base.shape[-1]))
             start = sum(constants[1:], constants[0]) if constants else None
-            out_dtype = dtype if bases[i] is None else bases[i].dtype
+            out_dtype = dtype if base is None else base.dtype
             if counts[i]:
                 y = thin.expand(S[:, columns], Bs[mine], scales[mine], scaling_tensors[mine], start, out_dtype)
-                ys.append(y if weights[i] is None else y.addmm_(x, weights[i].to(dtype).mT))
+                ys.append(y if weight is None else y.addmm_(x, weight.to(dtype).mT))
             else:
                 start = None if start is None else start.to(dtype)
-                ys.append(torch.nn.functional.linear(x, weights[i].to(dtype), start))
+                ys.append(torch.nn.functional.linear(x, weight.to(dtype), start))
         return ys, S, keeps
 
 
@@ -90,24 +94,39 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
         if need_x:
             K = next(t for t in (x, *As, *weights) if t is not None).shape[-1]
             dX = some.new_empty((some.shape[0], K), dtype=dtype)
+        first = need_x and may_overflow(dtype, thin_dtype)
+        started = first and _add_base(dX, dys, weights, False)
         used = [j for j in range(a) if dS[j] is not None]
         if used:
             mine = ([of[j] for j in used] for of in (dS, As, need_A))
-            found = thin.x_pass(x if any(need_A) else None, *mine, dX, [masks[j] for j in used], keeps)
+            masks = [masks[j] for j in used]
+            found = thin.x_pass(x if any(need_A) else None, *mine, dX, masks, keeps, add=started)
             for j, grad in zip(used, found, strict=True):
                 dA[j] = grad
-        if need_x:
-            started = bool(used)
-            for dy, weight in zip(dys, weights, strict=True):
-                if dy is not None and weight is not None:
-                    if started:
-                        add_product_(dX, dy, weight.to(dtype))
-                    else:
-                        dX.addmm_(dy, weight.to(dtype), beta=0)
-                    started = True
-            if not started:
-                dX.zero_()
+            started = True
+        if need_x and not first:
+            started = _add_base(dX, dys, weights, started)
+        if need_x and not started:
+            dX.zero_()
         return [grad for grad, need in zip([dX, *dW, *db, *dA, *dB, *dlb], needs, strict=True) if need]
+
+
+def may_overflow(dtype: torch.dtype, thin_dtype: torch.dtype) -> bool:
+    """Whether a thin term that is finite in its own dtype may be infinite in the GEMM's: then the base goes first."""
+    return dtype is torch.float16 and thin_dtype is not dtype
+
+
+def _add_base(dX, dys, weights, started: bool) -> bool:
+    """dX += Σ dY W, or = where nothing is there yet; whether anything is there then."""
+    for dy, weight in zip(dys, weights, strict=True):
+        if dy is None or weight is None:
+            continue
+        if started:
+            add_product_(dX, dy, weight.to(dX.dtype))
+        else:
+            dX.addmm_(dy, weight.to(dX.dtype), beta=0)
+        started = True
+    return started
 
 
 def formula(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import dropout, eager
 from ._dispatch import svf_products
-from .lora_impl import dense, no_autocast, plus, rows_of
+from .lora_impl import dense, may_overflow, no_autocast, plus, rows_of
 
 
 def forward(x, weight, bias, base, A, B, scales, mix, dtype, thin_dtype):
@@ -24,6 +24,8 @@ def forward(x, weight, bias, base, A, B, scales, mix, dtype, thin_dtype):
         x, scales, mix = rows_of(x, dtype), scales.contiguous(), _contiguous(mix)
         if base is not None:
             base = base.reshape(x.shape[0], base.shape[-1])
+        elif weight is not None and may_overflow(dtype, thin_dtype):
+            base, weight, bias = torch.nn.functional.linear(x, weight.to(dtype), bias), None, None
         products = svf_products(x, base, A, B, thin_dtype)
         S = products.shrink(x, [A], thin_dtype, [-1], [], None)[0]
         start = base if bias is None else bias if base is None else base + bias
@@ -47,8 +49,11 @@ def backward(dy, x, weight, A, B, scales, mix, S, dtype, thin_dtype, needs):
         dX = None
         if need_x:
             dX = dy.new_empty((dy.shape[0], A.shape[1]), dtype=dtype)
-            products.x_pass(None, [dS], [A], [False], dX, [-1], [])
-            if weight is not None:
+            first = weight is not None and may_overflow(dtype, thin_dtype)
+            if first:
+                dX.addmm_(dy, weight.to(dtype), beta=0)
+            products.x_pass(None, [dS], [A], [False], dX, [-1], [], add=first)
+            if weight is not None and not first:
                 eager.add_product_(dX, dy, weight.to(dtype))
         dW = dy.mT @ x if need_W else None
         db = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_b else None

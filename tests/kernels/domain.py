@@ -31,6 +31,8 @@ def calls(dtype, thin_dtype, M, ranks, shape=SHAPE, with_svf=True):
         dX, needed = empty(M, K), [True] * n
         thin.x_pass(x, list(S.split(ranks, 1)), As, needed, dX, masks, keeps)
         thin.x_pass(None, list(S.split(ranks, 1)), As, [False] * n, dX, masks, keeps)
+        if (dtype, thin_dtype) == (FP16, FP32):
+            thin.x_pass(None, list(S.split(ranks, 1)), As, [False] * n, dX, masks, keeps, add=True)
     thin.expand(S, Bs, scales, none, empty(N), dtype)
     thin.expand(S, Bs, scales, none, empty(M, N), dtype)
     thin.dy_pass(dY, Bs, scales, none, S, [True] * n, True, thin_dtype)

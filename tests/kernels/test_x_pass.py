@@ -41,6 +41,25 @@ def inputs(M, K, ranks, dtype, thin_dtype, masks):
     return randn(M, K, dtype=dtype), [randn(M, r, dtype=thin_dtype) for r in ranks], factors, keeps
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("ranks", [(8,), (16, 3)], ids=str)
+def test_added_to_dx_and_rounded_once(ranks, dropped):
+    """Sums that fit fp16 of terms that do not."""
+    n = len(ranks)
+    masks = list(range(n)) if dropped else [-1] * n
+    x, dS, As, keeps = inputs(37, 150, ranks, FP16, FP32, masks)
+    As = [10000 * A for A in As]
+    _, thin = oracle(x, dS, As, masks, keeps)
+    assert thin.abs().max() > 70000
+    start = (randn(37, 150, dtype=FP32) - thin).clamp(-60000, 60000).half()
+    truth = start.double() + thin
+    fits = truth.abs() < 65000
+    for run in (x_pass, eager.x_pass):
+        dX = start.clone()
+        run(x, dS, As, [True] * n, dX, masks, keeps, add=True)
+        assert ((dX - truth).abs() <= 2**-11 * truth.abs() + 1e-5 * thin.abs() + 0.1)[fits].all()
+
+
 @pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "K", "_", "ranks"), CASES, ids=str)
 @pytest.mark.parametrize("dropped", ["none", "shared", "each"])

@@ -225,6 +225,37 @@ def test_a_thin_term_larger_than_the_base_costs_one_rounding_of_it():
     assert (lowrank.lora_linear(x, W, A, B, 40.0).double() - oracle).norm() <= budget
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_thin_term_beyond_fp16_is_taken_back_by_the_base(adapters, p):
+    """70000 - 30000, in y and in dx, of fp32 factors over fp16: exact by construction where nothing is dropped."""
+    x, dy = torch.ones(3, 64, dtype=torch.float16, requires_grad=True), torch.full((3, 32), 2.0, dtype=torch.float16)
+    W, b = torch.full((32, 64), -30000 / 64, dtype=torch.float16), torch.zeros(32, dtype=torch.float16)
+    A, B = torch.ones(1, 64, requires_grad=True), torch.full((32, 1), 70000 / 64 / adapters, requires_grad=True)
+    (y,) = lora_projections(x, (Projection(W, b, (Adapter(A, B, 1.0, None, p),) * adapters),))
+    for create_graph in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dx, dA, dB = torch.autograd.grad(y, (x, A, B), dy, retain_graph=True, create_graph=create_graph)
+        assert all(torch.isfinite(t).all() for t in (y, dx, dA, dB))
+        if not p:
+            assert torch.equal(y, torch.full_like(y, 40000))
+            assert torch.equal(dx, torch.full_like(dx, 40000))
+        else:  # what is dropped is the base's -30000, what is kept 70000 * 4 / 3 more, rounded once
+            values = [-30000 + 70000 * 4 / 3 / adapters * kept for kept in range(adapters + 1)]
+            assert set(dx.flatten().tolist()) == set(torch.tensor(values).half().tolist())
+
+
+def test_an_svf_term_beyond_fp16_is_taken_back_by_the_base():
+    x, W = torch.ones(3, 64, dtype=torch.float16, requires_grad=True), torch.full((32, 64), -30000 / 64).half()
+    factors = lowrank.SVDFactors(torch.ones(32, 1), torch.ones(1), torch.ones(1, 64))
+    z = torch.tensor([1 + 70000 / 64], requires_grad=True)
+    y = lowrank.svf_linear(x, W, factors, z, mode="delta")
+    (dx,) = torch.autograd.grad(y, x, torch.full_like(y, 2))
+    assert torch.equal(y, torch.full_like(y, 40000))
+    assert torch.equal(dx, torch.full_like(dx, 40000))
+
+
 def test_base_output_is_added_to_and_not_written():
     x, W, A, B, _, lb = tensors(4, 12, 10, 3, torch.float64)
     base = (x @ W.mT).detach().requires_grad_()
@@ -496,8 +527,8 @@ def test_a_gradient_penalty_uses_the_mask_that_was_drawn():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_differentiable_backward_gives_what_the_other_one_gives(autocast):
-    """Narrow activations, wide factors and autocast: the same dtypes, and gradients as exact."""
+def test_a_differentiable_backward_is_as_right(autocast):
+    """Narrow activations, wide factors and autocast: eager's dtypes, and gradients as exact."""
     names = NAMES[1:]
 
     def draw():
