@@ -17,13 +17,16 @@ CHANGED = "_lowrank_input_was_changed"  # True: a backward found its input writt
 
 def followed() -> str | None:
     """What looks into a call beside autograd, and needs operations it knows: a reason for ``stats()``, or None."""
-    if torch.compiler.is_compiling():
-        return None
     if _interpreter() is not None:
         return "torch.func: vmap, grad, jvp and what is made of them"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     return "torch.jit.trace or torch.onnx.export" if _is_tracing() else None
+
+
+# Dynamo, which guards on the first two by itself, runs it while it traces, inside the very transforms:
+# torch.compiler.assume_constant_result, which imports Dynamo.
+followed._dynamo_marked_constant = True
 
 
 def must_follow(grads) -> bool:

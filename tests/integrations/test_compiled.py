@@ -194,3 +194,31 @@ def test_an_exported_layer(merged):
     assert any("lowrank" in op for op in ops(program)) is not merged
     for given, want in zip((x, other), wants, strict=True):
         same(program.module()(given), want)
+
+
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(lambda x: f(x).square().sum()),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1],
+    "jacfwd": lambda f: torch.func.jacfwd(f),
+    "hessian": lambda f: torch.func.hessian(lambda x: f(x).square().sum()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:lowrank")
+@pytest.mark.parametrize("how", TRANSFORMS)
+def test_transforms_inside_a_graph(how):
+    """torch.func within what is compiled: PEFT's numbers, of a patched layer and of the op."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model, x = get_peft_model(nn.Sequential(nn.Linear(8, 3)), config).eval(), torch.randn(4, 8)
+    want = TRANSFORMS[how](model)(x)
+    layer = patch(model).base_model.model[0]
+    W, A, B = (m.weight for m in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]))
+
+    def op(x):
+        return lowrank.lora_linear(x, W, A, B, layer.scaling["default"], bias=layer.base_layer.bias)
+
+    for f in (model, op):
+        compiled = torch.compile(TRANSFORMS[how](f), fullgraph=True, backend="aot_eager")
+        same(compiled(x), want)
+    assert counters["stats"]["unique_graphs"] == 2
