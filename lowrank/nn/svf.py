@@ -513,7 +513,8 @@ class _MergedLinear(torch.autograd.Function):
         with no_autocast(dy.device):
             if need_x:
                 W = weight.to(dy.dtype)
-                dx = _MergedLinear.apply(dy, W.mT, None, handle.mT) if formal and handle is not None else dy @ W
+                graph = handle is not None and torch.is_grad_enabled()
+                dx = _MergedLinear.apply(dy, W.mT, None, handle.mT) if graph else dy @ W
             rows = dy.reshape(-1, dy.shape[-1])
             if need_b:
                 db = rows.sum(0, dtype=wide)

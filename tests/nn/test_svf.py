@@ -627,3 +627,20 @@ def test_refuses_what_is_no_linear():
 
 def test_repr():
     assert "in_features=40, out_features=30, bias=True, k=8, mode=auto, experts=['default']" in repr(layer(k=8))
+
+
+@pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")
+def test_a_merged_layer_under_torch_func():
+    """Transforms around the call take another form; gradients batched outside of it the differentiable backward."""
+    runs = []
+    for mode in ("delta", "merged"):
+        torch.manual_seed(0)
+        layer = SVFLinear.from_linear(torch.nn.Linear(6, 6).double(), mode=mode)
+        x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+        p, y, eye = layer.z["default"], layer(x), torch.eye(24, dtype=torch.float64).view(24, 4, 6)
+        runs.append([
+            *torch.func.vmap(lambda dy, y=y, ts=(x, p): torch.autograd.grad(y, ts, dy, retain_graph=True))(eye),
+            torch.func.jacfwd(layer)(x.detach()),
+            torch.func.vmap(layer)(x.detach()),
+        ])  # fmt: skip
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
