@@ -22,7 +22,7 @@ from ..factors import (
 from ..ops.dropout import row_blocks
 from ..ops.lora_impl import no_autocast
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
-from ..ops.node import followed
+from ..ops.node import DIFFERENTIABLE, followed, must_follow
 from ..ops.svf import MODES, cheapest, column_scales, svf_projection
 from ..svd import SVDFactors, svd_factors
 from .merging import ordinary, report_merge
@@ -510,6 +510,8 @@ class _MergedLinear(torch.autograd.Function):
         need_x, _, need_b, need_handle = ctx.needs_input_grad
         wide, formal = torch.promote_types(dy.dtype, torch.float32), _is_formal(dy)
         dx = db = dW = None
+        if formal:
+            _stats.op_fell_back(DIFFERENTIABLE)
         with no_autocast(dy.device):
             if need_x:
                 W = weight.to(dy.dtype)
@@ -529,8 +531,8 @@ _is_asked_for = getattr(torch._C, "_will_engine_execute_node", lambda node: True
 
 
 def _is_formal(dy: torch.Tensor) -> bool:
-    """Whether backward is to be differentiable (create_graph), or dy is a batch of gradients (is_grads_batched)."""
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    """Whether backward is to be differentiable (create_graph), or dy is a batch of gradients."""
+    return must_follow((dy,))
 
 
 def _outer(dy: torch.Tensor, x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:

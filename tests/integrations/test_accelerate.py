@@ -47,7 +47,7 @@ print(f"process {accelerator.process_index} of {accelerator.num_processes}: {typ
 
 def test_ddp(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [*map(str, Path(__file__).parents[:3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DOCS / "ddp.yaml")]
     command += ["--main_process_port", "0", str(tmp_path / "train.py")]
