@@ -1,4 +1,4 @@
-"""PEFT's own test suite with and without the patch: the same tests must pass, and the fused path must be taken.
+"""PEFT's own tests with the patch, and what does not pass without it: the same must pass, and the fused path be taken.
 
     python tests/integrations/peft_suite.py           the LoRA tests on models made on the spot: what `make test` runs
     python tests/integrations/peft_suite.py --more    also files some of whose tests need the hub, and fail alike without
@@ -14,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,8 +65,8 @@ def fetch(folder: Path) -> Path:
     return suite
 
 
-def run(suite: Path, files: tuple[str, ...], patched: bool, workers: int, select: str) -> tuple[dict, dict]:
-    """({test: passed | failed | skipped}, stats summed over the workers) of one run."""
+def run(suite: Path, tests: Iterable[str], patched: bool, workers: int, select: str) -> tuple[dict, dict]:
+    """({test: passed | failed | skipped}, stats summed over the workers) of one run of files or single tests."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "lowrank_plugin.py").write_text(PLUGIN)
         env = os.environ | {
@@ -78,7 +79,7 @@ def run(suite: Path, files: tuple[str, ...], patched: bool, workers: int, select
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-k", select]
         command += ["-n", str(workers), "--junitxml", f"{folder}/result.xml", "-c", "/dev/null", f"--rootdir={suite}"]
         command += ["-p", "lowrank_plugin"] if patched else []
-        done = subprocess.run([*command, *files], cwd=suite, env=env, capture_output=True, text=True)
+        done = subprocess.run([*command, *tests], cwd=suite, env=env, capture_output=True, text=True)
         if not Path(folder, "result.xml").exists():
             raise RuntimeError(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
         results = {}
@@ -87,7 +88,8 @@ def run(suite: Path, files: tuple[str, ...], patched: bool, workers: int, select
             for child in case:
                 if child.tag in ("failure", "error", "skipped"):
                     outcome = "skipped" if child.tag == "skipped" else "failed"
-            results[f"{case.get('classname')}::{case.get('name')}"] = outcome
+            file, *cls = case.get("classname").removeprefix("tests.").split(".")
+            results["::".join([f"tests/{file}.py", *cls, case.get("name")])] = outcome
         stats = {"fused": 0, "fallback": {}}
         for file in Path(folder).glob("*.json"):
             part = json.loads(file.read_text())
@@ -98,11 +100,12 @@ def run(suite: Path, files: tuple[str, ...], patched: bool, workers: int, select
 
 
 def compare(files: tuple[str, ...] = FILES, workers: int = 2, select: str = SELECT) -> tuple[dict, dict, dict]:
-    """(results without the patch, results with it, stats with it)."""
+    """(results without the patch of what did not pass with it, results with it, stats with it)."""
     with tempfile.TemporaryDirectory() as folder:
         suite = fetch(Path(folder))
-        plain, _ = run(suite, files, False, workers, select)
         patched, stats = run(suite, files, True, workers, select)
+        lost = [test for test, outcome in patched.items() if outcome != "passed"]
+        plain = run(suite, lost, False, workers, select)[0] if lost else {}
     return plain, patched, stats
 
 
@@ -112,13 +115,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     plain, patched, stats = compare(FILES + MORE if args.more else FILES, args.workers)
-    for name, results in (("without", plain), ("with", patched)):
+    for what, results in (("with the patch", patched), ("the others without", plain)):
         counts = {outcome: list(results.values()).count(outcome) for outcome in ("passed", "failed", "skipped")}
-        print(f"{name:>8} the patch: {counts}")
-    different = {name: (plain.get(name), patched.get(name)) for name in plain.keys() | patched.keys()}
-    different = {name: pair for name, pair in different.items() if pair[0] != pair[1]}
-    for name, (before, after) in sorted(different.items()):
-        print(f"  {name}: {before} -> {after}")
+        print(f"{what}: {counts}")
+    different = {name: outcome for name, outcome in patched.items() if outcome != plain.get(name, "passed")}
+    for name, outcome in sorted(different.items()):
+        print(f"  {name}: {plain.get(name)} -> {outcome}")
     print(json.dumps(stats, indent=1))
     return 1 if different else 0
 

@@ -142,7 +142,9 @@ def as_right(name, draw, autocast=contextlib.nullcontext, unit=None):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(t, marks=gpu) for t in (torch.float16, torch.float32))], ids=str
+)
 @pytest.mark.parametrize("name", OPS)
 def test_numbers(name, dtype, device):
     torch.set_float32_matmul_precision("highest")
