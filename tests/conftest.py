@@ -30,7 +30,7 @@ def _fixed_order_dots():
 if INTERPRETED:
     _fixed_order_dots()
 
-# Tests with a number or a bit in an assertion that another CPU could break: tests/other_cpus.sh runs them as several.
+# Tests with a number or a bit in an assertion that another CPU could break: tests/other_cpus.sh runs the small ones as several.
 NUMERIC = (
     "kernels",
     "ops",
@@ -57,6 +57,15 @@ def poisoned_memory_and_fixed_seed():
     torch.use_deterministic_algorithms(False)
 
 
+def _largest(value) -> int:
+    """The largest int among a test's parameters."""
+    if hasattr(value, "params"):
+        value = tuple(value.params.values())
+    if isinstance(value, (tuple, list)):
+        return max(map(_largest, value), default=0)
+    return value if type(value) is int else 0
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
     """What cannot run here is left out by its marker, not skipped: a skip that is printed is one to look at."""
@@ -69,7 +78,7 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker("kernel")
                 if cuda and not INTERPRETED:
                     item.add_marker("gpu")
-            if folder in NUMERIC or stem in NUMERIC:
+            if (folder in NUMERIC or stem in NUMERIC) and _largest(getattr(item, "callspec", None)) <= 200:
                 item.add_marker("numeric")
         runs = cuda or "gpu" not in item.keywords
         runs &= cuda or INTERPRETED or "kernel" not in item.keywords
