@@ -119,7 +119,7 @@ def differentiable(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs, 
         if need_gain and x is not None and weight is not None:
             v = (dropped.to(dtype) if twice else x) @ weight.mT
         elif need_gain and bias is not None:
-            v = v - bias
+            v = v - bias.detach()  # x Wᵀ, in which no bias is
         dgain = (wide * v).sum(0) if need_gain else None
         dX = None
         if need_x:

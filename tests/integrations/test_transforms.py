@@ -44,6 +44,7 @@ KINDS = {
     "two adapters": (lambda: One(nn.Linear(6, 3)), {}),
     "conv1d": (lambda: One(Conv1D(3, 6)), dict(fan_in_fan_out=True)),
     "dora": (lambda: One(nn.Linear(6, 3)), dict(use_dora=True)),
+    "dora, trained bias": (lambda: One(nn.Linear(6, 3)), dict(use_dora=True, bias="all")),
     "frozen lora_A": (Attention, {}),
 }
 
@@ -99,6 +100,12 @@ def nth_derivatives(model, n):
     for _ in range(n - 1):
         found = torch.autograd.grad(sum(t.square().sum() for t in found), ts, create_graph=True)
     return found
+
+
+def of_parameters_alone(model):
+    ts = list(trained(model).values())
+    found = torch.autograd.grad(square(model)(X), ts, create_graph=True)
+    return torch.autograd.grad(sum(t.square().sum() for t in found), ts)
 
 
 def batched(model, create_graph=False):
@@ -158,6 +165,7 @@ IN_BACKWARD = {
     "jacobian, vectorized": lambda m: ad.jacobian(m, X, vectorize=True),
     "second": lambda m: nth_derivatives(m, 2),
     "third": lambda m: nth_derivatives(m, 3),
+    "second, of parameters alone": of_parameters_alone,
     "batched": batched,
     "batched, then another": lambda m: batched(m, True),
     "vmap of grad": vmapped_backward,
