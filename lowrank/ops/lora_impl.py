@@ -43,6 +43,9 @@ def forward(
             if base is not None:
                 constants.append(base.reshape(x.shape[0], base.shape[-1]))
             start = sum(constants[1:], constants[0]) if constants else None
+            several = start is not None or counts[i] > 1  # their sum may overflow where none of them does
+            if counts[i] and weight is not None and may_overflow(dtype, thin_dtype, several):
+                start, weight = torch.nn.functional.linear(x, weight.to(dtype), start), None
             out_dtype = dtype if base is None else base.dtype
             if counts[i]:
                 y = thin.expand(S[:, columns], Bs[mine], scales[mine], scaling_tensors[mine], start, out_dtype)
@@ -111,9 +114,11 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
         return [grad for grad, need in zip([dX, *dW, *db, *dA, *dB, *dlb], needs, strict=True) if need]
 
 
-def may_overflow(dtype: torch.dtype, thin_dtype: torch.dtype) -> bool:
-    """Whether a thin term that is finite in its own dtype may be infinite in the GEMM's: then the base goes first."""
-    return dtype is torch.float16 and thin_dtype is not dtype
+def may_overflow(dtype: torch.dtype, thin_dtype: torch.dtype, several: bool = False) -> bool:
+    """Whether a thin term, or the sum of ``several``, finite in its own dtype, may be infinite in the GEMM's: then the base
+    goes first.
+    """
+    return dtype is torch.float16 and (several or thin_dtype is not dtype)
 
 
 def _add_base(dX, dys, weights, started: bool) -> bool:

@@ -24,7 +24,7 @@ def forward(x, weight, bias, base, A, B, scales, mix, dtype, thin_dtype):
         x, scales, mix = rows_of(x, dtype), scales.contiguous(), _contiguous(mix)
         if base is not None:
             base = base.reshape(x.shape[0], base.shape[-1])
-        elif weight is not None and may_overflow(dtype, thin_dtype):
+        elif weight is not None and may_overflow(dtype, thin_dtype, bias is not None):
             base, weight, bias = torch.nn.functional.linear(x, weight.to(dtype), bias), None, None
         products = svf_products(x, base, A, B, thin_dtype)
         S = products.shrink(x, [A], thin_dtype, [-1], [], None)[0]

@@ -246,6 +246,19 @@ def test_a_thin_term_beyond_fp16_is_taken_back_by_the_base(adapters, p):
             assert set(dx.flatten().tolist()) == set(torch.tensor(values).half().tolist())
 
 
+@pytest.mark.parametrize(("adapters", "each", "bias"), [(1, 60000, 10000), (2, 30000, 10000), (2, 40000, None)])
+def test_a_sum_beyond_fp16_of_terms_within_is_taken_back_by_the_base(adapters, each, bias):
+    """Factors in fp16 too; the base's own term is -30000."""
+    half = dict(dtype=torch.float16)
+    x, W = torch.ones(3, 64, **half), torch.full((32, 64), -30000 / 64, **half)
+    b = None if bias is None else torch.full((32,), bias, **half)
+    A, B = torch.ones(1, 64, **half), torch.full((32, 1), each / 64, **half)
+    (y,) = lora_projections(x, (Projection(W, b, (Adapter(A, B),) * adapters),))
+    assert torch.isfinite(y).all()
+    want = (x.double() @ W.double().mT) + adapters * (x.double() @ A.double().mT @ B.double().mT) + (bias or 0)
+    torch.testing.assert_close(y.double(), want, rtol=2**-9, atol=0)
+
+
 def test_an_svf_term_beyond_fp16_is_taken_back_by_the_base():
     x, W = torch.ones(3, 64, dtype=torch.float16, requires_grad=True), torch.full((32, 64), -30000 / 64).half()
     factors = lowrank.SVDFactors(torch.ones(32, 1), torch.ones(1), torch.ones(1, 64))
