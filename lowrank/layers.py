@@ -14,7 +14,7 @@ from torch import nn
 from . import _stats, sharding
 from .ops import dora as dora_op
 from .ops.lora import Adapter, Projection, lora_projections
-from .ops.node import CHANGED, COPY, followed
+from .ops.node import AGAIN, CHANGED, COPY, FORWARD_MODE, again, followed, has_tangent
 from .ops.validation import DTYPES
 
 # in a layer's __dict__
@@ -35,13 +35,18 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if torch.compiler.is_exporting():  # a program of PyTorch's own ops, which runs where no lowrank is
             return original(self, x, *args, **kwargs)
+        followers = followed()
+        if followers is AGAIN:
+            return again(forward, self, x, *args, **kwargs)
+        if followers is FORWARD_MODE and not has_tangent((x, *self.parameters())):
+            followers = None
         compiling, made = torch.compiler.is_compiling(), None
         if not compiling and thread.group is not None and (group := thread.group()) is not None:
             made = group.take(self)  # whichever way this call goes: what another layer's failed forward left goes here
         dora = _dora(self)
         adapters, reason = adapters_of(self, x, args, kwargs, dora)
         if adapters:
-            reason = followed() or (WRITTEN if self.__dict__.get(CHANGED) else reason)
+            reason = followers or (WRITTEN if self.__dict__.get(CHANGED) else reason)
         if reason is SHARDED and dora is None:
             _stats.ran_fused(self)
             return _inside_units(self, x, adapters)

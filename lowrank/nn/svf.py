@@ -22,7 +22,7 @@ from ..factors import (
 from ..ops.dropout import row_blocks
 from ..ops.lora_impl import no_autocast
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
-from ..ops.node import DIFFERENTIABLE, followed, must_follow
+from ..ops.node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow
 from ..ops.svf import MODES, cheapest, column_scales, svf_projection
 from ..svd import SVDFactors, svd_factors
 from .merging import ordinary, report_merge
@@ -211,6 +211,8 @@ class SVFLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] in x's dtype, or autocast's."""
+        if followed() is AGAIN:
+            return again(self.forward, x)
         if not torch.compiler.is_compiling():
             _stats.was_called(self)
         if self.merged:
@@ -236,7 +238,10 @@ class SVFLinear(nn.Module):
         if not self.is_dense or self.base_layer.weight.requires_grad:
             return "delta"
         # a cache is no graph, and a rule on rows would be a graph per length
-        compiling = torch.compiler.is_compiling() or followed() is not None
+        reason = followed()
+        if reason is FORWARD_MODE and not has_tangent((x, *self.parameters())):
+            reason = None
+        compiling = torch.compiler.is_compiling() or reason is not None
         if self.mode != "auto" and not (self.mode == "merged" and (mixed or compiling)):
             return self.mode
         if compiling:

@@ -20,7 +20,19 @@ import torch
 from .. import _stats
 from . import dora_impl, dropout
 from .lora import Adapter, Projection, as_shaped, autocast_dtype, is_plain
-from .node import DIFFERENTIABLE, alive, followed, must_follow, recall, remember, to_save
+from .node import (
+    AGAIN,
+    DIFFERENTIABLE,
+    FORWARD_MODE,
+    again,
+    alive,
+    followed,
+    has_tangent,
+    must_follow,
+    recall,
+    remember,
+    to_save,
+)
 from .validation import check_dora, check_projection
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -96,6 +108,12 @@ def of_layer(
 
     cache, key: where the norm is, or is left for the next call.  copy: backward gets a copy of x.
     """
+    reason = followed()
+    if reason is AGAIN:
+        return again(
+            of_layer, layer, x, weight, lora_A, lora_B, magnitude, scaling, bias,
+            dropout_p=dropout_p, base_dropout=base_dropout, cache=cache, key=key, copy=copy,
+        )  # fmt: skip
     autocast = autocast_dtype(x)
     adapter = Adapter(lora_A, lora_B, scaling, None, dropout_p)
     check_projection(x, Projection(weight, bias, (adapter,)), autocast is not None)
@@ -103,7 +121,8 @@ def of_layer(
     dtype = autocast or x.dtype
     wide = torch.promote_types(torch.promote_types(dtype, torch.float32), lora_B.dtype)
 
-    reason = followed()
+    if reason is FORWARD_MODE and not has_tangent((x, weight, lora_A, lora_B, magnitude, scaling, bias)):
+        reason = None
     if isinstance(scaling, torch.Tensor):
         away = scaling.device != x.device and is_plain(x)  # on a CPU, then: reading it waits for nothing
         scaling = float(scaling) if away else scaling.to(device=x.device, dtype=wide)

@@ -13,7 +13,7 @@ from . import kl_impl
 from .head import CHUNK_BYTES, SCHEMA, Head, as_arguments
 from .logprob import differentiated, spread
 from .lora import autocast_dtype, is_plain
-from .node import followed, must_follow
+from .node import AGAIN, FORWARD_MODE, again, followed, has_tangent, must_follow
 from .validation import check_chunk_bytes, check_heads
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -39,13 +39,16 @@ def kl_to(policy: Head, base: Head, *, chunk_bytes: int = CHUNK_BYTES, batch_inv
 
     Raises: ValueError or TypeError that names the argument.
     """
+    reason = followed()
+    if reason is AGAIN:
+        return again(kl_to, policy, base, chunk_bytes=chunk_bytes, batch_invariant=batch_invariant)
     autocast = autocast_dtype(policy.hidden) if isinstance(getattr(policy, "hidden", None), Tensor) else None
     check_heads(policy, base, Head, autocast is not None)
     check_chunk_bytes(chunk_bytes)
     (tensors, numbers), (others, base_numbers) = as_arguments(policy), as_arguments(base)
     others = [None if t is None else t.detach() for t in others]
     call = numbers, base_numbers, (chunk_bytes, bool(batch_invariant), autocast or policy.hidden.dtype)
-    if (reason := followed()) is not None:
+    if reason is not None and (reason is not FORWARD_MODE or has_tangent(tensors)):
         _stats.op_fell_back(reason)
         kl = kl_impl.formula(*_arguments(call, tensors, others))
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

@@ -17,7 +17,7 @@ from .. import _stats
 from . import logprob_impl
 from .head import CHUNK_BYTES, SCHEMA, Head, as_arguments
 from .lora import autocast_dtype, is_plain
-from .node import DIFFERENTIABLE, followed, must_follow
+from .node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow
 from .validation import check_head, check_logprob
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -78,13 +78,16 @@ def with_stats(
     head: Head, targets: Tensor, ignore_index: int = -100, chunk_bytes: int = CHUNK_BYTES, batch_invariant: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`linear_logprob`'s logp and entropy, and max, ℓ and Ē of each token, [3, T] and without gradient."""
+    reason = followed()
+    if reason is AGAIN:
+        return again(with_stats, head, targets, ignore_index, chunk_bytes, batch_invariant)
     hidden, weight = head[:2]
     autocast = autocast_dtype(hidden) if isinstance(hidden, Tensor) else None
     check_head(head, autocast is not None)
     check_logprob(targets, hidden, weight.shape[0], ignore_index, chunk_bytes)
     lead, (tensors, numbers) = hidden.shape[:-1], as_arguments(head)
     call = (ignore_index, chunk_bytes, bool(batch_invariant), autocast or hidden.dtype)
-    if (reason := followed()) is not None:
+    if reason is not None and (reason is not FORWARD_MODE or has_tangent(tensors)):
         _stats.op_fell_back(reason)
         logp, entropy, stats = logprob_impl.formula(*_arguments(numbers, call, targets, *tensors))
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

@@ -18,7 +18,19 @@ import torch
 
 from .. import _stats
 from . import dropout, lora_impl
-from .node import DIFFERENTIABLE, alive, followed, must_follow, recall, remember, to_save
+from .node import (
+    AGAIN,
+    DIFFERENTIABLE,
+    FORWARD_MODE,
+    again,
+    alive,
+    followed,
+    has_tangent,
+    must_follow,
+    recall,
+    remember,
+    to_save,
+)
 from .validation import check_projection
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -135,6 +147,8 @@ def lora_projections(
 ) -> tuple[torch.Tensor, ...]:
     """The general form: every projection of x with all its adapters, in one autograd node."""
     reason = followed()
+    if reason is AGAIN:
+        return again(lora_projections, x, projections, shared_mask=shared_mask)
     autocast = autocast_dtype(x)
     dtype = thin_dtype = autocast or x.dtype
     copy = False
@@ -163,7 +177,8 @@ def lora_projections(
             else:
                 masks.append(len(ps))
                 ps.append(p)
-    if reason is not None:
+    tensors = (*weights, *biases, *bases, *As, *Bs, *lora_biases, *scaling_tensors)
+    if reason is not None and (reason is not FORWARD_MODE or has_tangent((x, *tensors))):
         _stats.op_fell_back(reason)
         return tuple(
             lora_impl.formula(
@@ -173,7 +188,6 @@ def lora_projections(
         )  # fmt: skip
     seeds = dropout.draw_seeds(len(ps), x.device) if ps else None
     spec = _Spec(tuple(counts), tuple(scalings), tuple(masks), tuple(ps), dtype, thin_dtype)
-    tensors = (*weights, *biases, *bases, *As, *Bs, *lora_biases, *scaling_tensors)
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         x = to_save(x, copy)
         layers = [weakref.ref(projection.layer) for projection in projections if projection.layer is not None]

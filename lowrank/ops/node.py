@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 _interpreter, _is_batched = torch._C._functorch.peek_interpreter_stack, torch._C._functorch.is_legacy_batchedtensor
 _is_tracing = torch._C._is_tracing
 
+AGAIN, FORWARD_MODE = "checkpointing inside torch.func", "forward-mode differentiation"
 DIFFERENTIABLE = "create_graph, or a batched or dual gradient: backward in differentiable operations"
 # in a LoRA layer's __dict__
 NAME = "_lowrank_name"  # what patch(model) found it as
@@ -16,12 +17,36 @@ CHANGED = "_lowrank_input_was_changed"  # True: a backward found its input writt
 
 
 def followed() -> str | None:
-    """What looks into a call beside autograd, and needs operations it knows: a reason for ``stats()``, or None."""
+    """What looks into a call beside autograd, and needs operations it knows: a reason for ``stats()``, or None.
+
+    :data:`AGAIN`: checkpointing repeats a call here that nobody followed, as a backward inside torch.func makes it do.
+    :data:`FORWARD_MODE`: it follows tensors with a tangent alone (:func:`has_tangent`).
+    """
     if _interpreter() is not None:
-        return "torch.func: vmap, grad, jvp and what is made of them"
+        return AGAIN if _is_repeated() else "torch.func: vmap, grad, jvp and what is made of them"
     if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
+        return FORWARD_MODE
     return "torch.jit.trace or torch.onnx.export" if _is_tracing() else None
+
+
+def again(function, *args, **kwargs):
+    """``function``'s result as it was where nobody followed: torch.func forbids checkpointing what it follows itself."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        return function(*args, **kwargs)
+
+
+def _is_repeated() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+
+
+def has_tangent(tensors) -> bool:
+    """Whether one of them (or None) has one; True under torch.compile, which does not ask."""
+    return torch.compiler.is_compiling() or any(
+        isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 # Dynamo, which guards on the first two by itself, runs it while it traces, inside the very transforms:

@@ -19,7 +19,7 @@ from ..svd import SVDFactors
 from . import svf_impl
 from .lora import as_shaped, autocast_dtype, is_plain
 from .materialize import materialize
-from .node import DIFFERENTIABLE, followed, must_follow
+from .node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow
 from .validation import check_svf
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -156,12 +156,15 @@ def _check_mean(mean: torch.Tensor, what: str) -> None:
 
 def svf_projection(x, weight, bias, base, A, B, scales, mix, *, merged: bool = False) -> torch.Tensor:
     """The general form over finished ``scales`` and ``mix``; ``base``: what is added to in place of x Wᵀ."""
+    reason = followed()
+    if reason is AGAIN:
+        return again(svf_projection, x, weight, bias, base, A, B, scales, mix, merged=merged)
     autocast = autocast_dtype(x)
     dtype = thin_dtype = autocast or x.dtype
     if autocast is None:
         thin_dtype = torch.promote_types(dtype, torch.promote_types(A.dtype, B.dtype))
     tensors = (x, weight, bias, base, A, B, scales, mix)
-    if (reason := followed()) is not None:
+    if reason is not None and (reason is not FORWARD_MODE or has_tangent(tensors)):
         _stats.op_fell_back(reason)
         return svf_impl.formula(*tensors, dtype, thin_dtype)
     spec = _Spec(dtype, thin_dtype, merged)

@@ -149,6 +149,20 @@ def dual_gradient(model):
         return [t for each in map(forward_ad.unpack_dual, found) for t in each if t is not None]
 
 
+def vmapped_backward_of_checkpointed(model):
+    x, ts = leaf(model)
+    y = checkpoint(model, x, use_reentrant=False)
+    return func.vmap(lambda dy: torch.autograd.grad(y, ts, dy, retain_graph=True))(rows_of(y))
+
+
+def dual_gradient_of_checkpointed(model):
+    x, ts = leaf(model)
+    y = checkpoint(model, x, use_reentrant=False)
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(y, ts, forward_ad.make_dual(torch.ones_like(y), y.detach()))
+        return [t for each in map(forward_ad.unpack_dual, found) for t in each if t is not None]
+
+
 def traced(model):
     other = torch.cat([X, X.flip(0), X])
     run = torch.jit.trace(model.base_model.model, (X,))
@@ -173,6 +187,8 @@ IN_BACKWARD = {
     "penalty": penalty,
     "checkpoint": checkpointed,
     "dual gradient": dual_gradient,
+    "vmap of grad, checkpoint": vmapped_backward_of_checkpointed,
+    "dual gradient, checkpoint": dual_gradient_of_checkpointed,
 }
 IN_FORWARD = {
     "functional.jacobian, forward": lambda m: ad.jacobian(m, X, vectorize=True, strategy="forward-mode"),
@@ -239,6 +255,36 @@ def test_what_backward_alone_can_know_is_counted_and_stays_fused(how):
     ]
     with lowrank.strict(), pytest.raises(lowrank.FallbackError, match="create_graph"):
         IN_BACKWARD[how](model)
+
+
+def test_forward_mode_follows_what_has_a_tangent_alone():
+    model = make("q/k/v")
+    ours = patch(copy.deepcopy(model))
+    with forward_ad.dual_level():
+        want, got = nth_derivatives(model, 1), nth_derivatives(ours, 1)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        assert lowrank.stats(ours)["fused"] == 3
+        name, p = next(iter(trained(model).items()))
+        dual = {name: forward_ad.make_dual(p, torch.ones_like(p))}
+        want, got = (forward_ad.unpack_dual(func.functional_call(m, dual, (X,))).tangent for m in (model, ours))
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    assert lowrank.stats(ours)["fallback"]["forward-mode differentiation"] == 1
+
+
+@pytest.mark.parametrize("mode", ["merged", "activation", "delta"])
+@pytest.mark.parametrize("how", [vmapped_backward_of_checkpointed, dual_gradient_of_checkpointed])
+def test_an_svf_layer_is_repeated_as_it_was(mode, how):
+    torch.manual_seed(0)
+    layer = lowrank.nn.SVFLinear.from_linear(nn.Linear(6, 6).double(), mode=mode)
+    got = how(layer)
+    x, ts = leaf(layer)
+    y, rows = layer(x), rows_of(layer(x))
+    if how is vmapped_backward_of_checkpointed:
+        each = [torch.autograd.grad(y, ts, dy, retain_graph=True) for dy in rows]
+        want = [torch.stack(found) for found in zip(*each, strict=True)]
+        torch.testing.assert_close(list(got), want, rtol=1e-6, atol=1e-6)
+    else:
+        assert len(got) > len(ts)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
