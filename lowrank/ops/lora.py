@@ -291,9 +291,9 @@ def _forward(x: torch.Tensor, *rest):
 
 
 def _backward(dys: list[torch.Tensor | None], *rest):
-    if is_plain(next(dy for dy in dys if dy is not None)):
-        return lora_impl.backward(dys, *rest)
-    return torch.ops.lowrank.lora_linears_backward.default(dys, *rest)
+    some = dys[0] if dys[0] is not None else next(dy for dy in dys if dy is not None)
+    run = lora_impl.backward if is_plain(some) else torch.ops.lowrank.lora_linears_backward.default
+    return run(dys, *rest)
 
 
 def is_plain(t: torch.Tensor) -> bool:

@@ -57,14 +57,17 @@ def forward(
 
 
 def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, masks, ps, dtype, thin_dtype, needs):
-    some = next(dy for dy in dys if dy is not None)  # None: an output that got no gradient, of which nothing is needed
+    whole = [dy for dy in dys if dy is not None]  # None: an output that got no gradient, of which nothing is needed
+    some = whole[0]
     with no_autocast(some.device):
         n, a = len(counts), len(As)
         need_x, need_W, need_b, need_A, need_B, need_lb = runs(needs, (1, n, n, a, a, a))
         need_x, need_dS = need_x[0], need_x[0] or any(need_A)
         dys = [None if dy is None else dense(dy) for dy in dys]
         x = None if x is None else rows_of(x, dtype)
-        live, theirs = zip(*(pair for pair in zip(dys, weights, strict=True) if pair[0] is not None), strict=True)
+        live, theirs = dys, weights
+        if len(whole) < n:
+            live, theirs = zip(*(pair for pair in zip(dys, weights, strict=True) if pair[0] is not None), strict=True)
         thin = thin_products(x, theirs, live, As, Bs, thin_dtype, bool(ps))
         scalings, scaling_tensors = _on_device(scalings, scaling_tensors, some.device)
         scales = _scales(scalings, masks, ps)
@@ -101,8 +104,10 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
         started = first and _add_base(dX, dys, weights, False)
         used = [j for j in range(a) if dS[j] is not None]
         if used:
-            mine = ([of[j] for j in used] for of in (dS, As, need_A))
-            masks = [masks[j] for j in used]
+            mine = dS, As, need_A, masks
+            if len(used) < a:
+                mine = [[of[j] for j in used] for of in mine]
+            *mine, masks = mine
             found = thin.x_pass(x if any(need_A) else None, *mine, dX, masks, keeps, add=started)
             for j, grad in zip(used, found, strict=True):
                 dA[j] = grad

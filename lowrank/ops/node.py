@@ -58,12 +58,12 @@ def must_follow(grads) -> bool:
     """Whether backward of these gradients (or None) is itself differentiated, or given a batch of gradients at once."""
     if torch.compiler.is_compiling():
         return False
-    return (
-        torch.is_grad_enabled()
-        or _interpreter() is not None
-        or forward_ad._current_level >= 0
-        or any(grad is not None and _is_batched(grad) for grad in grads)
-    )
+    if torch.is_grad_enabled() or _interpreter() is not None or forward_ad._current_level >= 0:
+        return True
+    for grad in grads:  # noqa: SIM110 (a generator costs host time in every backward)
+        if grad is not None and _is_batched(grad):
+            return True
+    return False
 
 
 def to_save(x: torch.Tensor, copy: bool) -> torch.Tensor:
