@@ -156,7 +156,8 @@ def _modes(x: torch.Tensor) -> tuple:
     """Everything beside its arguments that a call's result depends on."""
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return x._version, x.requires_grad, grad, inference, autocast_dtype(x), stream
+    at = x.data_ptr() if type(x) is torch.Tensor else None  # x.data = ... is no new version
+    return x._version, at, x.requires_grad, grad, inference, autocast_dtype(x), stream
 
 
 def _tensors(projection: Projection):
@@ -167,13 +168,13 @@ def _tensors(projection: Projection):
 
 
 def _versions(projection: Projection) -> tuple | None:
-    """What changes where a tensor is written to, or frozen; None if a write to one of them could not be seen."""
+    """What changes where a tensor is written to, replaced by ``.data``, or frozen; None if a write could not be seen."""
     found = []
     for t in _tensors(projection):
         if isinstance(t, torch.Tensor):
             if t.is_inference():
                 return None
-            found.append((t._version, t.requires_grad))
+            found.append((t._version, t.data_ptr(), t.requires_grad))
     return tuple(found)
 
 

@@ -104,6 +104,11 @@ def change_weights(layer):
         layer.lora_B["default"].weight.mul_(2)
 
 
+def replace_data(layer):
+    weight = layer.lora_B["default"].weight
+    weight.data = weight.data * 2
+
+
 def change_adapter(layer):
     layer.update_layer("second", r=4, lora_alpha=8, config=layer_config())
     layer.set_adapter("second")
@@ -123,7 +128,9 @@ def change_dropout(layer):
     layer.lora_dropout["default"] = torch.nn.Dropout(1.0)
 
 
-@pytest.mark.parametrize("change", [change_scaling, change_weights, change_adapter, disable, change_dropout])
+@pytest.mark.parametrize(
+    "change", [change_scaling, change_weights, replace_data, change_adapter, disable, change_dropout]
+)
 def test_changed_adapters_are_computed_anew(change):
     attention, x = block()
     attention.train()
@@ -133,6 +140,17 @@ def test_changed_adapters_are_computed_anew(change):
     assert shared() == 0
     unpatch(attention)
     torch.testing.assert_close(y, attention.k_proj(x))
+
+
+def test_an_input_whose_data_is_replaced_is_another():
+    attention, x = block()
+    with torch.no_grad():
+        attention.q_proj(x)
+        x.data = x.data * 2
+        y = attention.k_proj(x)
+        assert shared() == 0
+        unpatch(attention)
+        torch.testing.assert_close(y, attention.k_proj(x))
 
 
 def test_modes_are_part_of_the_call():
