@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import pickle
 import threading
 import weakref
@@ -236,6 +237,9 @@ def test_each_thread_is_handed_its_own(grad, inside, calls):
     assert shared() == 4
 
 
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter serves one thread at a time"
+)
 def test_many_threads_at_once():
     model = patch(peft_llama())
     inputs = [torch.randint(0, 100, (1, 4 + i)) for i in range(6)]
