@@ -341,7 +341,7 @@ class _Experts:
         for name, layer in layers.items():
             merged, report = layer._merge()
             reports.append((report, merged.dtype))
-            base = layer.base_layer
+            base, layer._cache = layer.base_layer, None  # which keeps the weight it was made from
             base.weight = nn.Parameter(layer._as_stored(merged).contiguous(), requires_grad=False)
             _put(self, name, base)
         for name, saved in saved_modules(self).items():
@@ -605,8 +605,9 @@ def _checksum(layer: SVFLinear) -> str:
     """Of the frozen weight, computed once."""
     if layer._quantised_checksum is not None:
         return layer._quantised_checksum
-    key = layer.base_layer.weight, None if layer.base_layer.weight.is_inference() else layer.base_layer.weight._version
-    known = layer.__dict__.get("_checksum_key")
-    if known is None or known[0] is not key[0] or known[1] != key[1] or key[1] is None:
-        layer._checksum_key, layer._checksum = key, weight_checksum(dense_weight(layer.base_layer))
+    weight = layer.base_layer.weight
+    key = None if weight.is_inference() else (weight._version, weight.data_ptr())  # as what a merged layer keeps
+    known = layer.__dict__.get("_checksum_key", (None, None))
+    if key is None or known[0] is not weight or known[1] != key:
+        layer._checksum, layer._checksum_key = weight_checksum(dense_weight(layer.base_layer)), (weight, key)
     return layer._checksum

@@ -1,6 +1,7 @@
 """nn.Linear whose singular values are scaled: Transformer²'s SVF, with named experts, mixtures and merging."""
 
 import contextlib
+import operator
 import sys
 import threading
 import weakref
@@ -253,8 +254,9 @@ class SVFLinear(nn.Module):
     def _through_merged(self, x: torch.Tensor) -> torch.Tensor:
         made = self._composed(x)
         handle = None
-        if made.p.requires_grad and torch.is_grad_enabled():
-            handle = made.handle[0] if made.handle else _Handle.apply(made.p, self)
+        p = made.sources[0]
+        if p.requires_grad and torch.is_grad_enabled():
+            handle = made.handle[0] if made.handle else _Handle.apply(p, self)
             # One for all calls: where their gradients meet, the engine adds them up.  It runs the highest number first: once
             # dW is whole, before the next layer's.  Without that, a handle for each call.
             if not made.handle and (number := getattr(handle.grad_fn, "_set_sequence_nr", None)) is not None:
@@ -263,15 +265,17 @@ class SVFLinear(nn.Module):
         return _MergedLinear.apply(x, made.weight, self.bias, handle)
 
     def _composed(self, x: torch.Tensor) -> "_Composed":
-        """W' of the active expert, kept for as long as nothing it was made from has a new version."""
+        """W' of the active expert, kept for as long as what it was made from is the same, in the same version."""
         p, made = self.z[self.active_expert], self._cache
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-        tracked = not (p.is_inference() or self.base_layer.weight.is_inference())
-        key = (p._version, self.base_layer.weight._version, stream) if tracked else None
-        if made is None or made.p is not p or made.key != key or not tracked:
+        sources = (p, self.base_layer.weight, *self.factors)
+        tracked = not any(t.is_inference() for t in sources)
+        # p.data = other is no new version, but other memory
+        key = (*((t._version, t.data_ptr()) for t in sources), stream) if tracked else None
+        if made is None or not tracked or made.key != key or not all(map(operator.is_, made.sources, sources)):
             with ordinary():
                 A, m, B = self.update()
-                made = _Composed(p, key, materialize(self._dense(), A, m, B), [])
+                made = _Composed(sources, key, materialize(self._dense(), A, m, B), [])
             self._cache = made if tracked else None
         return made
 
@@ -391,7 +395,7 @@ def defer_projection(model: nn.Module):
 
 
 class _Composed(NamedTuple):
-    p: torch.Tensor
+    sources: tuple[torch.Tensor, ...]  # z's parameter, the base's weight, U, S, Vh
     key: tuple
     weight: torch.Tensor
     handle: list[torch.Tensor]  # none, or one

@@ -395,6 +395,31 @@ def test_nothing_is_kept_of_a_weight_whose_changes_cannot_be_seen(mode):
     close(svf.z["default"].grad, dz_of(svf, x))
 
 
+REPLACED = {
+    "the base's weight": lambda svf: setattr(svf.base_layer, "weight", frozen(torch.randn(30, 40))),
+    "its data": lambda svf: setattr(svf.base_layer.weight, "data", torch.randn(30, 40)),
+    "z's data": lambda svf: setattr(svf.z["default"], "data", torch.rand(30)),
+    "a factor": lambda svf: setattr(svf, "S", svf.S * 2),
+    "a factor in place": lambda svf: svf.S.mul_(2),
+}
+
+
+def frozen(t):
+    return torch.nn.Parameter(t, requires_grad=False)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_is_kept_goes_with_the_tensor_it_was_made_from(what, mode):
+    svf, x = trained(layer(mode="merged")), torch.randn(9, 40)
+    svf.base_layer.weight = frozen(torch.randn(30, 40))  # in the version that a new one has, too
+    with mode():
+        before = svf(x)
+        REPLACED[what](svf)
+        torch.testing.assert_close(svf(x) - svf.base_layer(x), x @ svf.get_delta_weight().mT, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(svf(x), before)
+
+
 @pytest.mark.parametrize("make", [layer, lambda K, N: lowrank.nn.LoRALinear(K, N, 4)], ids=["svf", "lora"])
 def test_merged_in_an_inference_mode_backward_goes_through(make):
     made, x = make(40, 30), torch.randn(9, 40, requires_grad=True)
