@@ -279,8 +279,11 @@ def _make_plain(model, path: Path, peft) -> None:
                 module = base.get_submodule(layer.removeprefix(_PREFIX))
                 change = module.scaling[name] * initial[f"{layer}.lora_B.weight"].float() @ A.float()
                 t = (t.float() + (change.mT if module.fan_in_fan_out else change).to(t.device)).to(t.dtype)
-        elif _rank_dim(key) is not None:
+        elif (dim := _rank_dim(key)) is not None:
             t = _beside(key, t, initial[key])
+            rank = 2 * base.get_submodule(key.removeprefix(_PREFIX).rpartition(".lora_")[0]).r[name]
+            if t.shape[dim] < rank:  # a start of fewer directions than were asked for
+                t = torch.cat((t, t.new_zeros([rank - n if d == dim else n for d, n in enumerate(t.shape)])), dim)
         tensors[key] = t
     save_file({key: t.contiguous() for key, t in tensors.items()}, file, metadata={"format": "pt"})
     plain = json.loads((file.parent / CONFIG).read_text())

@@ -463,6 +463,9 @@ STARTS = {
     "biases": dict(target_modules=["q_proj", "lm_head"], bias="all"),
     "tokens": dict(target_modules=["q_proj", "lm_head"], trainable_token_indices=[3, 5]),
     "a parameter": dict(target_modules=["q_proj"], target_parameters=["lm_head.weight"]),
+    "more than the rank of a weight": dict(target_modules=["q_proj", "k_proj", "embed_tokens"], r=40),
+    "that and rsLoRA": dict(target_modules=["q_proj", "k_proj"], r=40, use_rslora=True, rank_pattern={"q_proj": 4}),
+    "that and OLoRA": dict(target_modules=["q_proj", "k_proj"], r=40, init_lora_weights="olora"),
     "a spelling": dict(target_modules=["q_proj", "lm_head"], init_lora_weights="OLoRA"),
 }
 
