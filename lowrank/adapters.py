@@ -406,7 +406,8 @@ def _write_lora_linears(model: nn.Module, path: Path, peft, plain: bool) -> None
         for factor, initial in (("lora_A", layer._initial_A), ("lora_B", layer._initial_B)):
             for kind, parameter in getattr(layer, factor)["default"].named_parameters():
                 key, t = f"{_PREFIX}{name}.{factor}.{kind}", parameter.detach()
-                t = _beside(key, t, initial) if doubled[name] else t
+                if doubled[name]:  # what the base lacks is in the scaling that it was taken with
+                    t = _beside(key, t, initial * (layer._initial_scaling / layer.scaling if factor == "lora_B" else 1))
                 tensors[key] = t.contiguous()
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(path)
@@ -435,9 +436,17 @@ def _load_lora_linears(model: nn.Module, path: Path, tensors: dict[str, torch.Te
         raise ValueError(
             f"{path}: trained from init={init!r}, which changes the base; {odd[0]} has {layers[odd[0]].init!r}"
         )
+    rslora = config.get("use_rslora", False)
+    alphas = {name: _pattern(config, "alpha_pattern", name, config["lora_alpha"]) for name in layers}
+    for name, layer in layers.items() if init == "olora" else ():
+        scaling = alphas[name] / (math.sqrt(layer.r) if rslora else layer.r)
+        if not math.isclose(scaling, layer._initial_scaling):
+            raise ValueError(
+                f"{path}: trained on a base without {scaling:g} B A of OLoRA's start, {name} is without"
+                f" {layer._initial_scaling:g} B A: make it with lora_alpha={alphas[name]:g}, use_rslora={rslora}"
+            )
     for name, layer in layers.items():
-        layer.lora_alpha = _pattern(config, "alpha_pattern", name, config["lora_alpha"])
-        layer.use_rslora = config.get("use_rslora", False)
+        layer.lora_alpha, layer.use_rslora = alphas[name], rslora
         layer.unmerge()
     for key, parameter in wanted.items():
         parameter.copy_(tensors[key])

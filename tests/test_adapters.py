@@ -385,7 +385,7 @@ def test_pissa_and_olora_start_as_the_linear_and_export_as_plain_lora(tmp_path, 
             torch.testing.assert_close(layer.scaling * B @ A, (U[:, : layer.r] * S[: layer.r]) @ Vh[: layer.r])
         else:
             Q, _ = torch.linalg.qr(W)
-            torch.testing.assert_close(B * layer.scaling, Q[:, : layer.r])
+            torch.testing.assert_close(B, Q[:, : layer.r])
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -408,6 +408,37 @@ def test_pissa_and_olora_start_as_the_linear_and_export_as_plain_lora(tmp_path, 
     default, _ = started("default", use_rslora=rslora)
     with pytest.raises(ValueError, match=f"trained from init='{init}'"):
         lowrank.load_adapter(default, tmp_path / "own")
+
+
+def scaled(init, **options):
+    torch.manual_seed(0)
+    return nn.Sequential(LoRALinear.from_linear(nn.Linear(24, 16), 4, init=init, **options))
+
+
+@pytest.mark.parametrize("options", [dict(lora_alpha=12), dict(lora_alpha=4, use_rslora=True)], ids=["alpha", "rsLoRA"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_in_any_scaling_is_pefts(tmp_path, init, options):
+    model, x = scaled(init, **options), torch.randn(5, 24)
+    with torch.no_grad():
+        model[0].lora_B["default"].weight.add_(0.1)
+    want = model(x)
+    for form in (None, "lora"):
+        lowrank.save_adapter(model, tmp_path, form)
+        torch.manual_seed(0)
+        plain = PeftModel.from_pretrained(nn.Sequential(nn.Linear(24, 16)), tmp_path)
+        torch.testing.assert_close(plain(x), want, rtol=1e-4, atol=1e-4)
+    lowrank.save_adapter(model, tmp_path)
+    other = scaled(init, lora_alpha=7)
+    if init == "olora":
+        with pytest.raises(ValueError, match="make it with lora_alpha="):
+            lowrank.load_adapter(other, tmp_path)
+        assert other[0].lora_alpha == 7
+        return
+    torch.testing.assert_close(lowrank.load_adapter(other, tmp_path)(x), want)  # and what it exports is its own
+    lowrank.save_adapter(other, tmp_path, "lora")
+    torch.manual_seed(0)
+    plain = PeftModel.from_pretrained(nn.Sequential(nn.Linear(24, 16)), tmp_path)
+    torch.testing.assert_close(plain(x), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])

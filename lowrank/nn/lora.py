@@ -109,11 +109,12 @@ class LoRALinear(nn.Module):
             B, A = U * root, Vh * root.unsqueeze(1)
         else:
             B, A = torch.linalg.qr(self.weight.float())
-            B, A = B[:, : self.r] / self.scaling, A[: self.r]
+            B, A = B[:, : self.r], A[: self.r]
         self.lora_A["default"].weight.copy_(A)
         self.lora_B["default"].weight.copy_(B)
         self._initial_A = self.lora_A["default"].weight.detach().clone()
         self._initial_B = self.lora_B["default"].weight.detach().clone()
+        self._initial_scaling = self.scaling
         self.weight.copy_(materialize(self.weight, self._initial_A, -self.scaling, self._initial_B))
 
     @property
