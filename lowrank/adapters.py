@@ -14,6 +14,7 @@ from ._fits import check_fits, check_same, targets, warn_of_misfits
 from .checkpoints import publish
 from .factors import is_conv1d
 from .nn import LoRALinear
+from .nn.svf import check_name
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."  # of every key in a PEFT file
@@ -38,6 +39,7 @@ def adapt(model: nn.Module, config, adapter_name: str = "default", *, autocast_a
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(config, svf.SVFConfig):
+        check_name(adapter_name)
         model = svf.adapt(model, config)
         if adapter_name != "default":
             svf.rename_expert(model, "default", adapter_name)

@@ -25,7 +25,7 @@ from ._version import __version__
 from .factors import dense_weight, has_exact_weight, load_factors, target_layers, weight_checksum, weight_shape
 from .nn import SVFLinear
 from .nn.merging import ordinary, report_merge
-from .nn.svf import PARAMETRIZATIONS
+from .nn.svf import PARAMETRIZATIONS, check_name
 from .svd import SVDFactors, svd_factors
 
 FILE = "model.safetensors"
@@ -288,6 +288,8 @@ class _Experts:
 
     def add_expert(self, name: str) -> None:
         """An expert at z = 1 in every layer, and a copy of what is trained as a whole, made active."""
+        if taken := [where for where, layer in svf_layers(self).items() if name in layer.z]:
+            raise ValueError(f"name: there is an expert {name!r} in {taken[0]} already")
         for layer in (svf_layers(self) | saved_modules(self)).values():
             layer.add_expert(name)
 
@@ -469,6 +471,7 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
     """Put what :func:`read` found into the model, adapting it first if need be; nothing changes if it does not fit."""
     from .adapters import exact_names
 
+    check_name(name)
     config = SVFConfig(**description["config"])
     wanted, layers = description["layers"], svf_layers(model)
     saved = description.get("modules_to_save", [])

@@ -325,6 +325,30 @@ def test_copies_and_pickles_are_models_with_experts(copied, tmp_path):
     assert type(other.merge_and_unload()) is LlamaForCausalLM
 
 
+@pytest.mark.parametrize("name", ["a.b", "", 3, "keys", "training", "type", "setdefault"])
+def test_a_name_that_cannot_be_an_experts_changes_nothing(tmp_path, name):
+    model, fresh = adapted(), llama()
+    model.save_pretrained(tmp_path)
+    first = next(iter(svf_layers(model).values()))
+    trained = [p.requires_grad for p in fresh.parameters()]
+    for call in (
+        lambda: model.add_expert(name),
+        lambda: first.rename_expert("default", name),
+        lambda: lowrank.adapt(fresh, SVFConfig(), name),
+        lambda: lowrank.load_adapter(fresh, tmp_path, name),
+        lambda: lowrank.load_adapter(model, tmp_path, name),
+    ):
+        with pytest.raises((ValueError, TypeError), match="name: "):
+            call()
+    assert {tuple(layer.experts) for layer in svf_layers(model).values()} == {("default",)}
+    assert not svf_layers(fresh)
+    assert trained == [p.requires_grad for p in fresh.parameters()]
+    first.add_expert("b")
+    with pytest.raises(ValueError, match="there is an expert 'b'"):
+        model.add_expert("b")
+    assert sum("b" in layer.z for layer in svf_layers(model).values()) == 1
+
+
 def test_a_file_says_which_weights_the_experts_are_of_when_it_is_written(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path / "before")

@@ -171,8 +171,7 @@ class SVFLinear(nn.Module):
 
     def add_expert(self, name: str, z: torch.Tensor | None = None) -> None:
         """Add an expert that starts at z = 1, or at ``z`` fp32 [k] (what is trained, p, follows), and make it active."""
-        if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"name: expected a string without dots, got {name!r}")
+        check_name(name)
         if name in self.z:
             raise ValueError(f"name: there is an expert {name!r} already")
         with ordinary():
@@ -182,6 +181,7 @@ class SVFLinear(nn.Module):
 
     def rename_expert(self, name: str, new: str) -> None:
         """Give an expert another name, in its place."""
+        check_name(new)
         if new in self.z or name not in self.z:
             raise ValueError(
                 f"rename_expert: expected one of {', '.join(self.z)} and a new name, got {name!r}, {new!r}"
@@ -373,6 +373,14 @@ class SVFLinear(nn.Module):
         """What nn.Linear prints, and the expert."""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{text}, k={self.k}, mode={self.mode}, experts={self.experts}, merged={self.merged}"
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for what cannot be an expert's name: a dict of parameters and one of modules are to hold it."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name: expected a string without dots, got {name!r}")
+    if hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"name: {name!r} is PyTorch's own in a dict of modules; expected another")
 
 
 @contextlib.contextmanager
