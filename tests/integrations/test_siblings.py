@@ -454,31 +454,6 @@ def test_members_whose_result_is_not_used_get_no_gradient(used, p):
     assert {name for name, weight in trained.items() if not torch.equal(weight, before[name])} <= mine
 
 
-def test_ddp_takes_members_that_are_never_called_as_unused():
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    attention, x = block()
-
-    class OneOfThree(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = attention
-
-        def forward(self, x):
-            return self.attention.q_proj(x)
-
-    # no gloo here: its threads, joined with the interpreter's lock held where the reducer goes, can hang
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    try:
-        ddp = torch.nn.parallel.DistributedDataParallel(OneOfThree(), find_unused_parameters=True)
-        for _ in range(2):
-            ddp(x).sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    trained = {name: weight.grad is not None for name, weight in attention.named_parameters() if weight.requires_grad}
-    assert trained == {name: name.startswith("q_proj") for name in trained}
-
-
 def test_results_that_nobody_takes_are_pointed_out():
     attention, x = block()
     with pytest.warns(UserWarning, match="siblings=False"):
