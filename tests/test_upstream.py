@@ -202,8 +202,8 @@ def test_trls_patch_trains_a_lora_on_the_head_as_full_logits_do(patched_trl, mon
     assert sum("lm_head" in name for name in names) == (4 if adapters == "two" else 2)
     oracle, eager = step(exact, ids, labels, fused=False), step(plain, ids, labels, fused=False)
     for name, ours, theirs, truth in zip(names, step(model, ids, labels, fused=True), eager, oracle, strict=True):
-        # in fp32 both, the sums in another order
-        assert error(ours, truth) <= 1.5 * error(theirs, truth), name
+        # in fp32 both: logits, to about 10, are rounded, and their error is a relative one of every probability
+        assert max(error(ours, truth), error(theirs, truth)) <= 40 * 2**-24, name
 
 
 def test_trls_patch_still_refuses_what_it_cannot_apply(patched_trl):
