@@ -127,7 +127,7 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
 def _check_base(subject: Subject, device: torch.device) -> None:
     """Raises ValueError unless the model runs, sees no later token, and has a finite loss on both domains."""
     what = f"--model {subject.name}: {type(subject.model).__name__}"
-    model = copy.deepcopy(subject.model).to(device).eval()
+    model = copy.deepcopy(subject.model).to(device)
     try:
         losses = [train.evaluate(model, c.test, subject.batch) for c in (subject.new, subject.general)]
         leak = _looks_ahead(model, subject.new.test[:1].to(device))
@@ -146,6 +146,7 @@ def _check_base(subject: Subject, device: torch.device) -> None:
 @torch.no_grad()
 def _looks_ahead(model: nn.Module, block: torch.Tensor) -> bool:
     """Whether the first position's logits depend on the last token by more than rounding."""
+    model.eval()  # dropout, too, changes the logits
     other = block.clone()
     other[:, -1] = (block[:, -1] + 1) % model.get_input_embeddings().num_embeddings
     one, two = (model(input_ids=b).logits[:, 0].float() for b in (block, other))

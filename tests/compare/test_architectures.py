@@ -30,6 +30,7 @@ MODELS = {
     "Mamba": lambda: transformers.MambaConfig(
         vocab_size=320, hidden_size=16, num_hidden_layers=1, state_size=2, max_position_embeddings=32
     ),
+    "GPT2": lambda: transformers.GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=32),  # dropout
     "Falcon": lambda: transformers.FalconConfig(**SIZES, max_position_embeddings=32),
 }
 
