@@ -46,7 +46,10 @@ cd "$work/elsewhere"
 "$python" -c "from lowrank import _native; assert _native.why_not('cpu') is None, _native.why_not('cpu'); print('C++ built and loaded')"
 
 for version in 3.10 3.11 3.12 3.13 3.14; do
-    other=$(command -v "python$version" || ls -d "$HOME"/.pyenv/versions/"$version".*/bin/python 2>/dev/null | tail -n 1 || true)
+    other=
+    for candidate in "python$version" "$HOME"/.pyenv/versions/"$version".*/bin/python; do
+        if "$candidate" -c "" 2>/dev/null; then other=$candidate; break; fi  # a shim may be there without its Python
+    done
     if [ -z "$other" ]; then echo "== Python $version: not here"; continue; fi
     "$other" -W error -m compileall -q -f "$work/source/lowrank" "$work/source/kernels" "$work/source/setup.py"
     echo "== Python $version: every source compiles"
