@@ -1,9 +1,10 @@
 """Metadata is in pyproject.toml; here the native code of csrc/ is built, through ninja.
 
-    lowrank/_C_cpu.so    needs a C++ compiler
-    lowrank/_C_cuda.so   needs nvcc, and a CUDA build of torch (or LOWRANK_BUILD_CUDA=1: it compiles, it does not load)
+    lowrank/_C_cpu.so              needs a C++ compiler
+    lowrank/_C_cuda.so             needs nvcc, and a CUDA build of torch (or LOWRANK_BUILD_CUDA=1: compiled, not loaded)
+    lowrank/_C_node-<version>.so   needs a C++ compiler; not on torch's stable ABI, so it is for the torch of that version alone
 
-Both need the headers of the torch that is installed, and nothing of it that runs: they are found where this Python keeps its
+All need the headers of the torch that is installed, and nothing of it that runs: they are found where this Python keeps its
 packages, so that pip's isolated builds find them too.  ``python setup.py build_ext --inplace`` builds in a checkout.  What
 cannot be built is left out with a message: lowrank then does in PyTorch, slower, what the library would have done.
 LOWRANK_REQUIRE_NATIVE=1 makes that an error.  CXX, LOWRANK_NVCC and LOWRANK_ARCHS ("80;90a;100a") choose.
@@ -24,7 +25,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path(__file__).resolve().parent / "csrc"
-STEMS = sorted(path.stem for path in CSRC.glob("*.cu"))  # of each: STEM.cu, STEM_cpu.cpp, STEM_rows.cpp
+STEMS = sorted(
+    path.stem for path in CSRC.glob("*.cu")
+)  # the CUDA library's; the CPU's is every *_cpu.cpp and *_rows.cpp
 ARCHS = os.environ.get("LOWRANK_ARCHS", "80;90a;100a")
 # The same bits from every compiler: nothing is fused or reordered.  The two -fno allow fmaf and selects in vectors.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -Wall -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
@@ -60,21 +63,21 @@ def torch_folder() -> Path | None:
     return next((folder for folder in folders if (folder / "include" / "torch" / "csrc" / "stable").is_dir()), None)
 
 
-def torch_cuda() -> str | None:
-    """The CUDA version of that torch, read from its version.py: an isolated build cannot import it."""
-    version = re.search(r"^cuda\b[^=\n]*= *'([^']+)'", (torch_folder() / "version.py").read_text(), re.MULTILINE)
-    return version and version[1]
+def torch_version(of: str = "__version__") -> str | None:
+    """The version of that torch, or of its "cuda", read from its version.py: an isolated build cannot import it."""
+    found = re.search(rf"^{of}\b[^=\n]*= *'([^']+)'", (torch_folder() / "version.py").read_text(), re.MULTILINE)
+    return found and found[1]
 
 
 def torch_flags() -> tuple[str, str]:
     """(include directories, libraries).  The libraries only so that the loader finds torch, which Python loads privately."""
     torch = torch_folder()
     includes = f"-isystem {torch / 'include'} -isystem {torch / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"
-    return includes, f"-L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu"
+    return includes, f"-L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
 
 
 def why_not(library: str) -> str | None:
-    """Why ``library`` ("cpu" or "cuda") cannot be built here; None if it can."""
+    """Why ``library`` ("cpu", "cuda" or "node") cannot be built here; None if it can."""
     if sys.platform != "linux":
         return "is built on Linux only"
     if torch_folder() is None:
@@ -86,7 +89,7 @@ def why_not(library: str) -> str | None:
     if library == "cuda":
         if nvcc() is None:
             return "needs nvcc"
-        if torch_cuda() is None and os.environ.get("LOWRANK_BUILD_CUDA") != "1":
+        if torch_version("cuda") is None and os.environ.get("LOWRANK_BUILD_CUDA") != "1":
             return "needs a CUDA build of torch"
     return None
 
@@ -111,10 +114,12 @@ def ninja_file(library: str, target: Path, folder: Path) -> str:
             "rule link",
             f"  command = {compiler()} -shared $in -o $out {libraries}",
         ]
-        objects = [(folder / f"{stem}_cpu.o", f"{stem}_cpu.cpp", f"{STABLE_ABI} {includes}") for stem in STEMS]
+        sources = [CSRC / "node.cpp"] if library == "node" else sorted(CSRC.glob("*_cpu.cpp"))
+        abi = "" if library == "node" else STABLE_ABI
+        objects = [(folder / f"{p.stem}.o", p.name, f"{abi} {includes}") for p in sources]
         objects += [
-            (folder / f"{stem}_{isa}.o", f"{stem}_rows.cpp", f"-DISA={isa} {flags}")
-            for stem in STEMS
+            (folder / f"{path.stem}_{isa}.o", path.name, f"-DISA={isa} {flags}")
+            for path in (sorted(CSRC.glob("*_rows.cpp")) if library == "cpu" else ())
             for isa, flags in ISAS.items()
         ]
     rules[2:2] = ["  depfile = $out.d", "  deps = gcc"]
@@ -125,7 +130,8 @@ def ninja_file(library: str, target: Path, folder: Path) -> str:
 
 class NinjaBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:  # no Python symbols, so no Python version in the name
-        return str(Path(*fullname.split("."))) + ".so"
+        version = f"-{torch_version()}" if fullname.endswith("_node") else ""
+        return str(Path(*fullname.split("."))) + version + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         library = ext.name.rpartition("_")[2]
@@ -143,15 +149,15 @@ class NinjaBuild(build_ext):
 def extensions() -> list[Extension]:
     required = os.environ.get("LOWRANK_REQUIRE_NATIVE") == "1"
     found = []
-    for library in ("cpu", "cuda"):
+    for library in ("cpu", "cuda", "node"):
         reason = why_not(library)
         if reason is None:
             sources = [str(path.relative_to(CSRC.parent)) for path in sorted(CSRC.iterdir()) if path.suffix != ".md"]
             found.append(Extension(f"lowrank._C_{library}", sources, py_limited_api=True, optional=not required))
-        elif required and library == "cpu":
-            raise SystemExit(f"lowrank/_C_{library}.so {reason}")
+        elif required and library != "cuda":
+            raise SystemExit(f"lowrank/_C_{library} {reason}")
         else:
-            print(f"lowrank/_C_{library}.so is left out: it {reason}", file=sys.stderr)
+            print(f"lowrank/_C_{library} is left out: it {reason}", file=sys.stderr)
     return found
 
 

@@ -5,8 +5,6 @@ what their ratio is taken over.  ``bytes`` and ``flops`` are lower bounds of one
 floor is the larger of bytes / this device's copy rate and FLOPs / its matrix rate, both measured in the same run.
 """
 
-import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,7 +18,7 @@ import torch
 
 from lowrank.bench import Problem, passes, tensors
 from lowrank.ops import dropout, eager
-from lowrank.ops._dispatch import backend
+from lowrank.ops._dispatch import backend, forced
 
 Calls = dict[str, dict[str, Callable[[int], object]]]
 
@@ -224,23 +222,10 @@ def _small_calls(p, inputs, options) -> Calls:
 
 def _forced(name, call):
     def run(i):
-        with _environment("LOWRANK_BACKEND", name):
+        with forced(name):
             return call(i)
 
     return run
-
-
-@contextlib.contextmanager
-def _environment(name, value):
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 # One decoder layer of Llama: its seven linears among attention, norms and activation.

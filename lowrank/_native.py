@@ -5,18 +5,19 @@ from pathlib import Path
 
 import torch
 
-LIBRARIES = ("cpu", "cuda")
+LIBRARIES = ("cpu", "cuda", "node")
 
 
 def available(library: str) -> bool:
-    """Whether torch.ops.lowrank has the ``library``'s ("cpu" or "cuda") implementations; loads it on the first call."""
+    """Whether torch.ops.lowrank has the ``library``'s (one of LIBRARIES) implementations; loads it on the first call."""
     return why_not(library) is None
 
 
 @functools.cache
 def why_not(library: str) -> str | None:
     """Why ``library`` cannot be used, in one line; None if it can."""
-    path = Path(__file__).with_name(f"_C_{library}.so")
+    version = f"-{torch.__version__}" if library == "node" else ""  # which is built for one torch
+    path = Path(__file__).with_name(f"_C_{library}{version}.so")
     if library == "cuda" and torch.version.cuda is None:
         return "this torch is not a CUDA build"
     if not path.exists():

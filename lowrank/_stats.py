@@ -10,7 +10,9 @@ from torch import nn
 
 _FUSED, _SHARED = "", "\0shared"  # no reasons
 _all = Counter()
-_by_layer: "weakref.WeakKeyDictionary[nn.Module, Counter]" = weakref.WeakKeyDictionary()
+_by_layer: dict[
+    int, tuple[weakref.ref, Counter]
+] = {}  # by id, while the layer lives: a WeakKeyDictionary costs 1 us a call
 _warned: set[str] = set()
 _strict = False
 
@@ -59,7 +61,7 @@ def stats(model: nn.Module | None = None) -> dict[str, object]:
     else:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        counts = sum((_by_layer.get(layer, Counter()) for layer in model.modules()), Counter())
+        counts = sum((_counts(layer) for layer in model.modules() if id(layer) in _by_layer), Counter())
         untouched = _untouched(model)
     fallback = {reason: n for reason, n in sorted(counts.items()) if reason not in (_FUSED, _SHARED)}
     return {"fused": counts[_FUSED], "shared": counts[_SHARED], "fallback": fallback, "untouched": untouched}
@@ -70,9 +72,12 @@ def ran_fused(layer: nn.Module, shared: bool = False) -> None:
     if torch.compiler.is_compiling():
         _traced(_FUSED)
         return
-    _count(layer, _FUSED)
+    counts = _counts(layer)
+    _all[_FUSED] += 1
+    counts[_FUSED] += 1
     if shared:
-        _count(layer, _SHARED)
+        _all[_SHARED] += 1
+        counts[_SHARED] += 1
 
 
 def fell_back(layer: nn.Module, reason: str, library: str = "PEFT") -> None:
@@ -165,10 +170,25 @@ def _warn(reason: str, text: str) -> None:
 
 def _count(layer: nn.Module, reason: str) -> None:
     _all[reason] += 1
-    counts = _by_layer.get(layer)
-    if counts is None:
-        counts = _by_layer[layer] = Counter()
-    counts[reason] += 1
+    _counts(layer)[reason] += 1
+
+
+def layer_of(key: int) -> nn.Module | None:
+    """The counted layer with that id, while it lives."""
+    return _by_layer[key][0]() if key in _by_layer else None
+
+
+def _counts(layer: nn.Module) -> Counter:
+    key = id(layer)
+    entry = _by_layer.get(key)
+    if entry is None or entry[0]() is not layer:
+
+        def forget(ref):
+            if key in _by_layer and _by_layer[key][0] is ref:
+                del _by_layer[key]
+
+        entry = _by_layer[key] = weakref.ref(layer, forget), Counter()
+    return entry[1]
 
 
 def _untouched(model: nn.Module) -> dict[str, int]:

@@ -13,7 +13,8 @@ from torch import nn
 
 from . import _stats, sharding
 from .ops import dora as dora_op
-from .ops.lora import Adapter, Projection, lora_projections
+from .ops.linear import TENSORS, Adapter, Projection, plainly
+from .ops.lora import lora_projections, projected
 from .ops.node import AGAIN, CHANGED, COPY, FORWARD_MODE, again, followed, has_tangent
 from .ops.validation import DTYPES
 
@@ -33,6 +34,12 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
     """A forward for a PEFT layer class: ours, and ``original`` where the op does not cover the call."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if not args and not kwargs and plainly(x):
+            made = _waiting(self)
+            projection = _plain(self, x)
+            if projection is not None:
+                return _run_plain(self, x, projection, made)
+            return general(self, x, args, kwargs, made, None)
         if torch.compiler.is_exporting():  # a program of PyTorch's own ops, which runs where no lowrank is
             return original(self, x, *args, **kwargs)
         followers = followed()
@@ -40,10 +47,11 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
             return again(forward, self, x, *args, **kwargs)
         if followers is FORWARD_MODE and not has_tangent((x, *self.parameters())):
             followers = None
-        compiling, made = torch.compiler.is_compiling(), None
-        if not compiling and thread.group is not None and (group := thread.group()) is not None:
-            made = group.take(self)  # whichever way this call goes: what another layer's failed forward left goes here
-        dora = _dora(self)
+        made = None if torch.compiler.is_compiling() else _waiting(self)
+        return general(self, x, args, kwargs, made, followers)
+
+    def general(self, x, args, kwargs, made, followers):
+        compiling, dora = torch.compiler.is_compiling(), _dora(self)
         adapters, reason = adapters_of(self, x, args, kwargs, dora)
         if adapters:
             reason = followers or (WRITTEN if self.__dict__.get(CHANGED) else reason)
@@ -84,6 +92,101 @@ class PeftLoraLinear(nn.Module):
     forward = fused(lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs))
 
 
+def _waiting(layer):
+    """What a sibling made for this call, whichever way it goes: what another layer's failed forward left goes here."""
+    group = None if thread.group is None else thread.group()
+    return None if group is None else group.take(layer)
+
+
+def _run_plain(layer, x, projection: Projection, made) -> torch.Tensor:
+    """The layer's result, where :func:`_plain` answered."""
+    group = layer.__dict__.get(GROUP)
+    if projection.weight is None:
+        projection = projection._replace(base=_call(layer.base_layer, x))
+    elif group is not None:
+        y = group.call(layer, x, projection, _projection, made)
+        if y is not None:
+            _stats.ran_fused(layer, shared=made is not None)
+            return y
+    _stats.ran_fused(layer)
+    return projected(x, (projection,))[0]
+
+
+def _plain(layer, x) -> Projection | None:
+    """What the layer computes of x alone, where one LoRA is active and nothing is attached to any module, else None.
+
+    A projection without a weight is to get the base layer's own output.  Read from the modules' dicts, because nn.Module's
+    __getattr__ is what costs; nothing about a module is remembered between calls, during which all of it may change.
+    """
+    state, device, dtype = layer.__dict__, x.device, x.dtype
+    if _has_any_global_hook() or dtype not in _FLOATS:
+        return None
+    try:
+        if state["_disable_adapters"] or state["merged_adapters"] or CHANGED in state:
+            return None
+        modules, name = state["_modules"], state["_active_adapter"]
+        if type(name) is not str:
+            if len(name) != 1:
+                return None
+            name = name[0]
+        if name in state["lora_variant"]:
+            return None
+        A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        drop, scaling = modules["lora_dropout"]._modules[name], state["scaling"][name]
+        if not type(A) is type(B) is nn.Linear or type(drop) not in _DROPOUTS:
+            return None
+        for module in (A, B, drop):
+            hooks = module.__dict__
+            if (
+                hooks["_forward_hooks"]
+                or hooks["_forward_pre_hooks"]
+                or hooks["_backward_hooks"]
+                or hooks["_backward_pre_hooks"]
+                or "forward" in hooks
+            ):
+                return None
+        hooks = drop.__dict__
+        p = hooks["p"] if type(drop) is nn.Dropout and hooks["training"] else 0.0
+        A, (B, lora_bias) = A._parameters["weight"], B._parameters.values()
+        if (
+            type(A) not in TENSORS
+            or type(B) not in TENSORS
+            or A.device != device
+            or B.device != device
+            or A.dtype not in _FLOATS
+            or B.dtype not in _FLOATS
+            or (lora_bias is not None and type(lora_bias) not in TENSORS)
+            or type(scaling) not in _NUMBERS
+        ):
+            return None
+        autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else device.type)
+        if dtype is not A.dtype and not autocast and not state.get("cast_input_dtype_enabled", True):
+            return None
+        base, weight, bias = modules["base_layer"], None, None
+        hooks = base.__dict__
+        if type(base) is nn.Linear and not (
+            hooks["_forward_hooks"]
+            or hooks["_forward_pre_hooks"]
+            or hooks["_backward_hooks"]
+            or hooks["_backward_pre_hooks"]
+            or "forward" in hooks
+        ):
+            weight, bias = base._parameters["weight"], base._parameters["bias"]
+            if (
+                type(weight) not in TENSORS
+                or weight.device != device
+                or (weight.dtype is not dtype and (not autocast or weight.dtype not in _FLOATS))
+                or (
+                    bias is not None
+                    and (type(bias) not in TENSORS or bias.device != device or bias.dtype not in _FLOATS)
+                )
+            ):
+                return None
+    except KeyError:  # weights and names that are elsewhere: sharded, deleted, another PEFT's
+        return None
+    return Projection(weight, bias, (Adapter(A, B, scaling, lora_bias, p),), None, layer, state.get(COPY, False))
+
+
 def _inside_units(layer, x, adapters) -> torch.Tensor:
     """The layer's result, computed inside the calls of its sharded factors: their weights are whole there alone."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -115,7 +218,12 @@ def _projection(layer, x) -> Projection | None:
     base = layer.base_layer
     if type(base) is nn.Linear and not _is_whole(base.weight):
         layer.__dict__.pop(GROUP, None)  # a unit of its own: alone from now on, or a recomputation could differ
-    if GROUP not in layer.__dict__ or not _is_plain_linear(base, x):
+    if GROUP not in layer.__dict__:
+        return None
+    projection = _plain(layer, x)
+    if projection is not None:
+        return None if projection.weight is None else projection
+    if not _is_plain_linear(base, x):
         return None
     adapters, reason = adapters_of(layer, x, (), {})
     if not adapters or reason is not None or layer.__dict__.get(CHANGED):
@@ -192,7 +300,7 @@ def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[
         return None, None
     if args or any(value is not None for value in kwargs.values()):
         return None, "arguments beside x"
-    if torch.nn.modules.module._has_any_global_hook():
+    if _has_any_global_hook():
         return None, "global module hooks"
     if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
         return None, f"x of {getattr(x, 'dtype', type(x).__name__)}"
@@ -230,6 +338,8 @@ def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[
 
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
+_FLOATS, _NUMBERS = frozenset(DTYPES), frozenset((float, int))
+_has_any_global_hook = torch.nn.modules.module._has_any_global_hook
 WRITTEN = "the input is changed in place after the call: copy_inputs would save a copy of it"
 SHARDED = "lora_A or lora_B is sharded by itself: shard the LoRA layer or the decoder layer"
 

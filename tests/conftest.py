@@ -48,6 +48,33 @@ NUMERIC = (
 NUMERIC += ("dora", "hub", "peft", "proxy_tuning", "siblings", "trainer", "trl", "registry")
 
 
+class _Environment:
+    """monkeypatch, of which the choice of backends hears."""
+
+    def __init__(self, monkeypatch):
+        self.setattr = monkeypatch.setattr
+        self.setenv, self.delenv = (self._then_read(f) for f in (monkeypatch.setenv, monkeypatch.delenv))
+
+    @staticmethod
+    def _then_read(change):
+        from lowrank.ops._dispatch import read_environment
+
+        def run(*args, **kwargs):
+            change(*args, **kwargs)
+            read_environment()
+
+        return run
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    from lowrank.ops._dispatch import read_environment
+
+    with monkeypatch.context() as changes:
+        yield _Environment(changes)
+    read_environment()
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory_and_fixed_seed():
     """torch.empty returns nan, so what leaves an element unwritten cannot pass."""

@@ -22,8 +22,8 @@ def report(capsys):
     return run
 
 
-def test_report(report, monkeypatch):
-    monkeypatch.delenv("LOWRANK_BACKEND", raising=False)
+def test_report(report, environment):
+    environment.delenv("LOWRANK_BACKEND", raising=False)
     output = report()
     versions = " ".join(section(output, "versions"))
     assert __version__ in versions
@@ -48,8 +48,8 @@ def test_native_libraries(report, monkeypatch):
     ]
 
 
-def test_a_backend_that_does_not_exist_is_reported_not_raised(report, monkeypatch):
-    monkeypatch.setenv("LOWRANK_BACKEND", "abacus")
+def test_a_backend_that_does_not_exist_is_reported_not_raised(report, environment):
+    environment.setenv("LOWRANK_BACKEND", "abacus")
     output = report()
     assert "LOWRANK_BACKEND=abacus" in section(output, "environment")
     assert all(" none: " in line and "'abacus'" in line for line in section(output, "backends"))

@@ -78,15 +78,15 @@ def test_peft_and_transformers_import_from_the_repository_root():
     assert python(code) == "True"
 
 
-def test_unknown_backend_is_refused(monkeypatch):
+def test_unknown_backend_is_refused(environment):
     import torch
 
     import lowrank
     from lowrank.ops._dispatch import backend
 
-    monkeypatch.setenv("LOWRANK_BACKEND", "eager")
+    environment.setenv("LOWRANK_BACKEND", "eager")
     assert backend(torch.device("cpu"))[0] == "eager"
-    monkeypatch.setenv("LOWRANK_BACKEND", "cutlass")
+    environment.setenv("LOWRANK_BACKEND", "cutlass")
     with pytest.raises(ValueError, match="LOWRANK_BACKEND='cutlass'"):
         backend(torch.device("cpu"))
     with pytest.raises(ValueError, match="LOWRANK_BACKEND='cutlass'"):

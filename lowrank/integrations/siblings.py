@@ -10,6 +10,7 @@ What waits is dropped when a thread's next call of a patched layer, in whatever 
 failed, or that calls one of them alone, leaves nothing behind that outlives the next.
 """
 
+import operator
 import threading
 import warnings
 import weakref
@@ -19,7 +20,8 @@ import torch
 from torch import nn
 
 from ..layers import thread
-from ..ops.lora import Projection, autocast_dtype, lora_projections
+from ..ops.linear import Projection
+from ..ops.lora import lora_projections
 
 # Children of one module that are called with one tensor, as transformers names them.
 NAMES = (
@@ -43,8 +45,7 @@ class _Made(NamedTuple):
     y: torch.Tensor
     x: weakref.ref
     modes: tuple
-    projection: Projection
-    versions: tuple
+    state: tuple
 
 
 class _Kept(threading.local):
@@ -70,7 +71,8 @@ class Siblings:
         made, key = self._kept.made, id(layer)
         if key in made:
             return made.pop(key)
-        self._drop()
+        if made:
+            self._drop()
         return None
 
     def forget(self) -> None:
@@ -87,39 +89,32 @@ class Siblings:
         """
         if made is None:
             return self._lead(layer, x, projection, projection_of)
-        if (
-            made.x() is x
-            and made.modes == _modes(x)
-            and _same(made.projection, projection)
-            and made.versions == _versions(projection)
-        ):
+        if made.x() is x and made.modes == _modes(x) and _same(made.state, _state(projection)):
             self.taken += 1
             return made.y
         self._waste(1)
         return None
 
     def _lead(self, layer, x, projection, projection_of):
-        if x.is_inference() or not any(layer is each for each in self.layers):  # nn.DataParallel's replica
+        if x.is_inference() or layer not in self.layers or _state(projection) is None:  # nn.DataParallel's replica
             return None
-        if _versions(projection) is None:
-            return None
-        self._drop()
+        if self._kept.made:
+            self._drop()
         group, members = [projection], {}
         for sibling in self.layers:
             if sibling is not layer:
                 other = projection_of(sibling, x)
-                versions = None if other is None else _versions(other)
-                members[id(sibling)] = None if versions is None else (other, versions)
-                if versions is not None:
+                state = members[id(sibling)] = None if other is None else _state(other)
+                if state is not None:
                     group.append(other)
         if len(group) == 1:
             return None
         ref, modes = weakref.ref(x), _modes(x)
         y, *rest = lora_projections(x, tuple(group), shared_mask=self.shared_mask)
-        rest = iter(rest)
-        self._kept.made = {
-            key: None if member is None else _Made(next(rest), ref, modes, *member) for key, member in members.items()
-        }
+        for key, state in members.items():
+            if state is not None:
+                members[key] = _Made(rest.pop(0), ref, modes, state)
+        self._kept.made = members
         thread.group = self._ref
         return y
 
@@ -154,35 +149,38 @@ def find(model: nn.Module, is_member) -> list[list[nn.Module]]:
 
 def _modes(x: torch.Tensor) -> tuple:
     """Everything beside its arguments that a call's result depends on."""
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    kind = "cpu" if x.is_cpu else x.device.type
+    stream = torch.cuda.current_stream(x.device).cuda_stream if kind == "cuda" else None
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     at = x.data_ptr() if type(x) is torch.Tensor else None  # x.data = ... is no new version
-    return x._version, at, x.requires_grad, grad, inference, autocast_dtype(x), stream
+    return x._version, at, x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, stream
 
 
-def _tensors(projection: Projection):
-    yield projection.weight
-    yield projection.bias
-    for adapter in projection.adapters:
-        yield from (adapter.A, adapter.B, adapter.bias, adapter.scaling)
+def _state(projection: Projection) -> tuple[list, list, list] | None:
+    """(its tensors, its numbers, what changes where a tensor is written to, replaced by ``.data``, or frozen); None if a write
+    could not be seen.
+    """
+    weight, bias, adapters, _, _, _ = projection
+    tensors, numbers, versions = [weight], [len(adapters)], []
+    if bias is not None:
+        tensors.append(bias)
+    for A, B, scaling, lora_bias, p in adapters:
+        tensors += A, B
+        if lora_bias is not None:
+            tensors.append(lora_bias)
+        (tensors if isinstance(scaling, torch.Tensor) else numbers).append(scaling)
+        numbers.append(p)
+    for t in tensors:
+        if t.is_inference():
+            return None
+        versions += t._version, t.data_ptr(), t.requires_grad
+    return tensors, numbers, versions
 
 
-def _versions(projection: Projection) -> tuple | None:
-    """What changes where a tensor is written to, replaced by ``.data``, or frozen; None if a write could not be seen."""
-    found = []
-    for t in _tensors(projection):
-        if isinstance(t, torch.Tensor):
-            if t.is_inference():
-                return None
-            found.append((t._version, t.data_ptr(), t.requires_grad))
-    return tuple(found)
-
-
-def _same(made: Projection, now: Projection) -> bool:
-    if len(made.adapters) != len(now.adapters):
-        return False
-    tensors = all(
-        a is b or (not isinstance(a, torch.Tensor) and a == b)
-        for a, b in zip(_tensors(made), _tensors(now), strict=True)
+def _same(made: tuple, now: tuple | None) -> bool:
+    return (
+        now is not None
+        and len(made[0]) == len(now[0])
+        and all(map(operator.is_, made[0], now[0]))
+        and made[1:] == now[1:]
     )
-    return tensors and all(a.dropout_p == b.dropout_p for a, b in zip(made.adapters, now.adapters, strict=True))

@@ -1,13 +1,15 @@
 """Which backend an op takes.  One visible chain of conditions; ``lowrank doctor`` prints its answer and its reason."""
 
+import contextlib
 import functools
 import importlib.util
 import os
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
-from .. import _stats
+from .. import _native, _stats
 from . import eager
 
 # Below this many bytes of activations in and out, a GPU has done a pass in less time than its launch costs (16 MB at 4 TB/s:
@@ -16,22 +18,68 @@ SMALL = 16 << 20
 MAX_RANK = 512  # of kernels/_launch.py, which imports triton
 
 
+class Choice(NamedTuple):
+    """What runs on a device."""
+
+    backend: str  # "triton" or "eager"
+    reason: str
+    forced: bool  # kernels, however small the call
+    native: bool  # eager's order of operations in one call of csrc/linear.h
+    node: bool  # csrc/node.cpp's autograd node around it
+
+
+def choice(device: torch.device) -> Choice:
+    """Made once per device.  Raises ValueError if LOWRANK_BACKEND asks for what this device cannot do."""
+    made = _choices.get(device)
+    if made is None:
+        made = _choices[device] = _choose(device, _forced or os.environ.get("LOWRANK_BACKEND"))
+    return made
+
+
 def backend(device: torch.device) -> tuple[str, str]:
-    """("triton" or "eager", reason).  Raises ValueError if LOWRANK_BACKEND asks for what this device cannot do."""
-    forced, interpreted = os.environ.get("LOWRANK_BACKEND"), os.environ.get("TRITON_INTERPRET") == "1"
-    if forced not in (None, "", "eager", "triton"):
-        raise ValueError(f"LOWRANK_BACKEND={forced!r}: expected 'eager' or 'triton'")
-    if forced == "eager":
-        return "eager", "LOWRANK_BACKEND=eager"
+    """("triton" or "eager", reason); raises as :func:`choice` does."""
+    return choice(device)[:2]
+
+
+def read_environment() -> None:
+    """Let the next calls see what LOWRANK_BACKEND and TRITON_INTERPRET are now."""
+    for made in _choices_of.values():
+        made.clear()
+
+
+@contextlib.contextmanager
+def forced(name: str):
+    """As under LOWRANK_BACKEND=name in here, for every thread."""
+    global _choices, _forced
+    before = _choices, _forced
+    _choices, _forced = _choices_of.setdefault(name, {}), name
+    try:
+        yield
+    finally:
+        _choices, _forced = before
+
+
+def _choose(device: torch.device, asked: str | None) -> Choice:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if asked not in (None, "", "eager", "triton"):
+        raise ValueError(f"LOWRANK_BACKEND={asked!r}: expected 'eager' or 'triton'")
+    if asked == "eager":
+        return Choice("eager", "LOWRANK_BACKEND=eager", False, False, False)
     possible = device.type == "cuda" or interpreted
-    if forced == "triton" and not (possible and _has_triton()):
+    if asked == "triton" and not (possible and _has_triton()):
         raise ValueError(f"LOWRANK_BACKEND='triton': {device.type} needs triton and a GPU, or TRITON_INTERPRET=1")
-    if not possible:
-        return "eager", f"{device.type}: the kernels' order of operations in PyTorch"
-    if not _has_triton():
-        return "eager", "triton is not installed"
-    why = "LOWRANK_BACKEND=triton" if forced else "TRITON_INTERPRET=1" if interpreted else "a GPU"
-    return "triton", why
+    if possible and _has_triton():
+        why = "LOWRANK_BACKEND=triton" if asked else "TRITON_INTERPRET=1" if interpreted else "a GPU"
+        return Choice("triton", why, asked == "triton" or interpreted, False, False)
+    native = device.type == "cpu" and _native.available("cpu")
+    reason = (
+        f"{device.type}: the kernels' order of operations in PyTorch" if not possible else "triton is not installed"
+    )
+    return Choice("eager", reason, False, native, native and _native.available("node"))
+
+
+_choices_of: dict[str | None, dict[torch.device, Choice]] = {None: {}}
+_choices, _forced = _choices_of[None], None
 
 
 def thin_products(x, weights, others, As, Bs, thin_dtype, has_dropout) -> ModuleType:
@@ -51,7 +99,9 @@ def thin_products(x, weights, others, As, Bs, thin_dtype, has_dropout) -> Module
     if reason is not None:
         _stats.op_fell_back(reason)
         return eager
-    if prefers_eager(rows, As[0].shape[1], sum(widths), wide[0].dtype, (*As, *Bs), thin_dtype, has_dropout):
+    if not choice(first.device).forced and prefers_eager(
+        rows, As[0].shape[1], sum(widths), wide[0].dtype, (*As, *Bs), thin_dtype, has_dropout
+    ):
         return eager
     from ..kernels import thin
 
@@ -72,7 +122,9 @@ def svf_products(x, other, A, B, thin_dtype):
     if reason is not None:
         _stats.op_fell_back(reason)
         return Eager
-    if prefers_eager(x.shape[0], A.shape[1], B.shape[0], x.dtype, (A, B), thin_dtype, False):
+    if not choice(x.device).forced and prefers_eager(
+        x.shape[0], A.shape[1], B.shape[0], x.dtype, (A, B), thin_dtype, False
+    ):
         return Eager
     if A.shape[0] > MAX_RANK:
         return Wide
@@ -99,10 +151,8 @@ def dora_products(wide, A, thin_dtype):
 def prefers_eager(rows, K, N, dtype, factors, thin_dtype, has_dropout) -> bool:
     """Whether a call is too small for kernels of ours: PyTorch then needs no more launches, and cheaper ones.
 
-    Masks and casts would cost eager launches of their own, so they keep the kernels.  Forcing the backend switches this off.
+    Masks and casts would cost eager launches of their own, so they keep the kernels.
     """
-    if os.environ.get("LOWRANK_BACKEND") == "triton" or os.environ.get("TRITON_INTERPRET") == "1":
-        return False
     if has_dropout or thin_dtype is not dtype or any(t.dtype is not dtype for t in factors):
         return False
     return rows * (K + N) * dtype.itemsize < SMALL

@@ -19,7 +19,9 @@ import torch
 
 from .. import _stats
 from . import dora_impl, dropout
-from .lora import Adapter, Projection, as_shaped, autocast_dtype, is_plain
+from .linear import Adapter, Projection
+from .lora import autocast_dtype, is_plain
+from .lora_impl import as_shaped
 from .node import (
     AGAIN,
     DIFFERENTIABLE,
@@ -153,7 +155,7 @@ def of_layer(
         y = _DoRALinear.apply(spec, layers, seed, x, *tensors[1:])
     else:
         y = _forward(spec, seed, *tensors)[0]
-    return as_shaped(y, x)
+    return as_shaped(y, x.shape)
 
 
 class _Spec(NamedTuple):

@@ -24,6 +24,8 @@ def shrink(
     x: Tensor, As: list[Tensor], dtype: torch.dtype, masks: list[int], thresholds: list[int], seeds: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """S in ``dtype``, and int32 [M, ceil(K/32)] keep bits per entry of ``thresholds`` (of 65536) and ``seeds`` (int64)."""
+    if not thresholds:
+        return _shrink(x, _joined(As, dtype, 0)), []
     keeps: list[Tensor] = [None] * len(thresholds)
     parts: list[Tensor] = [None] * len(As)
     for mask, group in _groups(masks):
@@ -47,7 +49,7 @@ def expand(
     """Y in ``dtype``, rounded once.  ``start``: nothing, a bias [N] or a tensor [M,N] to add to."""
     B = _joined(Bs, S.dtype, 1)
     S, alpha = _scaled(S, Bs, scales, scale_tensors)
-    if S.dtype == dtype:
+    if S.dtype is dtype:
         return _mm(S, B.mT, alpha) if start is None else torch.addmm(start.to(dtype), S, B.mT, alpha=alpha)
     Y = S.new_empty((S.shape[0], B.shape[0]), dtype=dtype)
     for rows in dropout.row_blocks(*Y.shape, Y.device):
@@ -71,8 +73,8 @@ def dy_pass(
     """(dS_j in ``dtype`` if needed, dB_j in B_j's dtype where needed); S is read only where a dB is."""
     B = _joined(Bs, dtype, 1)
     T, alpha = _scaled(S if any(need_dB) else None, Bs, scales, scale_tensors)
-    one_scale = _one_scale(scales, scale_tensors)
-    if dY.dtype == dtype:
+    one_scale = (len(Bs) == 1 and scale_tensors[0] is None) or _one_scale(scales, scale_tensors)
+    if dY.dtype is dtype:
         dS = _times(dY, B, alpha if one_scale else 1.0) if need_dS else None
         dB = None if T is None else _mm(T.mT, dY, alpha).mT
     else:
@@ -84,6 +86,8 @@ def dy_pass(
                 dS[rows] = _times(block, B, alpha if one_scale else 1.0)
             if dB is not None:
                 dB.addmm_(block.mT, T[rows], alpha=alpha)
+    if len(Bs) == 1 and one_scale:
+        return [dS], [None if dB is None else dB.to(Bs[0].dtype).contiguous()]
     dSs: list[Tensor | None] = [None] * len(Bs)
     dBs: list[Tensor | None] = [None] * len(Bs)
     everyone = range(len(Bs))
@@ -118,6 +122,11 @@ def x_pass(
         dAs = x_pass(x, dS, As, need_dA, total, masks, keeps, add)
         dX.copy_(total)
         return dAs
+    if len(As) == 1:
+        keep = keeps[masks[0]] if masks[0] >= 0 else None
+        A = As[0] if As[0].dtype is dS[0].dtype else As[0].to(dS[0].dtype)
+        dA = _x_pass(x if need_dA[0] else None, dS[0], A, keep, dX, add)
+        return [None if dA is None else dA.to(As[0].dtype)]
     dAs: list[Tensor | None] = [None] * len(As)
     for g, (mask, group) in enumerate(_groups(masks)):
         thin = _joined([dS[j] for j in group], dS[0].dtype, 1)
@@ -164,7 +173,7 @@ def _x_pass(
     x: Tensor | None, dS: Tensor, A: Tensor, keep: Tensor | None, dX: Tensor | None, add: bool
 ) -> Tensor | None:
     M, K = dS.shape[0], A.shape[1]
-    if keep is None and all(t is None or t.dtype == A.dtype for t in (x, dX)):
+    if keep is None and (x is None or x.dtype is A.dtype) and (dX is None or dX.dtype is A.dtype):
         if dX is not None:
             dX.addmm_(dS, A, beta=int(add))
         return None if x is None else dS.mT @ x
@@ -207,8 +216,9 @@ def _groups(masks: list[int]) -> list[tuple[int, list[int]]]:
 
 def _joined(tensors: list[Tensor], dtype: torch.dtype, dim: int) -> Tensor:
     """All of them in ``dtype``, side by side along ``dim``."""
-    tensors = [t if t.dtype is dtype else t.to(dtype) for t in tensors]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+    if len(tensors) == 1:
+        return tensors[0] if tensors[0].dtype is dtype else tensors[0].to(dtype)
+    return torch.cat([t if t.dtype is dtype else t.to(dtype) for t in tensors], dim)
 
 
 def _spread(joined: Tensor | None, slots: list, group, factors: list[Tensor], rank_dim: int, dim: int) -> None:
@@ -226,7 +236,7 @@ def _one_scale(scales: list[float], scale_tensors: list[Tensor | None]) -> bool:
 
 def _scaled(S: Tensor | None, Bs, scales, scale_tensors) -> tuple[Tensor | None, float]:
     """(T, alpha): alpha T is S with each adapter's columns times its scale; one scale for all is left to the GEMMs."""
-    if _one_scale(scales, scale_tensors):
+    if (len(Bs) == 1 and scale_tensors[0] is None) or _one_scale(scales, scale_tensors):
         return S, scales[0]
     if S is None:
         return None, 1.0

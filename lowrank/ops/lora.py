@@ -18,6 +18,8 @@ import torch
 
 from .. import _stats
 from . import dropout, lora_impl
+from .linear import Adapter, Projection, beside, linears, plainly
+from .lora_impl import as_shaped
 from .node import (
     AGAIN,
     DIFFERENTIABLE,
@@ -50,30 +52,6 @@ _lib.define(
     " Tensor?[] scaling_tensors, Tensor? S, Tensor[] keeps, float[] scalings, int[] counts, int[] masks, float[] ps,"
     " ScalarType dtype, ScalarType thin_dtype, bool[] needs) -> Tensor[]"
 )
-
-
-class Adapter(NamedTuple):
-    """One adapter on one projection: A [r,K], B [N,r], bias [N] or None, scaling a float or a 0-d tensor."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float | torch.Tensor = 1.0
-    bias: torch.Tensor | None = None
-    dropout_p: float = 0.0
-
-
-class Projection(NamedTuple):
-    """What is added to the thin terms: weight [N,K] with bias [N], or a finished base output [...,N] (quantised layers).
-
-    layer: whose call this is, for stats() and errors.  copy: whether backward gets a copy of x, which others may write to.
-    """
-
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    adapters: tuple[Adapter, ...]
-    base: torch.Tensor | None = None
-    layer: torch.nn.Module | None = None
-    copy: bool = False
 
 
 def lora_linear(
@@ -145,7 +123,24 @@ def lora_linears(
 def lora_projections(
     x: torch.Tensor, projections: tuple[Projection, ...], *, shared_mask: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """The general form: every projection of x with all its adapters, in one autograd node."""
+    """Every projection of x with all its adapters, in one autograd node."""
+    if plainly(x) and beside(x, projections):
+        return projected(x, projections, shared_mask)
+    return general(x, projections, shared_mask)
+
+
+def projected(
+    x: torch.Tensor, projections: tuple[Projection, ...], shared_mask: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """:func:`lora_projections` of an x that is :func:`linear.plainly`, with tensors :func:`linear.beside` it."""
+    ys = linears(x, projections, shared_mask)
+    return general(x, projections, shared_mask) if ys is None else ys
+
+
+def general(
+    x: torch.Tensor, projections: tuple[Projection, ...], shared_mask: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """:func:`lora_projections` for what is not plain (ops/linear.py)."""
     reason = followed()
     if reason is AGAIN:
         return again(lora_projections, x, projections, shared_mask=shared_mask)
@@ -197,14 +192,7 @@ def lora_projections(
             x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
             spec.scalings, spec.counts, spec.masks, spec.ps, seeds, dtype, thin_dtype,
         )  # fmt: skip
-    return tuple(as_shaped(y, x) for y in ys)
-
-
-def as_shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """y [M,N], which nobody else has, in x's leading shape.  Like F.linear's result it is no view: callers may add to it in
-    place, and FSDP2's hook on a unit's output survives that only where the output is no view.
-    """
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+    return tuple(as_shaped(y, x.shape) for y in ys)
 
 
 class _Spec(NamedTuple):

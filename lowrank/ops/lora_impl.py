@@ -101,7 +101,7 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
             K = next(t for t in (x, *As, *weights) if t is not None).shape[-1]
             dX = some.new_empty((some.shape[0], K), dtype=dtype)
         first = need_x and may_overflow(dtype, thin_dtype)
-        started = first and _add_base(dX, dys, weights, False)
+        started = first and add_base(dX, dys, weights, False)
         used = [j for j in range(a) if dS[j] is not None]
         if used:
             mine = dS, As, need_A, masks
@@ -113,7 +113,7 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
                 dA[j] = grad
             started = True
         if need_x and not first:
-            started = _add_base(dX, dys, weights, started)
+            started = add_base(dX, dys, weights, started)
         if need_x and not started:
             dX.zero_()
         return [grad for grad, need in zip([dX, *dW, *db, *dA, *dB, *dlb], needs, strict=True) if need]
@@ -126,7 +126,7 @@ def may_overflow(dtype: torch.dtype, thin_dtype: torch.dtype, several: bool = Fa
     return dtype is torch.float16 and (several or thin_dtype is not dtype)
 
 
-def _add_base(dX, dys, weights, started: bool) -> bool:
+def add_base(dX, dys, weights, started: bool) -> bool:
     """dX += Σ dY W, or = where nothing is there yet; whether anything is there then."""
     for dy, weight in zip(dys, weights, strict=True):
         if dy is None or weight is None:
@@ -235,6 +235,13 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.dtype is dtype else x.to(dtype)
+
+
+def as_shaped(y: Tensor, shape: torch.Size) -> Tensor:
+    """y [M,N], which nobody else has, in the leading shape of x's ``shape``.  Like F.linear's result it is no view: callers may
+    add to it in place, and FSDP2's hook on a unit's output survives that only where the output is no view.
+    """
+    return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
 
 
 def dense(dy: Tensor) -> Tensor:

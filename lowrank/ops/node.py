@@ -93,10 +93,10 @@ def recall(ctx, remembered: tuple | None) -> tuple[torch.Tensor | None, ...]:
         x = ref()
         if x is None or x._version == version:
             raise
-        raise RuntimeError(_hand_over(layers)) from error
+        raise RuntimeError(hand_over(layers)) from error
     found = saved[0]
     if found is not None and found._version != version and (again or _is_same(ref(), found)):
-        raise RuntimeError(_hand_over(layers))
+        raise RuntimeError(hand_over(layers))
     return saved
 
 
@@ -108,7 +108,7 @@ def alive(layers) -> list:
     return [layer for layer in (ref() for ref in layers) if layer is not None]
 
 
-def _hand_over(layers) -> str:
+def hand_over(layers) -> str:
     layers = alive(layers)
     for layer in layers:
         layer.__dict__[CHANGED] = True

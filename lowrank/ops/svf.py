@@ -17,7 +17,8 @@ import torch
 from .. import _stats
 from ..svd import SVDFactors
 from . import svf_impl
-from .lora import as_shaped, autocast_dtype, is_plain
+from .lora import autocast_dtype, is_plain
+from .lora_impl import as_shaped
 from .materialize import materialize
 from .node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow
 from .validation import check_svf
@@ -173,7 +174,7 @@ def svf_projection(x, weight, bias, base, A, B, scales, mix, *, merged: bool = F
         y = y[0] if isinstance(y, tuple) else y
     else:
         y, _ = _forward(spec, *tensors)
-    return as_shaped(y, x)
+    return as_shaped(y, x.shape)
 
 
 class _Spec(NamedTuple):

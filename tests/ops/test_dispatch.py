@@ -13,12 +13,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
-def fresh(monkeypatch):
-    monkeypatch.delenv("LOWRANK_BACKEND", raising=False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def fresh(environment):
+    environment.delenv("LOWRANK_BACKEND", raising=False)
+    environment.delenv("TRITON_INTERPRET", raising=False)
     _stats._all.clear()
     _stats._warned.clear()
-    yield monkeypatch
+    yield environment
     lowrank.strict(False)
 
 
@@ -35,6 +35,7 @@ def test_the_chain_of_conditions(fresh):
     assert backend(CPU)[0] == "triton"
     fresh.delenv("LOWRANK_BACKEND")
     fresh.setattr(_dispatch, "_has_triton", lambda: False)
+    _dispatch.read_environment()
     assert backend(CUDA) == ("eager", "triton is not installed")
 
 
@@ -107,8 +108,6 @@ def test_small_calls_take_fewer_launches_on_a_gpu(fresh):
     assert not small(1, dropout=True)
     assert not small(1, thin=torch.float32)
     assert not small(1, factors=tensors(1, 4096, 4096, 16, adapter=torch.float32)[1:])
-    fresh.setenv("LOWRANK_BACKEND", "triton")
-    assert not small(1)
 
 
 def test_eager_needs_no_more_launches_than_peft_where_it_is_chosen(fresh):
@@ -123,6 +122,7 @@ def test_eager_needs_no_more_launches_than_peft_where_it_is_chosen(fresh):
         return sum(event.count for event in profile.key_averages() if event.key in names)
 
     linear = torch.nn.functional.linear
+    fresh.setenv("LOWRANK_BACKEND", "eager")  # a GPU's order of operations: a CPU's is one call
     assert launches(lambda: lowrank.lora_linear(x, W, A, B, 2.0)) == 3
     assert launches(lambda: linear(x, W) + linear(linear(x, A), B) * 2.0) >= 5
 

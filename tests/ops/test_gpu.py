@@ -247,8 +247,8 @@ def test_autocast(name, device):
 @pytest.mark.parametrize("adapter", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(7, 64, 100, 8), (133, 300, 77, 100), (4097, 512, 1024, 16)], ids=str)
-def test_lora_linear_at_other_shapes(shape, dtype, adapter, backend, monkeypatch):
-    monkeypatch.setenv("LOWRANK_BACKEND", backend)
+def test_lora_linear_at_other_shapes(shape, dtype, adapter, backend, environment):
+    environment.setenv("LOWRANK_BACKEND", backend)
     torch.set_float32_matmul_precision("highest")
     M, K, N, r = shape
 
@@ -285,10 +285,10 @@ def test_the_mask_is_the_cpus():
 
 
 @gpu
-def test_dropout_is_the_same_on_every_backend(monkeypatch):
+def test_dropout_is_the_same_on_every_backend(environment):
     ts, runs = leaves("lora_linear", torch.float16, "cuda"), []
     for name in ("triton", "eager"):
-        monkeypatch.setenv("LOWRANK_BACKEND", name)
+        environment.setenv("LOWRANK_BACKEND", name)
         torch.manual_seed(1)
         runs.append(run(lambda *ts: lowrank.lora_linear(*ts, dropout_p=0.3), "lora_linear", ts))
     torch.testing.assert_close(*runs, rtol=2e-3, atol=2e-3)

@@ -1,0 +1,222 @@
+"""The plain LoRA linear against the general form: the same bits, forward and every gradient, from each of its forms."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+
+from lowrank.ops import linear, lora
+from lowrank.ops._dispatch import choice, forced
+from lowrank.ops.linear import Adapter, Projection
+
+CPU = torch.device("cpu")
+SHAPES = [
+    ((1, 8), [8], 1),
+    ((3, 33), [65], 3),
+    ((5, 7, 64), [100], 8),
+    ((33, 130), [66, 17, 1], 24),
+    ((2, 2, 70, 96), [200, 40], 16),
+]
+
+
+def forms():
+    """Python's own body; one call of C++ under a node of Python's; under a node of C++'s; kernels where they run."""
+    if choice(CPU).backend == "triton":
+        return {"kernels": contextlib.nullcontext}
+    found = {"python": lambda: forced("eager")}
+    if choice(CPU).native:
+        found["native"] = lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    if choice(CPU).node:
+        found["node"] = contextlib.nullcontext
+    return found
+
+
+FORMS = forms()
+
+
+def made(shape, Ns, r, dtype, factor_dtype, *, bias=False, base=False, p=0.0, need_x=True, scaling=0.7):
+    """(x, projections, leaves)."""
+    K = shape[-1]
+    x = torch.randn(shape, dtype=dtype, requires_grad=need_x)
+    projections, leaves = [], [x] if need_x else []
+    for i, N in enumerate(Ns):
+        W = (torch.randn(N, K) / K**0.5).to(dtype)
+        A = (torch.randn(r + i, K) / K**0.5).to(factor_dtype).requires_grad_()
+        B = (torch.randn(N, r + i) / 4).to(factor_dtype).requires_grad_()
+        b = torch.randn(N, dtype=dtype) if bias and i != 1 else None
+        given = torch.randn(*shape[:-1], N, dtype=dtype, requires_grad=True) if base else None
+        projections.append(Projection(None if base else W, b, (Adapter(A, B, scaling + i, None, p),), given))
+        leaves += [A, B, *([given] if base else [])]
+    return x, tuple(projections), leaves
+
+
+def run(call, x, projections, leaves, **options):
+    torch.manual_seed(3)
+    ys = call(x, projections, **options)
+    assert ys is not None, "not plain"
+    dys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).to(y.dtype) for i, y in enumerate(ys)]
+    return [*ys, *torch.autograd.grad(ys, leaves, dys)]
+
+
+def assert_same_bits(ours, theirs):
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), i
+        assert torch.equal(a, b), f"{i}: {(a.double() - b.double()).abs().max()}"
+
+
+CASES = {
+    "alone": {},
+    "bias": dict(bias=True),
+    "base": dict(base=True),
+    "dropout": dict(p=0.3),
+    "dropout and bias": dict(p=0.5, bias=True),
+    "everything dropped": dict(p=1.0),
+    "frozen x": dict(need_x=False),
+    "no scaling": dict(scaling=1.0),
+}
+
+
+@pytest.mark.parametrize("factor", ["same", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_general_forms_bits(form, case, dtype, factor):
+    if form == "kernels" and dtype is torch.float64:
+        pytest.skip("kernels take no float64")
+    for shape, Ns, r in SHAPES:
+        Ns = Ns[:1] if CASES[case].get("base") else Ns
+        given = made(
+            shape, Ns, r, dtype, dtype if factor == "same" else torch.promote_types(dtype, torch.float32), **CASES[case]
+        )
+        with FORMS[form]():
+            assert_same_bits(run(linear.linears, *given), run(lora.general, *given))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_general_forms_bits_of_strided_and_shared(form):
+    """x whose rows are strided or whose dims are swapped, dY of stride 0 and transposed, one mask for all, narrower factors."""
+    for dtype, p, shared in itertools.product((torch.float32, torch.bfloat16), (0.0, 0.25), (False, True)):
+        x, projections, leaves = made((6, 20), [12, 9], 4, dtype, dtype, p=p)
+        for view in (x[::2], x[:, :20].as_strided((5, 20), (4, 1)), x.view(2, 3, 20).transpose(0, 1)):
+            given = view, projections, leaves
+            with FORMS[form]():
+                assert_same_bits(
+                    run(linear.linears, *given, shared_mask=shared), run(lora.general, *given, shared_mask=shared)
+                )
+                for grads_of in (lambda y: y.sum(), lambda y: (y.mT @ torch.ones_like(y)).sum()):
+                    pairs = []
+                    for call in (linear.linears, lora.general):
+                        torch.manual_seed(3)
+                        loss = sum(grads_of(y) for y in call(view, projections, shared))
+                        pairs.append(torch.autograd.grad(loss, leaves))
+                    assert_same_bits(*pairs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_of_what_is_widened(form):
+    """fp32 factors over more than a million elements of bf16: in blocks of rows, and of columns."""
+    if form == "kernels":
+        pytest.skip("kernels widen in registers")
+    for shape, Ns in (((700, 1600), [1500]), ((40000, 64), [48])):
+        given = made(shape, Ns, 8, torch.bfloat16, torch.float32)
+        with FORMS[form]():
+            assert_same_bits(run(linear.linears, *given), run(lora.general, *given))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast(form, p):
+    for dtype in (torch.float32, torch.bfloat16):
+        given = made((3, 5, 32), [24, 16], 4, dtype, torch.float32, bias=True, p=p)
+        with FORMS[form](), torch.autocast("cpu", torch.bfloat16):
+            ours = run(linear.linears, *given)
+            assert_same_bits(ours, run(lora.general, *given))
+        assert ours[0].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_bits_with_and_without_grad(form, case):
+    for dtype, factor_dtype in itertools.product((torch.float32, torch.bfloat16, torch.float16), (None, torch.float32)):
+        for shape, Ns, r in SHAPES:
+            Ns = Ns[:1] if CASES[case].get("base") else Ns
+            x, projections, _ = made(shape, Ns, r, dtype, factor_dtype or dtype, **CASES[case])
+            with FORMS[form]():
+                torch.manual_seed(3)
+                with_grad = linear.linears(x, projections)
+                for context in (torch.no_grad, torch.inference_mode):
+                    torch.manual_seed(3)
+                    with context():
+                        assert_same_bits(linear.linears(x, projections), with_grad)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_without_a_gradient(form):
+    x, projections, leaves = made((4, 10), [6, 5, 7], 2, torch.float32, torch.float32)
+    for used in ((0,), (2, 1), ()):
+        pairs = []
+        for call in (linear.linears, lora.general):
+            with FORMS[form]():
+                ys = call(x, projections)
+                loss = sum((ys[i] * (i + 1)).sum() for i in used) + 0 * sum(leaf.sum() for leaf in leaves[:1])
+                pairs.append(torch.autograd.grad(loss, leaves, allow_unused=True))
+        for a, b in zip(*pairs, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_plain_is_left_to_the_general_form(form):
+    x, (projection,), _ = made((4, 10), [6], 2, torch.float32, torch.float32)
+    (adapter,) = projection.adapters
+    others = {
+        "two adapters": projection._replace(adapters=(adapter, adapter)),
+        "none": projection._replace(adapters=()),
+        "lora_bias": projection._replace(adapters=(adapter._replace(bias=torch.randn(6)),)),
+        "a scaling tensor": projection._replace(adapters=(adapter._replace(scaling=torch.tensor(2.0)),)),
+        "a trained weight": projection._replace(weight=projection.weight.clone().requires_grad_()),
+        "a trained bias": projection._replace(bias=torch.randn(6, requires_grad=True)),
+        "a frozen factor": projection._replace(adapters=(adapter._replace(A=adapter.A.detach()),)),
+        "another dtype": projection._replace(weight=projection.weight.bfloat16()),
+        "another shape": projection._replace(weight=projection.weight[:, 1:]),
+        "a scaling that is no number": projection._replace(adapters=(adapter._replace(scaling=float("nan")),)),
+        "a probability that is none": projection._replace(adapters=(adapter._replace(dropout_p=1.5),)),
+    }
+    with FORMS[form]():
+        assert linear.linears(x, (projection,)) is not None
+        for what, other in others.items():
+            assert linear.linears(x, (other,)) is None, what
+        assert linear.linears(x[:0], (projection,)) is None
+    assert not linear.plainly(x.to("meta"))
+    assert not linear.plainly(torch.nn.utils.rnn.pack_sequence([x]))
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert not linear.plainly(x)
+
+
+def test_a_forward_and_its_backward_take_the_same_form():
+    """Backward outside the context that its forward was in."""
+    if "native" not in FORMS:
+        pytest.skip("one form")
+    given = made((4, 10), [6], 2, torch.float32, torch.float32)
+    with forced("eager"):
+        y = linear.linears(*given[:2])
+    (a,) = torch.autograd.grad(y, given[2][:1], torch.ones_like(y[0]))
+    assert torch.equal(a, run_backward(given))
+
+
+def run_backward(given):
+    y = linear.linears(*given[:2])
+    return torch.autograd.grad(y, given[2][:1], torch.ones_like(y[0]))[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_written_to_before_backward_is_torchs_own_error(form):
+    x, projections, _ = made((4, 10), [6], 2, torch.float32, torch.float32)
+    with FORMS[form]():
+        (y,) = linear.linears(x, projections)
+    projections[0].weight.mul_(2)
+    if form == "native":
+        pytest.skip("hooks take autograd's look at versions away")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
