@@ -119,7 +119,7 @@ def ninja_file(library: str, target: Path, folder: Path) -> str:
         objects = [(folder / f"{p.stem}.o", p.name, f"{abi} {includes}") for p in sources]
         objects += [
             (folder / f"{path.stem}_{isa}.o", path.name, f"-DISA={isa} {flags}")
-            for path in (sorted(CSRC.glob("*_rows.cpp")) if library == "cpu" else ())
+            for path in sorted(CSRC.glob("dropout_rows.cpp" if library == "node" else "*_rows.cpp"))
             for isa, flags in ISAS.items()
         ]
     rules[2:2] = ["  depfile = $out.d", "  deps = gcc"]

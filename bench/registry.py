@@ -18,7 +18,7 @@ import torch
 
 from lowrank.bench import Problem, passes, tensors
 from lowrank.ops import dropout, eager
-from lowrank.ops._dispatch import backend, forced
+from lowrank.ops._choice import backend, forced
 
 Calls = dict[str, dict[str, Callable[[int], object]]]
 

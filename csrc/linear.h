@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "dropout_op.h"
 #include "matrix.h"
 
 namespace lowrank {
@@ -30,6 +31,22 @@ inline std::vector<Projection> projections_of(const Tensors& factors, const std:
     first += A.size(0);
   }
   return found;
+}
+
+// Projections that see one x: all of them, or those of one dropout mask.
+struct Group {
+  int64_t mask;  // or -1
+  std::vector<size_t> members;
+};
+
+inline std::vector<Group> groups_of(const std::vector<int64_t>& masks) {
+  std::vector<Group> groups;
+  for (size_t i = 0; i < masks.size(); ++i) {
+    auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return g.mask == masks[i]; });
+    if (group == groups.end()) group = groups.insert(group, {masks[i], {}});
+    group->members.push_back(i);
+  }
+  return groups;
 }
 
 inline int64_t block_of(int64_t columns) { return std::max<int64_t>(1, BLOCK / std::max<int64_t>(columns, 1)); }
@@ -69,6 +86,22 @@ inline Tensor shrink(const Tensor& x, const Tensor& A) {
   return S;
 }
 
+// The same of what the mask of that seed leaves of x; its bits go into keep.
+inline Tensor shrink_dropped(const Tensor& x, const Tensor& A, int64_t seed, int64_t cut, const Tensor& keep) {
+  const int64_t M = x.size(0), K = x.size(1);
+  Tensor S = empty(x, {M, A.size(0)}, A.scalar_type());
+  const Tensor At = transposed(A);
+  const int64_t step = block_of(32 * keep.size(1));
+  const Tensor kept = empty(x, {std::min(step, M), K}, A.scalar_type());
+  for (int64_t m = 0; m < M; m += step) {
+    const int64_t rows = std::min(step, M - m);
+    const Tensor block = rows_of(kept, 0, rows);
+    draw_dropout(rows_of(x, m, rows), seed, m, cut, block, rows_of(keep, m, rows));
+    times(rows_of(S, m, rows), block, At);
+  }
+  return S;
+}
+
 // Y = start + scale S Bᵀ, rounded once
 inline void expand(const Tensor& Y, const Tensor& S, const Tensor& B, double scale, const Tensor* start) {
   const int64_t M = Y.size(0);
@@ -89,14 +122,39 @@ inline void expand(const Tensor& Y, const Tensor& S, const Tensor& B, double sca
   }
 }
 
+// The ys, S of all projections, and the bits of each mask.  masks: per projection, the index of its mask in cuts and seeds, or -1.
 inline Tensors plain_linears(const Tensor& input, const Tensors& weights, const std::vector<std::optional<Tensor>>& starts,
-                             const Tensors& factors, const std::vector<double>& scales, ScalarType dtype, ScalarType thin) {
+                             const Tensors& factors, const std::vector<double>& scales, const std::vector<int64_t>& masks,
+                             const std::vector<int64_t>& cuts, const std::optional<Tensor>& seeds, ScalarType dtype,
+                             ScalarType thin) {
   const std::vector<Projection> projections = projections_of(factors, scales);
-  const Tensor x = cast(as_rows(input), dtype);
+  const std::vector<Group> groups = groups_of(masks);
+  Tensor x = cast(as_rows(input), dtype);
+  if (!cuts.empty() && x.stride(1) != 1) x = packed(x);
   const int64_t M = x.size(0);
-  Tensors As, ys;
-  for (const Projection& p : projections) As.push_back(*p.A);
-  const Tensor S = shrink(x, joined(As, thin, 0));
+  Tensors ys, keeps;
+  for (size_t j = 0; j < cuts.size(); ++j) keeps.push_back(empty(x, {M, (x.size(1) + 31) / 32}, ScalarType::Int));
+  std::optional<Tensor> whole;  // S
+  if (groups.size() > 1) whole = empty(x, {M, projections.back().first + projections.back().rank}, thin);
+  for (const Group& group : groups) {
+    Tensors As;
+    for (const size_t i : group.members) As.push_back(*projections[i].A);
+    const Tensor A = joined(As, thin, 0);
+    const int64_t j = group.mask;
+    const Tensor part =
+        j < 0 ? shrink(x, A)
+              : shrink_dropped(x, A, static_cast<const int64_t*>(seeds->data_ptr())[j], cuts[j], keeps[j]);
+    if (groups.size() == 1) {
+      whole = part;
+      break;
+    }
+    int64_t at = 0;
+    for (const size_t i : group.members) {
+      copy(columns_of(*whole, projections[i].first, projections[i].rank), columns_of(part, at, projections[i].rank));
+      at += projections[i].rank;
+    }
+  }
+  const Tensor S = *whole;
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < input.dim(); ++i) shape.push_back(input.size(i));
   for (size_t i = 0; i < projections.size(); ++i) {
@@ -112,6 +170,7 @@ inline Tensors plain_linears(const Tensor& input, const Tensors& weights, const 
     if (!weights.empty()) addmm(Y, Y, x, transposed(cast(weights[i], dtype)));
   }
   ys.push_back(S);
+  ys.insert(ys.end(), keeps.begin(), keeps.end());
   return ys;
 }
 
@@ -139,50 +198,78 @@ inline std::pair<Tensor, Tensor> dy_pass(const Tensor& dY, const Tensor& factor,
   return {dS, cast(dB, factor.scalar_type())};
 }
 
-// dA = dSᵀ x, and dX = dS A where there is a dX
-inline Tensor x_pass(const Tensor& x, const Tensor& dS, const Tensor& A, const Tensor* dX) {
+// dA = dSᵀ drop(x), and dX = drop(dS A) where there is a dX, added to what is there if asked for (behind a mask alone)
+inline Tensor x_pass(const Tensor& x, const Tensor& dS, const Tensor& A, const Tensor* keep, const Tensor* dX, bool add) {
   const int64_t M = x.size(0), K = x.size(1);
   const ScalarType thin = dS.scalar_type();
   const Tensor dA = empty(x, {A.size(0), K}, thin), dSt = transposed(dS);
-  const bool same = x.scalar_type() == thin;
-  const int64_t step = same ? K : 32 * block_of(32 * M);
-  const Tensor part = dX && !same ? empty(x, {M, std::min(step, K)}, thin) : dA;
+  const bool same = x.scalar_type() == thin && !keep;
+  const int64_t step = same ? K : 32 * block_of(32 * M), width = std::min(step, K);
+  const Tensor kept = keep ? empty(x, {M, width}, thin) : dA, part = dX && !same ? empty(x, {M, width}, thin) : dA;
   for (int64_t k = 0; k < K; k += step) {
     const int64_t columns = std::min(step, K - k);
-    mm(columns_of(dA, k, columns), dSt, cast(columns_of(x, k, columns), thin));
+    const Tensor bits = keep ? columns_of(*keep, k / 32, (columns + 31) / 32) : dA;
+    Tensor block = columns_of(x, k, columns);
+    if (keep) {
+      const Tensor dropped = view(kept, M, columns, columns, 1);
+      apply_dropout(block, bits, dropped, false);
+      block = dropped;
+    }
+    mm(columns_of(dA, k, columns), dSt, cast(block, thin));
     if (!dX) continue;
     const Tensor product = same ? *dX : view(part, M, columns, columns, 1);
     mm(product, dS, columns_of(A, k, columns));
-    if (!same) copy(columns_of(*dX, k, columns), product);
+    if (keep) {
+      apply_dropout(product, bits, columns_of(*dX, k, columns), add);
+    } else if (!same) {
+      copy(columns_of(*dX, k, columns), product);
+    }
   }
   return dA;
 }
 
+// dX if it is needed, and dA and dB of each projection.
 inline Tensors plain_linears_backward(const Tensors& dys, const Tensor& input, const Tensor& S, const Tensors& factors,
-                                      const Tensors& weights, const std::vector<double>& scales, bool need_x, ScalarType dtype,
-                               ScalarType thin) {
+                                      const Tensors& keeps, const Tensors& weights, const std::vector<double>& scales,
+                                      const std::vector<int64_t>& masks, bool need_x, ScalarType dtype, ScalarType thin) {
   const std::vector<Projection> projections = projections_of(factors, scales);
-  const Tensor x = cast(as_rows(input), dtype);
+  const std::vector<Group> groups = groups_of(masks);
+  Tensor x = cast(as_rows(input), dtype);
+  if (!keeps.empty() && x.stride(1) != 1) x = packed(x);
   const size_t n = projections.size();
-  Tensors rows, dSs, dBs, As, grads;
+  Tensors rows, dSs, dBs, dAs(n, S), grads;
   for (size_t i = 0; i < n; ++i) {
     const Projection& p = projections[i];
     rows.push_back(as_rows(dys[i]));
     if (!is_dense(rows[i])) rows[i] = packed(rows[i]);
     auto [dS, dB] = dy_pass(rows[i], *p.B, columns_of(S, p.first, p.rank), p.scale);
-    dSs.push_back(dS), dBs.push_back(dB), As.push_back(*p.A);
+    dSs.push_back(dS), dBs.push_back(dB);
   }
-  std::optional<Tensor> dX, input_grad;
+  std::optional<Tensor> dX;
   if (need_x) {
     std::vector<int64_t> shape;
     for (int64_t i = 0; i < input.dim(); ++i) shape.push_back(input.size(i));
-    input_grad = empty(x, shape, dtype);
-    dX = view(*input_grad, x.size(0), x.size(1), x.size(1), 1);
+    grads.push_back(empty(x, shape, dtype));
+    dX = view(grads[0], x.size(0), x.size(1), x.size(1), 1);
   }
-  const Tensor dA = x_pass(x, joined(dSs, thin, 1), joined(As, thin, 0), dX ? &*dX : nullptr);
-  if (dX) grads.push_back(*input_grad);
+  for (size_t g = 0; g < groups.size(); ++g) {
+    Tensors As, parts;
+    for (const size_t i : groups[g].members) As.push_back(*projections[i].A), parts.push_back(dSs[i]);
+    const Tensor* const keep = groups[g].mask < 0 ? nullptr : &keeps[groups[g].mask];
+    const Tensor dA = x_pass(x, joined(parts, thin, 1), joined(As, thin, 0), keep, dX ? &*dX : nullptr, g > 0);
+    int64_t at = 0;
+    for (const size_t i : groups[g].members) {
+      const int64_t rank = projections[i].rank;
+      Tensor own = rows_of(dA, at, rank);
+      dAs[i] = cast(own, projections[i].A->scalar_type());
+      if (As.size() > 1 && projections[i].A->scalar_type() == thin) {  // a view of all members', which an op may not return
+        dAs[i] = empty(own, {rank, x.size(1)}, thin);
+        copy(dAs[i], own);
+      }
+      at += rank;
+    }
+  }
   for (size_t i = 0; i < n; ++i) {
-    const Projection& p = projections[i];
     if (dX && !weights.empty()) {
       const Tensor W = cast(weights[i], dtype);
       if (x.size(0) < 4 && dtype == ScalarType::Float) {  // as eager.add_product_
@@ -194,13 +281,7 @@ inline Tensors plain_linears_backward(const Tensors& dys, const Tensor& input, c
         addmm(*dX, *dX, rows[i], W);
       }
     }
-    const Tensor own = rows_of(dA, p.first, p.rank);
-    Tensor grad = cast(own, p.A->scalar_type());
-    if (n > 1 && grad.scalar_type() == thin) {  // a view of all adapters', which an op may not return
-      grad = empty(own, {p.rank, x.size(1)}, thin);
-      copy(grad, own);
-    }
-    grads.push_back(grad), grads.push_back(dBs[i]);
+    grads.push_back(dAs[i]), grads.push_back(dBs[i]);
   }
   return grads;
 }

@@ -35,8 +35,9 @@ static Tensors stable(at::TensorList tensors) {
 struct Call {
   at::TensorList weights;
   const c10::List<std::optional<at::Tensor>>& starts;
-  c10::ArrayRef<double> scales, scalings;
-  c10::ArrayRef<int64_t> layers;  // ids, for errors and stats()
+  c10::ArrayRef<double> scales, numbers;
+  c10::ArrayRef<int64_t> masks, cuts, layers;
+  const std::optional<at::Tensor>& seeds;
   at::ScalarType dtype, thin;
 };
 
@@ -66,32 +67,39 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
       starts.push_back(t ? std::optional<Tensor>(stable(*t)) : std::nullopt);
     }
     const std::vector<double> scales = call.scales.vec();
-    Tensors made = plain_linears(stable(x), stable(call.weights), starts, stable(factors), scales,
-                                 call.dtype, call.thin);
-    variable_list saved{x, plain(made.back())}, ys;
-    made.pop_back();
-    for (const Tensor& y : made) ys.push_back(plain(y));
+    const std::vector<int64_t> masks = call.masks.vec();
+    const Tensors made =
+        plain_linears(stable(x), stable(call.weights), starts, stable(factors), scales, masks, call.cuts.vec(),
+                      call.seeds ? std::optional<Tensor>(stable(*call.seeds)) : std::nullopt, call.dtype, call.thin);
+    const size_t n = scales.size();
+    variable_list ys, saved{x, plain(made[n])};
+    for (size_t i = 0; i < n; ++i) ys.push_back(plain(made[i]));
     saved.insert(saved.end(), factors.begin(), factors.end());
+    for (size_t i = n + 1; i < made.size(); ++i) saved.push_back(plain(made[i]));
     if (x.requires_grad()) saved.insert(saved.end(), call.weights.begin(), call.weights.end());
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["scales"] = scales;
-    ctx->saved_data["scalings"] = call.scalings.vec();
     // x is alive as long as the node holds it, and so where its version is asked for
     std::vector<int64_t> rest{reinterpret_cast<int64_t>(x.unsafeGetTensorImpl()), int64_t(x._version()), x.requires_grad(),
-                              base && base->requires_grad(), int64_t(call.dtype), int64_t(call.thin)};
+                              base && base->requires_grad(), int64_t(call.dtype), int64_t(call.thin),
+                              int64_t(call.cuts.size())};
+    rest.insert(rest.end(), masks.begin(), masks.end());
     rest.insert(rest.end(), call.layers.begin(), call.layers.end());
     ctx->saved_data["rest"] = std::move(rest);
+    std::vector<double> all = scales;  // and what Python needs beside them
+    all.insert(all.end(), call.numbers.begin(), call.numbers.end());
+    ctx->saved_data["numbers"] = std::move(all);
     return ys;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
     const std::vector<int64_t> rest = ctx->saved_data["rest"].toIntVector();
-    const std::vector<double> scales = ctx->saved_data["scales"].toDoubleVector();
+    const std::vector<double> all = ctx->saved_data["numbers"].toDoubleVector();
     const bool need_x = rest[2], need_base = rest[3];
     const auto dtype = at::ScalarType(rest[4]), thin = at::ScalarType(rest[5]);
-    const c10::ArrayRef<int64_t> layers = c10::ArrayRef<int64_t>(rest).slice(6);
-    const size_t n = scales.size();
+    const size_t n = dys.size(), cuts = rest[6];
+    const std::vector<double> scales(all.begin(), all.begin() + n), numbers(all.begin() + n, all.end());
+    const std::vector<int64_t> masks(rest.begin() + 7, rest.begin() + 7 + n), layers(rest.begin() + 7 + n, rest.end());
     variable_list saved;
     try {
       saved = ctx->get_saved_variables();
@@ -102,18 +110,19 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
       }
       throw;
     }
-    const at::TensorList all(saved), factors = all.slice(2, 2 * n), weights = all.slice(2 + 2 * n);
+    const at::TensorList tensors(saved), factors = tensors.slice(2, 2 * n), keeps = tensors.slice(2 + 2 * n, cuts),
+                         weights = tensors.slice(2 + 2 * n + cuts);
     variable_list grads(2 + 2 * n + 1);  // x, base, A and B of each, and the call
     if (is_plain(dys)) {
       const at::AutoDispatchBelowADInplaceOrView below;
-      Tensors made = plain_linears_backward(stable(dys), stable(saved[0]), stable(saved[1]), stable(factors), stable(weights),
-                                            scales, need_x, dtype, thin);
+      Tensors made = plain_linears_backward(stable(dys), stable(saved[0]), stable(saved[1]), stable(factors), stable(keeps),
+                                            stable(weights), scales, masks, need_x, dtype, thin);
       size_t next = 0;
       if (need_x) grads[0] = plain(made[next++]);
       for (size_t i = 0; i < 2 * n; ++i) grads[2 + i] = plain(made[next++]);
     } else {
       static const auto rest_of = c10::Dispatcher::singleton().findSchemaOrThrow("lowrank::plain_linears_rest", "").typed<variable_list(
-          const c10::List<std::optional<at::Tensor>>&, const at::Tensor&, const at::Tensor&, at::TensorList, at::TensorList, c10::ArrayRef<double>, bool, at::ScalarType, at::ScalarType, c10::ArrayRef<int64_t>)>();
+          const c10::List<std::optional<at::Tensor>>&, const at::Tensor&, const at::Tensor&, at::TensorList, at::TensorList, at::TensorList, c10::ArrayRef<double>, c10::ArrayRef<int64_t>, bool, at::ScalarType, at::ScalarType, c10::ArrayRef<int64_t>)>();
       c10::List<std::optional<at::Tensor>> some;
       bool any = false;
       for (const at::Tensor& dy : dys) {
@@ -121,8 +130,8 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
         any |= dy.defined();
       }
       if (any) {
-        const std::vector<double> scalings = ctx->saved_data["scalings"].toDoubleVector();
-        variable_list made = rest_of.call(some, saved[0], saved[1], factors, weights, scalings, need_x, dtype, thin, layers);
+        variable_list made =
+            rest_of.call(some, saved[0], saved[1], factors, keeps, weights, numbers, masks, need_x, dtype, thin, layers);
         size_t next = 0;
         if (need_x) grads[0] = made[next++];
         for (size_t i = 0; i < n; ++i) {
@@ -137,10 +146,12 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
   }
 };
 
-variable_list plain_linears_node(const at::Tensor& x, at::TensorList weights, const c10::List<std::optional<at::Tensor>>& starts,
-                                 at::TensorList factors, c10::ArrayRef<double> scales, c10::ArrayRef<double> scalings,
-                                 at::ScalarType dtype, at::ScalarType thin, c10::ArrayRef<int64_t> layers) {
-  const Call call{weights, starts, scales, scalings, layers, dtype, thin};
+variable_list plain_linears_node(const at::Tensor& x, at::TensorList weights,
+                                 const c10::List<std::optional<at::Tensor>>& starts, at::TensorList factors,
+                                 c10::ArrayRef<double> scales, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> masks,
+                                 c10::ArrayRef<int64_t> cuts, const std::optional<at::Tensor>& seeds, at::ScalarType dtype,
+                                 at::ScalarType thin, c10::ArrayRef<int64_t> layers) {
+  const Call call{weights, starts, scales, numbers, masks, cuts, layers, seeds, dtype, thin};
   std::optional<at::Tensor> base;
   if (weights.empty()) base = starts.get(0);
   return PlainLinears::apply(x, std::as_const(base), factors, call);

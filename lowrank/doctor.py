@@ -88,7 +88,7 @@ def _devices() -> Iterator[str]:
 def _backends() -> Iterator[str]:
     import lowrank
 
-    from .ops._dispatch import backend
+    from .ops._choice import backend
 
     for op in OPS:
         for device in _torch_devices() if hasattr(lowrank, op) else []:

@@ -57,7 +57,7 @@ class _Environment:
 
     @staticmethod
     def _then_read(change):
-        from lowrank.ops._dispatch import read_environment
+        from lowrank.ops._choice import read_environment
 
         def run(*args, **kwargs):
             change(*args, **kwargs)
@@ -68,7 +68,7 @@ class _Environment:
 
 @pytest.fixture
 def environment(monkeypatch):
-    from lowrank.ops._dispatch import read_environment
+    from lowrank.ops._choice import read_environment
 
     with monkeypatch.context() as changes:
         yield _Environment(changes)

@@ -82,7 +82,7 @@ def test_unknown_backend_is_refused(environment):
     import torch
 
     import lowrank
-    from lowrank.ops._dispatch import backend
+    from lowrank.ops._choice import backend
 
     environment.setenv("LOWRANK_BACKEND", "eager")
     assert backend(torch.device("cpu"))[0] == "eager"

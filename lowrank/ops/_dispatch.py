@@ -1,85 +1,17 @@
 """Which backend an op takes.  One visible chain of conditions; ``lowrank doctor`` prints its answer and its reason."""
 
-import contextlib
-import functools
-import importlib.util
-import os
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
-from .. import _native, _stats
+from .. import _stats
 from . import eager
+from ._choice import backend, choice
 
 # Below this many bytes of activations in and out, a GPU has done a pass in less time than its launch costs (16 MB at 4 TB/s:
 # 4 us), so the path with fewer and cheaper launches is taken.  Modelled: bench/gpu.sh's small shapes are to correct it.
 SMALL = 16 << 20
 MAX_RANK = 512  # of kernels/_launch.py, which imports triton
-
-
-class Choice(NamedTuple):
-    """What runs on a device."""
-
-    backend: str  # "triton" or "eager"
-    reason: str
-    forced: bool  # kernels, however small the call
-    native: bool  # eager's order of operations in one call of csrc/linear.h
-    node: bool  # csrc/node.cpp's autograd node around it
-
-
-def choice(device: torch.device) -> Choice:
-    """Made once per device.  Raises ValueError if LOWRANK_BACKEND asks for what this device cannot do."""
-    made = _choices.get(device)
-    if made is None:
-        made = _choices[device] = _choose(device, _forced or os.environ.get("LOWRANK_BACKEND"))
-    return made
-
-
-def backend(device: torch.device) -> tuple[str, str]:
-    """("triton" or "eager", reason); raises as :func:`choice` does."""
-    return choice(device)[:2]
-
-
-def read_environment() -> None:
-    """Let the next calls see what LOWRANK_BACKEND and TRITON_INTERPRET are now."""
-    for made in _choices_of.values():
-        made.clear()
-
-
-@contextlib.contextmanager
-def forced(name: str):
-    """As under LOWRANK_BACKEND=name in here, for every thread."""
-    global _choices, _forced
-    before = _choices, _forced
-    _choices, _forced = _choices_of.setdefault(name, {}), name
-    try:
-        yield
-    finally:
-        _choices, _forced = before
-
-
-def _choose(device: torch.device, asked: str | None) -> Choice:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if asked not in (None, "", "eager", "triton"):
-        raise ValueError(f"LOWRANK_BACKEND={asked!r}: expected 'eager' or 'triton'")
-    if asked == "eager":
-        return Choice("eager", "LOWRANK_BACKEND=eager", False, False, False)
-    possible = device.type == "cuda" or interpreted
-    if asked == "triton" and not (possible and _has_triton()):
-        raise ValueError(f"LOWRANK_BACKEND='triton': {device.type} needs triton and a GPU, or TRITON_INTERPRET=1")
-    if possible and _has_triton():
-        why = "LOWRANK_BACKEND=triton" if asked else "TRITON_INTERPRET=1" if interpreted else "a GPU"
-        return Choice("triton", why, asked == "triton" or interpreted, False, False)
-    native = device.type == "cpu" and _native.available("cpu")
-    reason = (
-        f"{device.type}: the kernels' order of operations in PyTorch" if not possible else "triton is not installed"
-    )
-    return Choice("eager", reason, False, native, native and _native.available("node"))
-
-
-_choices_of: dict[str | None, dict[torch.device, Choice]] = {None: {}}
-_choices, _forced = _choices_of[None], None
 
 
 def thin_products(x, weights, others, As, Bs, thin_dtype, has_dropout) -> ModuleType:
@@ -171,8 +103,3 @@ def _unsupported(wide, As, thin_dtype) -> str | None:
     if max(A.shape[0] for A in As) > MAX_RANK:
         return f"a rank above {MAX_RANK}"
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

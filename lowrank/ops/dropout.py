@@ -10,7 +10,21 @@ from collections.abc import Iterator
 
 import torch
 
+from ._choice import choice
+
+_lib = torch.library.Library("lowrank", "FRAGMENT")
+# csrc/dropout_cpu.cpp's.  draw: ``keep`` int32 [rows, words] gets the bits of the rows from first_row on, and ``out`` [rows, K] x
+# where they are set, else 0.  apply: ``out`` gets x where the bits are set, else 0, added to what is there if asked for.
+_lib.define("dropout_draw_(Tensor x, Tensor seed, int first_row, int cut, Tensor(a!) out, Tensor(b!) keep) -> ()")
+_lib.define("dropout_apply_(Tensor x, Tensor keep, Tensor(a!) out, bool add) -> ()")
+draw_, apply_ = torch.ops.lowrank.dropout_draw_.default, torch.ops.lowrank.dropout_apply_.default
+
 _STEP = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden gamma, as the signed integer torch wants
+
+
+def in_one_pass(t: torch.Tensor) -> bool:
+    """Whether :data:`draw_` and :data:`apply_` do there what :func:`draw`, :func:`apply` and bits.py do, in one pass."""
+    return choice(t.device).native
 
 
 def draw_seeds(n: int, device: torch.device) -> torch.Tensor:

@@ -161,6 +161,14 @@ def _shrink_dropped(x: Tensor, A: Tensor, seed: Tensor, threshold: int) -> tuple
     S = A.new_empty((M, A.shape[0]))
     keep = torch.empty((M, (K + 31) // 32), dtype=torch.int32, device=x.device)
     kept = None  # one buffer for every block: fresh memory costs more than what is done to it
+    if dropout.in_one_pass(x):
+        x = x if x.stride(1) == 1 else x.contiguous()
+        for rows in dropout.row_blocks(M, 32 * keep.shape[1], x.device):
+            block = x[rows]
+            kept = block.new_empty(block.shape, dtype=A.dtype) if kept is None else kept[: len(block)]
+            dropout.draw_(block, seed, rows.start, threshold, kept, keep[rows])
+            S[rows] = _times(kept, A.mT)
+        return S, keep
     for rows, mask in dropout.draw(seed, M, K, threshold):
         keep[rows] = bits.pack(mask).view(-1, keep.shape[1])
         block = x[rows].to(A.dtype)
@@ -178,18 +186,29 @@ def _x_pass(
             dX.addmm_(dS, A, beta=int(add))
         return None if x is None else dS.mT @ x
     dA = None if x is None else A.new_empty(A.shape)
+    native = keep is not None and dropout.in_one_pass(A)
+    if native and x is not None and x.stride(1) != 1:
+        x = x.contiguous()
     for words in dropout.row_blocks(-(-K // 32), 32 * M, A.device):  # blocks of columns: each is one sum over all rows
         columns = slice(32 * words.start, min(32 * words.stop, K))
         mask = None
-        if keep is not None:
+        if keep is not None and not native:
             mask = bits.unpack(keep[:, words].reshape(-1), (M, 32 * (words.stop - words.start)))
         if dA is not None:
-            block = x[:, columns].to(A.dtype)
+            block = x[:, columns]
+            if native:
+                kept = block.new_empty(block.shape, dtype=A.dtype)
+                dropout.apply_(block, keep[:, words], kept, False)
+                block = kept
+            block = block.to(A.dtype)
             if mask is not None:
                 block = dropout.apply(block, mask, out=torch.empty_like(block, memory_format=torch.contiguous_format))
             dA[:, columns] = dS.mT @ block
         if dX is not None:
             part = dS @ A[:, columns]
+            if native:
+                dropout.apply_(part, keep[:, words], dX[:, columns], add)
+                continue
             part = part if mask is None else dropout.apply(part, mask, out=part)
             dX[:, columns] = dX[:, columns] + part if add else part
     return dA

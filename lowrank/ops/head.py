@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import backend
+from ._choice import backend
 from .eager import add_product_
 
 BLOCK_BYTES = 1 << 24  # of the head in fp32 at a time, on a CPU

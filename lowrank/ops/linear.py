@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 
 from .. import _stats
 from . import dropout, eager, lora_impl
-from ._dispatch import choice, thin_products
+from ._choice import choice
+from ._dispatch import thin_products
 from .eager import add_product_
 from .lora_impl import add_base, as_shaped, dense, may_overflow, rows_of
 from .node import DIFFERENTIABLE, alive, hand_over, must_follow, recall, remember
@@ -37,25 +38,27 @@ _modes, _is_batched = torch._C._len_torch_dispatch_stack, torch._C._functorch.is
 
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
-# On a CPU alone, without dropout.  weights: none, or one per projection.  starts: biases or a base output, or none at all.
-# factors: A and B of each projection.  Outputs: the ys, and S.
+# On a CPU alone.  weights: none, or one per projection.  starts: biases or a base output, or none at all.  factors: A and B of
+# each projection.  masks: per projection, the index of its dropout mask in cuts and seeds, or -1.  Outputs: the ys, S, and the
+# bits of each mask.
 _lib.define(
-    "plain_linears(Tensor x, Tensor[] weights, Tensor?[] starts, Tensor[] factors, float[] scales, ScalarType dtype,"
-    " ScalarType thin_dtype) -> Tensor[]"
+    "plain_linears(Tensor x, Tensor[] weights, Tensor?[] starts, Tensor[] factors, float[] scales, int[] masks, int[] cuts,"
+    " Tensor? seeds, ScalarType dtype, ScalarType thin_dtype) -> Tensor[]"
 )
 # Outputs: dx if it is needed, and dA and dB of each projection.
 _lib.define(
-    "plain_linears_backward(Tensor[] dys, Tensor x, Tensor S, Tensor[] factors, Tensor[] weights, float[] scales,"
-    " bool need_x, ScalarType dtype, ScalarType thin_dtype) -> Tensor[]"
+    "plain_linears_backward(Tensor[] dys, Tensor x, Tensor S, Tensor[] factors, Tensor[] keeps, Tensor[] weights,"
+    " float[] scales, int[] masks, bool need_x, ScalarType dtype, ScalarType thin_dtype) -> Tensor[]"
 )
-# The same as an autograd node of C++ (csrc/node.cpp), with the ids of the layers whose call it is.
+# The same as an autograd node of C++ (csrc/node.cpp).  numbers: the scalings and then the ps, and layers: the ids of the layers
+# whose call it is, for the next two, which its backward asks.
 _lib.define(
-    "plain_linears_node(Tensor x, Tensor[] weights, Tensor?[] starts, Tensor[] factors, float[] scales, float[] scalings,"
-    " ScalarType dtype, ScalarType thin_dtype, int[] layers) -> Tensor[]"
+    "plain_linears_node(Tensor x, Tensor[] weights, Tensor?[] starts, Tensor[] factors, float[] scales, float[] numbers,"
+    " int[] masks, int[] cuts, Tensor? seeds, ScalarType dtype, ScalarType thin_dtype, int[] layers) -> Tensor[]"
 )
 _lib.define(
-    "plain_linears_rest(Tensor?[] dys, Tensor x, Tensor S, Tensor[] factors, Tensor[] weights, float[] scalings,"
-    " bool need_x, ScalarType dtype, ScalarType thin_dtype, int[] layers) -> Tensor[]"
+    "plain_linears_rest(Tensor?[] dys, Tensor x, Tensor S, Tensor[] factors, Tensor[] keeps, Tensor[] weights,"
+    " float[] numbers, int[] masks, bool need_x, ScalarType dtype, ScalarType thin_dtype, int[] layers) -> Tensor[]"
 )
 _lib.define("input_was_changed(int[] layers) -> ()")
 _node = torch.ops.lowrank.plain_linears_node.default
@@ -96,6 +99,7 @@ class _Call(NamedTuple):
     thin_dtype: torch.dtype  # of the thin products
     masks: list[int]  # per projection: its dropout mask in ps, or -1
     ps: list[float]
+    cuts: list[int]  # of 65536, as dropout.threshold has them
     scalings: list[float]
     scales: list[float]  # scalings over what dropout keeps
     native: bool  # in one call of csrc/linear.h
@@ -157,7 +161,7 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
     autocast = torch.is_autocast_enabled(kind) and dtype is not torch.float64
     if autocast:
         dtype = torch.get_autocast_dtype(kind)
-    factor_dtype, factors, masks, ps, scalings, scales = None, [], [], [], [], []
+    factor_dtype, factors, masks, ps, cuts, scalings, scales = None, [], [], [], [], [], []
     weights, starts, layers, started = [], [], [], False
     for weight, bias, adapters, base, layer, copied in projections:
         if len(adapters) != 1:
@@ -214,32 +218,31 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
             masks.append(-1)
             scales.append(scaling)
             continue
-        if type(p) not in _NUMBERS or not 0 < p <= 1 or dropout.threshold(p) == 0:
+        if type(p) not in _NUMBERS or not 0 < p <= 1 or (cut := dropout.threshold(p)) == 0:
             return None
         if shared_mask and p in ps:
             masks.append(ps.index(p))
         else:
             masks.append(len(ps))
             ps.append(p)
+            cuts.append(cut)
         scales.append(scaling * dropout.keep_scale(p))
     thin_dtype = dtype if autocast or factor_dtype is dtype else torch.promote_types(dtype, factor_dtype)
     how = choice(device)
-    native = how.native and not ps and (dtype is not torch.float16 or not may_overflow(dtype, thin_dtype, started))
-    short = (
-        how.backend == "eager"
-        and not ps
-        and (dtype is not torch.float16 or not may_overflow(dtype, thin_dtype, started))
-    )
-    call = _Call(dtype, thin_dtype, masks, ps, scalings, scales, native, short)
+    base_last = dtype is not torch.float16 or not may_overflow(dtype, thin_dtype, started)
+    native = how.native and base_last and (not ps or -1 not in masks)
+    short = how.backend == "eager" and base_last and not ps
+    call = _Call(dtype, thin_dtype, masks, ps, cuts, scalings, scales, native, short)
     if not started:
         starts = []
     seeds = dropout.draw_seeds(len(ps), device) if ps else None
-    if grad:
-        x = x.clone() if copy or x.is_inference() else _unwrap_if_dead(x)
-        if native and how.node and _hooks(True) is None:
-            return _node(x, weights, starts, factors, scales, scalings, dtype, thin_dtype, list(map(id, layers)))
-        return _apply(call, layers, weights, starts, seeds, x, projections[0].base, *map(_unwrap_if_dead, factors))
-    return _forward(call, weights, starts, seeds, x, factors)[0]
+    if not grad:
+        return _forward(call, weights, starts, seeds, x, factors)[0]
+    x = x.clone() if copy or x.is_inference() else _unwrap_if_dead(x)
+    if native and how.node and _hooks(True) is None:
+        layers = list(map(id, layers))
+        return _node(x, weights, starts, factors, scales, scalings + ps, masks, cuts, seeds, dtype, thin_dtype, layers)
+    return _apply(call, layers, weights, starts, seeds, x, projections[0].base, *map(_unwrap_if_dead, factors))
 
 
 class _Linears(torch.autograd.Function):
@@ -274,10 +277,11 @@ _apply, _unwrap_if_dead = super(torch.autograd.Function, _Linears).apply, torch.
 
 def _forward(call, weights, starts, seeds, x, factors):
     """(ys, S of all adapters, keep bits per mask)."""
-    dtype, thin_dtype, masks, ps, _, scales, native, _ = call
+    dtype, thin_dtype, masks, ps, cuts, _, scales, native, _ = call
     if native:
-        *ys, S = _in_one_call(x, weights, starts, factors, scales, dtype, thin_dtype)
-        return tuple(ys), S, ()
+        made = _in_one_call(x, weights, starts, factors, scales, masks, cuts, seeds, dtype, thin_dtype)
+        n = len(scales)
+        return tuple(made[:n]), made[n], made[n + 1 :]
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _forward(call, weights, starts, seeds, x, factors)
@@ -286,7 +290,7 @@ def _forward(call, weights, starts, seeds, x, factors):
         return _short_forward(call, weights, starts, x, As, Bs)
     x = rows_of(x, dtype)
     thin = _thin(x, weights or [None] * n, starts if not weights else [None] * n, As, Bs, call)
-    S, keeps = thin.shrink(x, As, thin_dtype, masks, [dropout.threshold(p) for p in ps], seeds)
+    S, keeps = thin.shrink(x, As, thin_dtype, masks, cuts, seeds)
     ys, first = [], 0
     for i, (B, scale) in enumerate(zip(Bs, scales, strict=True)):
         part, first = S[:, first : first + B.shape[1]], first + B.shape[1]
@@ -302,9 +306,9 @@ def _forward(call, weights, starts, seeds, x, factors):
 
 def _backward(call, dys, x, S, factors, keeps, weights, need_x):
     """[dx or None, dA, dB of the first adapter, of the second, ...]."""
-    dtype, thin_dtype, masks, _, _, scales, native, _ = call
+    dtype, thin_dtype, masks, _, _, _, scales, native, _ = call
     if native:
-        grads = _in_one_call_backward(dys, x, S, factors, weights, scales, need_x, dtype, thin_dtype)
+        grads = _in_one_call_backward(dys, x, S, factors, keeps, weights, scales, masks, need_x, dtype, thin_dtype)
         return grads if need_x else [None, *grads]
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
@@ -444,7 +448,7 @@ def _thin(x, weights, others, As, Bs, call):
 def _backward_of_some(call, dys, x, S, factors, keeps, weights, need_x, layers):
     """:func:`_backward` where some dys are None, or somebody looks into it: the general form's."""
     n, shape = len(dys), x.shape
-    dtype, thin_dtype, masks, ps, scalings, *_ = call
+    dtype, thin_dtype, masks, ps, _, scalings, *_ = call
     live, follow = [dy is not None for dy in dys], must_follow(dys)
     if not any(live):
         return [None] * (1 + 2 * n)
@@ -466,10 +470,11 @@ def _backward_of_some(call, dys, x, S, factors, keeps, weights, need_x, layers):
     return [dX, *chain.from_iterable(zip(dAs, dBs, strict=True))]
 
 
-def _rest(dys, x, S, factors, weights, scalings, need_x, dtype, thin_dtype, layers):
-    call = _Call(dtype, thin_dtype, [-1] * len(dys), [], scalings, scalings, True, False)
+def _rest(dys, x, S, factors, keeps, weights, numbers, masks, need_x, dtype, thin_dtype, layers):
+    n = len(dys)
+    call = _Call(dtype, thin_dtype, masks, numbers[n:], [], numbers[:n], [], True, False)
     layers = [weakref.ref(layer) for layer in map(_stats.layer_of, layers) if layer is not None]
-    grads = _backward_of_some(call, dys, x, S, factors, [], weights, need_x, layers)
+    grads = _backward_of_some(call, dys, x, S, factors, keeps, weights, need_x, layers)
     return [grad for grad in grads if grad is not None]
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _native, _stats, bits
-from ._dispatch import backend
+from ._choice import backend
 from .dropout import row_blocks
 from .validation import DTYPES
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import lowrank
 from lowrank.integrations.peft import patch
-from lowrank.ops._dispatch import choice, forced
+from lowrank.ops._choice import choice, forced
 
 OURS = str(Path(lowrank.__file__).parent)
 

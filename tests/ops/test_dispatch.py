@@ -5,8 +5,9 @@ import torch
 
 import lowrank
 from lowrank import _stats
-from lowrank.ops import _dispatch, eager
-from lowrank.ops._dispatch import backend, prefers_eager, thin_products
+from lowrank.ops import _choice, eager
+from lowrank.ops._choice import backend
+from lowrank.ops._dispatch import prefers_eager, thin_products
 from lowrank.ops.lora import Adapter, Projection, lora_projections
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -34,8 +35,8 @@ def test_the_chain_of_conditions(fresh):
     fresh.setenv("TRITON_INTERPRET", "1")
     assert backend(CPU)[0] == "triton"
     fresh.delenv("LOWRANK_BACKEND")
-    fresh.setattr(_dispatch, "_has_triton", lambda: False)
-    _dispatch.read_environment()
+    fresh.setattr(_choice, "_has_triton", lambda: False)
+    _choice.read_environment()
     assert backend(CUDA) == ("eager", "triton is not installed")
 
 

@@ -1,7 +1,11 @@
+import itertools
+
 import pytest
 import torch
 
+from lowrank import bits
 from lowrank.ops import dropout
+from lowrank.ops._choice import choice
 
 
 def mask(seed, rows, columns, p):
@@ -61,3 +65,93 @@ def test_apply_zeroes_even_nan_and_inf(dtype):
     m = torch.rand(6, 64) < 0.5
     out = dropout.apply(t, m, out=torch.empty_like(t))
     torch.testing.assert_close(out, torch.where(m[:, :40], t, 0), rtol=0, atol=0, equal_nan=True)
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    if not choice(torch.device("cpu")).native:
+        pytest.skip("needs lowrank/_C_cpu.so")
+    monkeypatch.setenv("LOWRANK_ISA", request.param)
+    try:
+        one_pass(torch.zeros(1, 1), 0, 0, torch.float32)
+    except RuntimeError as error:
+        if "LOWRANK_ISA" not in str(error):
+            raise
+        pytest.skip(f"no {request.param} here")
+
+
+def one_pass(x, seed, cut, dtype, first=0):
+    M, K = x.shape
+    out, keep = torch.empty(M, K, dtype=dtype), torch.empty(M, -(-K // 32), dtype=torch.int32)
+    dropout.draw_(x, torch.tensor(seed), first, cut, out, keep)
+    return out, keep
+
+
+TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("to", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_one_pass_is_the_same_to_the_bit(isa, dtype, to):
+    """Drawn, applied and packed; and applied from the bits, in place, to columns, added and rounded once."""
+    for (M, K), p in itertools.product(
+        [(0, 5), (1, 1), (3, 31), (2, 32), (5, 97), (33, 300)], [0.0, 1e-5, 0.3, 0.5, 1.0]
+    ):
+        x = torch.randn(M, 2 * K).to(dtype)[:, :K]
+        x[:1], x[1:2, :3] = float("nan"), float("-inf")
+        cut, seed = dropout.threshold(p), 987654321012345678
+        out, keep = one_pass(x, seed, cut, to)
+        blocks = [m for _, m in dropout.draw(torch.tensor(seed), M, K, cut)]
+        mask = torch.cat(blocks) if blocks else torch.empty(0, 32 * keep.shape[1], dtype=torch.bool)
+        assert torch.equal(keep, bits.pack(mask).view(keep.shape))
+        dropped = torch.where(mask[:, :K], x, 0)
+        torch.testing.assert_close(out, dropped.to(to), rtol=0, atol=0, equal_nan=True)
+        if M > 2:
+            assert same_bits(one_pass(x[2:], seed, cut, to, first=2)[0].nan_to_num_(), out[2:].nan_to_num())
+
+        applied = torch.empty(M, K, dtype=to)
+        dropout.apply_(x, keep, applied, False)
+        torch.testing.assert_close(applied, out, rtol=0, atol=0, equal_nan=True)
+        start = torch.randn(M, K).to(to)
+        for first in range(0, K, 64):
+            columns, words = slice(first, min(first + 64, K)), slice(first // 32, -(-min(first + 64, K) // 32))
+            applied = start[:, columns].clone()
+            dropout.apply_(x[:, columns], keep[:, words], applied, True)
+            expected = (start[:, columns] + dropped[:, columns]).to(to)
+            if to.itemsize < dtype.itemsize or {dtype, to} == {torch.float16, torch.bfloat16}:
+                wide = torch.promote_types(torch.promote_types(dtype, to), torch.float32)
+                expected = (start[:, columns].to(wide) + dropped[:, columns].to(wide)).to(to)
+            torch.testing.assert_close(applied, expected, rtol=0, atol=0, equal_nan=True)
+        again = x.clone(memory_format=torch.contiguous_format)
+        dropout.apply_(again, keep, again, False)
+        torch.testing.assert_close(again, dropped, rtol=0, atol=0, equal_nan=True)
+
+
+def test_one_pass_does_not_depend_on_threads(isa):
+    x = torch.randn(700, 513)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(one_pass(x, 5, 20000, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    for out, keep in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(keep, results[0][1])
+
+
+def test_one_pass_refuses_what_it_would_read_past(isa):
+    x = torch.randn(4, 40)
+    for out, keep in (
+        (torch.empty(4, 39), torch.empty(4, 2)),
+        (torch.empty(4, 40), torch.empty(4, 1)),
+        (torch.empty(40, 4).mT, None),
+    ):
+        keep = torch.zeros(4, 2) if keep is None else keep
+        with pytest.raises(RuntimeError, match="dropout: expected"):
+            dropout.apply_(x, keep.to(torch.int32), out, False)

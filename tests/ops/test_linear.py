@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowrank.ops import linear, lora
-from lowrank.ops._dispatch import choice, forced
+from lowrank.ops._choice import choice, forced
 from lowrank.ops.linear import Adapter, Projection
 
 CPU = torch.device("cpu")
