@@ -190,6 +190,9 @@ class Eager:
     def drop(t: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
         """t [M,K] with 0 where its keep bit is 0; added to ``out`` if that is given."""
         dropped = torch.empty_like(t, memory_format=torch.contiguous_format) if out is None else out
+        if dropout.in_one_pass(t):
+            dropout.apply_(t if t.stride(1) == 1 else t.contiguous(), keep, dropped, out is not None)
+            return dropped
         for rows in dropout.row_blocks(*t.shape, t.device):
             words = keep[rows]
             mask = bits.unpack(words.reshape(-1), (len(words), 32 * words.shape[1]))

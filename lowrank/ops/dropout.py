@@ -13,8 +13,8 @@ import torch
 from ._choice import choice
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
-# csrc/dropout_cpu.cpp's.  draw: ``keep`` int32 [rows, words] gets the bits of the rows from first_row on, and ``out`` [rows, K] x
-# where they are set, else 0.  apply: ``out`` gets x where the bits are set, else 0, added to what is there if asked for.
+# csrc/dropout_cpu.cpp's.  draw: ``keep`` int32 [rows, words] gets the bits of the rows from first_row on, and ``out`` [rows, K]
+# x where they are set, else 0.  apply: ``out`` gets x where the bits are set, else 0, added to what is there if asked for.
 _lib.define("dropout_draw_(Tensor x, Tensor seed, int first_row, int cut, Tensor(a!) out, Tensor(b!) keep) -> ()")
 _lib.define("dropout_apply_(Tensor x, Tensor keep, Tensor(a!) out, bool add) -> ()")
 draw_, apply_ = torch.ops.lowrank.dropout_draw_.default, torch.ops.lowrank.dropout_apply_.default

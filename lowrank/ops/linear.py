@@ -277,7 +277,7 @@ _apply, _unwrap_if_dead = super(torch.autograd.Function, _Linears).apply, torch.
 
 def _forward(call, weights, starts, seeds, x, factors):
     """(ys, S of all adapters, keep bits per mask)."""
-    dtype, thin_dtype, masks, ps, cuts, _, scales, native, _ = call
+    dtype, thin_dtype, masks, _, cuts, _, scales, native, _ = call
     if native:
         made = _in_one_call(x, weights, starts, factors, scales, masks, cuts, seeds, dtype, thin_dtype)
         n = len(scales)
