@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from . import _stats, sharding
+from . import _stats, sharding, traced
 from .ops import dora as dora_op
 from .ops.linear import TENSORS, Adapter, Projection, plainly
 from .ops.lora import lora_projections, projected
@@ -34,14 +34,17 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
     """A forward for a PEFT layer class: ours, and ``original`` where the op does not cover the call."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if not args and not kwargs and plainly(x):
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():  # a program of PyTorch's own ops, which runs where no lowrank is
+                return original(self, x, *args, **kwargs)
+            if not args and not kwargs and (y := traced.forward(self, x)) is not None:
+                return y
+        elif not args and not kwargs and plainly(x):
             made = _waiting(self)
             projection = _plain(self, x)
             if projection is not None:
                 return _run_plain(self, x, projection, made)
             return general(self, x, args, kwargs, made, None)
-        if torch.compiler.is_exporting():  # a program of PyTorch's own ops, which runs where no lowrank is
-            return original(self, x, *args, **kwargs)
         followers = followed()
         if followers is AGAIN:
             return again(forward, self, x, *args, **kwargs)

@@ -52,6 +52,13 @@ _lib.define(
     " Tensor?[] scaling_tensors, Tensor? S, Tensor[] keeps, float[] scalings, int[] counts, int[] masks, float[] ps,"
     " ScalarType dtype, ScalarType thin_dtype, bool[] needs) -> Tensor[]"
 )
+# One projection with one adapter, whole, for Dynamo to write down instead of tracing lora_projections, which runs, checks and
+# autograd node included, where the op is called: on fake tensors, in AOT autograd.  scaling_tensor, where given, stands for
+# scaling.  version: torch's caches of compiled graphs hold what came of the body, their keys only how it was called.
+_lib.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, float scaling,"
+    " Tensor? scaling_tensor, float dropout_p, bool copy, str version) -> Tensor"
+)
 
 
 def lora_linear(
@@ -193,6 +200,15 @@ def general(
             spec.scalings, spec.counts, spec.masks, spec.ps, seeds, dtype, thin_dtype,
         )  # fmt: skip
     return tuple(as_shaped(y, x.shape) for y in ys)
+
+
+def _lora_linear(x, weight, bias, A, B, lora_bias, scaling, scaling_tensor, dropout_p, copy, version):
+    adapter = Adapter(A, B, scaling if scaling_tensor is None else scaling_tensor, lora_bias, dropout_p)
+    return lora_projections(x, (Projection(weight, bias, (adapter,), copy=copy),))[0]
+
+
+_lib.impl("lora_linear", _lora_linear, "CompositeImplicitAutograd")
+traced_linear = torch.ops.lowrank.lora_linear.default
 
 
 class _Spec(NamedTuple):

@@ -1,8 +1,11 @@
 """torch.compile and torch.export of patched models: one graph for every batch, length and adapter, and the same numbers."""
 
+import cProfile
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 pytest.importorskip("peft")
@@ -13,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lowrank
 from lowrank import _stats
 from lowrank.integrations.peft import patch
+from lowrank.layers import WRITTEN
+from lowrank.ops.node import CHANGED
 
 TARGETS = ["q_proj", "k_proj", "up_proj"]
 
@@ -148,6 +153,236 @@ def test_adapters_are_swapped_without_recompiling(tmp_path):
         for name in ("b", "c", "a"):
             hotswap_adapter(compiled, tmp_path / name, adapter_name="default")
             same(step(compiled, ids)[:2], wants[name])
+
+
+def linears(n=1, width=8, dtype=torch.float32, **config):
+    """Seeded: n linears, each with an adapter, for PEFT or patched."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*[nn.Linear(width, width) for _ in range(n)]).to(dtype)
+    settings = dict(r=2, target_modules=[str(i) for i in range(n)], init_lora_weights=False) | config
+    return get_peft_model(base, LoraConfig(**settings))
+
+
+def python_calls(model, grad):
+    """Python's function calls in a compiled model's first step: what tracing costs, without a clock."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if grad else "eager")
+    profile = cProfile.Profile()
+    with torch.set_grad_enabled(grad), profile:
+        y = compiled(torch.ones(2, 8, dtype=model.base_model.model[0].base_layer.weight.dtype))
+        if grad:
+            y.sum().backward()
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["eager, no grad", "aot_eager, grad"])
+@pytest.mark.parametrize("config", [{}, dict(dtype=torch.bfloat16), dict(lora_dropout=0.1, lora_bias=True)], ids=str)
+def test_a_layer_costs_dynamo_what_peft_s_costs(config, grad):
+    """Per layer, of those that come after the first."""
+    cost = []
+    for change in (lambda model: model, patch):
+        python_calls(change(linears(1, **config)), grad)  # torch's own caches
+        few, many = (python_calls(change(linears(n, **config)), grad) for n in (2, 5))
+        cost.append((many - few) / 3)
+    theirs, ours = cost
+    assert ours <= 1.1 * theirs, (ours, theirs)
+
+
+def bare(layer):
+    layer.base_layer.bias = None
+
+
+def tensor_scaling(layer):
+    layer.scaling["default"] = torch.tensor(0.7)
+
+
+PLAIN = {
+    "plain": ({}, None),
+    "no bias": ({}, bare),
+    "lora_bias": (dict(lora_bias=True), None),
+    "dropout": (dict(lora_dropout=0.4), None),
+    "rslora": (dict(use_rslora=True, lora_alpha=3), None),
+    "scaling as a tensor": ({}, tensor_scaling),
+    "fp32 adapters on bf16": (dict(dtype=torch.bfloat16), None),
+    "bf16": (dict(dtype=torch.bfloat16), lambda layer: layer.to(torch.bfloat16)),
+    "autocast": ({}, None),
+    "inference_mode": (dict(lora_dropout=0.4), None),
+    "copy_inputs": ({}, None),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_layer_is_one_op_in_the_graph(name):
+    """And has the uncompiled layer's bits, forward and every gradient."""
+    config, change = PLAIN[name]
+    model = linears(**config)
+    layer = model.base_model.model[0]
+    if change is not None:
+        change(layer)
+    patch(model, copy_inputs=name == "copy_inputs")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    x = torch.randn(3, 5, 8).to(layer.base_layer.weight.dtype)
+
+    def run(f):
+        torch.manual_seed(5)
+        model.zero_grad()
+        with torch.inference_mode(name == "inference_mode"), torch.autocast("cpu", enabled=name == "autocast"):
+            given = x.clone().requires_grad_(name != "inference_mode")
+            y = f(given)
+        if name == "inference_mode":
+            return [y]
+        y.float().square().sum().backward()
+        return [y.detach(), given.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    with lowrank.strict():
+        wants, found = run(layer), run(compiled)
+    assert len(wants) == (1 if name == "inference_mode" else 5 if "lora_bias" in config else 4)
+    torch.testing.assert_close(found, wants, rtol=0, atol=0)
+    (graph,) = graphs
+    (call,) = (node for node in graph.graph.nodes if node.op not in ("placeholder", "output"))
+    assert call.target is torch.ops.lowrank.lora_linear.default
+    # the version is for the key of torch's caches of compiled graphs, which hold what came of the op's body
+    assert call.args[-2:] == (name == "copy_inputs", lowrank.__version__)
+
+
+def hooked(part):
+    def change(layer, part=part):
+        getattr(layer, part)["default"].register_forward_hook(lambda m, a, out: out * 2)
+
+    return change
+
+
+def replaced(layer):
+    module = layer.lora_B["default"]
+    module.forward = lambda x: nn.Linear.forward(module, x) * 2
+
+
+def base_replaced(layer):
+    module = layer.base_layer
+    module.forward = lambda x: nn.Linear.forward(module, x) * 2
+
+
+def two(layer):
+    layer.update_layer("b", 3, lora_alpha=1, config=LoraConfig(r=3, init_lora_weights=False))
+    layer.set_adapter(["default", "b"])
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def of_another_class(layer):
+    layer.lora_A["default"].__class__ = Doubled
+
+
+class Weight(nn.Parameter):
+    pass
+
+
+def of_another_type(layer):
+    module = layer.lora_A["default"]
+    module.weight = Weight(module.weight.detach() * 2)
+
+
+def odd_scaling(layer):
+    layer.scaling["default"] = torch.full((8,), 0.5)
+
+
+OTHER = {
+    "hooks on lora_A": hooked("lora_A"),
+    "hooks on lora_B": hooked("lora_B"),
+    "hooks on lora_dropout": hooked("lora_dropout"),
+    "hooks on the base": lambda layer: layer.base_layer.register_forward_pre_hook(lambda m, a: (a[0] * 2,)),
+    "lora_B's forward replaced": replaced,
+    "the base's forward replaced": base_replaced,
+    "a subclass of nn.Linear": of_another_class,
+    "a subclass of nn.Parameter": of_another_type,
+    "two adapters": two,
+    "disabled": lambda layer: layer.enable_adapters(False),
+    "merged": lambda layer: layer.merge(),
+    "no adapter": lambda layer: setattr(layer, "_active_adapter", []),
+    "another's adapter": lambda layer: setattr(layer, "_active_adapter", "elsewhere"),
+    "scaling by column": odd_scaling,
+    "its input was changed in place": lambda layer: layer.__dict__.update({CHANGED: True}),
+    "global hooks": lambda layer: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore:lowrank falls back")
+@pytest.mark.parametrize("name", OTHER)
+def test_any_other_layer_is_traced_as_it_is_called(name):
+    """The uncompiled layer's numbers, counted as it is counted."""
+    layer, x = patch(linears()).base_model.model[0], torch.randn(3, 8)
+    plain = layer(x).detach()
+    OTHER[name](layer)
+    hook = nn.modules.module.register_module_forward_hook(lambda m, a, out: out * 2) if name == "global hooks" else None
+    try:
+        found = []
+        for f in (layer, torch.compile(lambda x: layer(x), fullgraph=True, backend="eager")):
+            _stats._all.clear()
+            found.append((f(x).detach(), lowrank.stats()["fused"], lowrank.stats()["fallback"]))
+    finally:
+        if hook is not None:
+            hook.remove()
+    (want, *counted), (y, *traced) = found
+    same(y, want)
+    assert traced == counted
+    assert bool(counted[1]) is (name not in FUSED | UNADAPTED)
+    if name not in ("merged", "its input was changed in place"):
+        assert (want - plain).abs().max() > 1e-2
+
+
+FUSED = {"hooks on the base", "the base's forward replaced", "two adapters"}
+UNADAPTED = {"disabled", "merged", "no adapter", "another's adapter"}
+
+
+def test_dtypes_that_nobody_casts_are_peft_s_error():
+    layer = patch(linears(dtype=torch.bfloat16)).base_model.model[0]
+    layer.cast_input_dtype_enabled = False
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    for f in (layer, torch.compile(layer, backend="eager")):
+        with (
+            pytest.warns(UserWarning, match="cast_input_dtype_enabled=False"),
+            pytest.raises(RuntimeError, match="dtype"),
+        ):
+            f(x)
+        _stats._warned.clear()
+
+
+def test_what_changes_between_calls_is_noticed():
+    model, x = patch(linears(2, lora_dropout=0.5)).eval(), torch.randn(3, 8)
+    layers = list(model.base_model.model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def both():
+        torch.manual_seed(2)
+        want = model(x)
+        torch.manual_seed(2)
+        same(compiled(x), want)
+        return want
+
+    seen = [both()]
+    model.train()
+    seen.append(both())
+    model.eval()
+    for layer in layers:
+        layer.scaling["default"] = 0.25
+    seen.append(both())
+    with model.disable_adapter():
+        seen.append(both())
+    layers[0].__dict__[CHANGED] = True
+    with pytest.warns(UserWarning, match="changed in place"):
+        both()
+    for i, y in enumerate(seen):
+        assert all((y - other).abs().max() > 1e-2 for other in seen[:i])
+    assert lowrank.stats()["fallback"][WRITTEN] == 2  # called, and traced
 
 
 class Logits(nn.Module):

@@ -585,6 +585,8 @@ def test_opcheck(p):
     masks, ps, seeds = ([0], [p], torch.tensor([7])) if p else ([-1], [], None)
     forward = (x, [W], [b], [None], [A], [B], [lb], [None], [0.7], [1], masks, ps, seeds, x.dtype, A.dtype)
     torch.library.opcheck(torch.ops.lowrank.lora_linears.default, forward)
+    whole = (x, W, b, A, B, lb, 0.7, None, 0.0, True, lowrank.__version__)
+    torch.library.opcheck(torch.ops.lowrank.lora_linear.default, whole)
     (y,), S, keeps = torch.ops.lowrank.lora_linears.default(*forward)
     backward = ([y], x, [W], [A], [B], [None], S, keeps, [0.7], [1], masks, ps, x.dtype, A.dtype, [True] * 6)
     torch.library.opcheck(torch.ops.lowrank.lora_linears_backward.default, backward)
