@@ -2,7 +2,7 @@
 
     lowrank/_C_cpu.so              needs a C++ compiler
     lowrank/_C_cuda.so             needs nvcc, and a CUDA build of torch (or LOWRANK_BUILD_CUDA=1: compiled, not loaded)
-    lowrank/_C_node-<version>.so   needs a C++ compiler; not on torch's stable ABI, so it is for the torch of that version alone
+    lowrank/_C_node-<tags>.so      needs Python's headers too; not on torch's stable ABI: it is for one torch and one Python
 
 All need the headers of the torch that is installed, and nothing of it that runs: they are found where this Python keeps its
 packages, so that pip's isolated builds find them too.  ``python setup.py build_ext --inplace`` builds in a checkout.  What
@@ -73,7 +73,7 @@ def torch_flags() -> tuple[str, str]:
     """(include directories, libraries).  The libraries only so that the loader finds torch, which Python loads privately."""
     torch = torch_folder()
     includes = f"-isystem {torch / 'include'} -isystem {torch / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"
-    return includes, f"-L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
+    return includes, f"-L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu"
 
 
 def why_not(library: str) -> str | None:
@@ -86,6 +86,8 @@ def why_not(library: str) -> str | None:
         return "needs ninja: pip install ninja"
     if compiler() is None:
         return "needs a C++ compiler"
+    if library == "node" and not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "needs Python's headers, as of a package python3-dev"
     if library == "cuda":
         if nvcc() is None:
             return "needs nvcc"
@@ -97,6 +99,9 @@ def why_not(library: str) -> str | None:
 def ninja_file(library: str, target: Path, folder: Path) -> str:
     """The text of a build.ninja that makes ``target`` with its objects in ``folder``."""
     includes, libraries = torch_flags()
+    if library == "node":
+        includes += f" -isystem {sysconfig.get_path('include')}"
+        libraries += " -lc10 -ltorch_python"
     if library == "cuda":
         archs = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS.split(";"))
         rules = [
@@ -130,8 +135,8 @@ def ninja_file(library: str, target: Path, folder: Path) -> str:
 
 class NinjaBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:  # no Python symbols, so no Python version in the name
-        version = f"-{torch_version()}" if fullname.endswith("_node") else ""
-        return str(Path(*fullname.split("."))) + version + ".so"
+        tags = f"-{torch_version()}-{sys.implementation.cache_tag}" if fullname.endswith("_node") else ""
+        return str(Path(*fullname.split("."))) + tags + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         library = ext.name.rpartition("_")[2]

@@ -1,6 +1,7 @@
-// torch.ops.lowrank.plain_linears_node: linear.h as an autograd node of C++, which torch's stable ABI has none of.  Built for the
-// torch that is installed, and loaded beside no other (setup.py, lowrank/_native.py); lowrank/ops/linear.py has the same node
-// in Python, and takes it where this one is not there or saved tensors go through hooks.
+// linear.h as an autograd node of C++, which torch's stable ABI has none of, called without a dispatcher, which takes longer than
+// a small call's arithmetic.  Built for the torch and the Python that are installed, and loaded beside no others (setup.py,
+// lowrank/_native.py); lowrank/ops/linear.py has the same node in Python, and takes it where this one is not there or saved
+// tensors go through hooks.
 //
 // Who looks into backward (create_graph, torch.func, batches of gradients, compiled autograd), or gives it no gradient for some
 // output, is answered by Python: torch.ops.lowrank.plain_linears_rest.
@@ -8,8 +9,10 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
-#include <torch/library.h>
 
 #include "linear.h"
 
@@ -31,13 +34,14 @@ static Tensors stable(at::TensorList tensors) {
   return found;
 }
 
-// Everything about a call that is not a tensor.
+// Everything about a call but x and the factors.  numbers: the scalings and then the ps.  layers: ids, for errors and stats().
 struct Call {
-  at::TensorList weights;
-  const c10::List<std::optional<at::Tensor>>& starts;
-  c10::ArrayRef<double> scales, numbers;
-  c10::ArrayRef<int64_t> masks, cuts, layers;
-  const std::optional<at::Tensor>& seeds;
+  variable_list weights;
+  std::vector<std::optional<at::Tensor>> starts;
+  std::vector<double> scales, numbers;
+  std::vector<int64_t> masks, cuts, layers;
+  std::optional<at::Tensor> seeds;
+  bool recomputed;  // by checkpointing
   at::ScalarType dtype, thin;
 };
 
@@ -58,35 +62,40 @@ static bool is_plain(const variable_list& dys) {
   return true;
 }
 
+// The ys, S and the bits.
+static Tensors forward_of(const at::Tensor& x, at::TensorList factors, const Call& call) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  std::vector<std::optional<Tensor>> starts;
+  for (const std::optional<at::Tensor>& t : call.starts) {
+    starts.push_back(t ? std::optional<Tensor>(stable(*t)) : std::nullopt);
+  }
+  return plain_linears(stable(x), stable(call.weights), starts, stable(factors), call.scales, call.masks, call.cuts,
+                       call.seeds ? std::optional<Tensor>(stable(*call.seeds)) : std::nullopt, call.dtype,
+                       call.thin);
+}
+
 struct PlainLinears : torch::autograd::Function<PlainLinears> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const std::optional<at::Tensor>& base,
                                at::TensorList factors, const Call& call) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    std::vector<std::optional<Tensor>> starts;
-    for (const std::optional<at::Tensor>& t : call.starts) {
-      starts.push_back(t ? std::optional<Tensor>(stable(*t)) : std::nullopt);
-    }
-    const std::vector<double> scales = call.scales.vec();
-    const std::vector<int64_t> masks = call.masks.vec();
-    const Tensors made =
-        plain_linears(stable(x), stable(call.weights), starts, stable(factors), scales, masks, call.cuts.vec(),
-                      call.seeds ? std::optional<Tensor>(stable(*call.seeds)) : std::nullopt, call.dtype, call.thin);
-    const size_t n = scales.size();
-    variable_list ys, saved{x, plain(made[n])};
+    const Tensors made = forward_of(x, factors, call);
+    const size_t n = call.scales.size();
+    variable_list ys, saved{x, plain(made[n])};  // in the order of the other forms', as checkpointing may recompute by them
     for (size_t i = 0; i < n; ++i) ys.push_back(plain(made[i]));
-    saved.insert(saved.end(), factors.begin(), factors.end());
-    for (size_t i = n + 1; i < made.size(); ++i) saved.push_back(plain(made[i]));
     if (x.requires_grad()) saved.insert(saved.end(), call.weights.begin(), call.weights.end());
+    for (const size_t of : {0, 1}) {
+      for (size_t i = 0; i < n; ++i) saved.push_back(factors[2 * i + of]);
+    }
+    for (size_t i = n + 1; i < made.size(); ++i) saved.push_back(plain(made[i]));
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    // x is alive as long as the node holds it, and so where its version is asked for
+    // x is alive as long as the node holds it, and so where its version is asked for; where it is recomputed it is not held
     std::vector<int64_t> rest{reinterpret_cast<int64_t>(x.unsafeGetTensorImpl()), int64_t(x._version()), x.requires_grad(),
                               base && base->requires_grad(), int64_t(call.dtype), int64_t(call.thin),
-                              int64_t(call.cuts.size())};
-    rest.insert(rest.end(), masks.begin(), masks.end());
+                              int64_t(call.cuts.size()), call.recomputed};
+    rest.insert(rest.end(), call.masks.begin(), call.masks.end());
     rest.insert(rest.end(), call.layers.begin(), call.layers.end());
     ctx->saved_data["rest"] = std::move(rest);
-    std::vector<double> all = scales;  // and what Python needs beside them
+    std::vector<double> all = call.scales;  // and what Python needs beside them
     all.insert(all.end(), call.numbers.begin(), call.numbers.end());
     ctx->saved_data["numbers"] = std::move(all);
     return ys;
@@ -99,19 +108,27 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
     const auto dtype = at::ScalarType(rest[4]), thin = at::ScalarType(rest[5]);
     const size_t n = dys.size(), cuts = rest[6];
     const std::vector<double> scales(all.begin(), all.begin() + n), numbers(all.begin() + n, all.end());
-    const std::vector<int64_t> masks(rest.begin() + 7, rest.begin() + 7 + n), layers(rest.begin() + 7 + n, rest.end());
+    const std::vector<int64_t> masks(rest.begin() + 8, rest.begin() + 8 + n), layers(rest.begin() + 8 + n, rest.end());
+    const bool recomputed = rest[7];
+    static const auto refuse =
+        c10::Dispatcher::singleton().findSchemaOrThrow("lowrank::input_was_changed", "").typed<void(c10::ArrayRef<int64_t>)>();
     variable_list saved;
     try {
       saved = ctx->get_saved_variables();
     } catch (const c10::Error&) {
-      if (const auto* x = reinterpret_cast<const at::TensorImpl*>(rest[0]); x->version_counter().current_version() != rest[1]) {
-        static const auto raise = c10::Dispatcher::singleton().findSchemaOrThrow("lowrank::input_was_changed", "").typed<void(c10::ArrayRef<int64_t>)>();
-        raise.call(layers);
-      }
+      const auto* x = reinterpret_cast<const at::TensorImpl*>(rest[0]);
+      if (!recomputed && x->version_counter().current_version() != rest[1]) refuse.call(layers);
       throw;
     }
-    const at::TensorList tensors(saved), factors = tensors.slice(2, 2 * n), keeps = tensors.slice(2 + 2 * n, cuts),
-                         weights = tensors.slice(2 + 2 * n + cuts);
+    if (recomputed && saved[0]._version() != rest[1]) refuse.call(layers);
+    const at::TensorList tensors(saved);
+    const size_t given = tensors.size() - 2 - 2 * n - cuts;
+    const at::TensorList weights = tensors.slice(2, given), keeps = tensors.slice(2 + given + 2 * n);
+    variable_list factors;
+    for (size_t i = 0; i < n; ++i) {
+      factors.push_back(saved[2 + given + i]);
+      factors.push_back(saved[2 + given + n + i]);
+    }
     variable_list grads(2 + 2 * n + 1);  // x, base, A and B of each, and the call
     if (is_plain(dys)) {
       const at::AutoDispatchBelowADInplaceOrView below;
@@ -146,17 +163,64 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
   }
 };
 
-variable_list plain_linears_node(const at::Tensor& x, at::TensorList weights,
-                                 const c10::List<std::optional<at::Tensor>>& starts, at::TensorList factors,
-                                 c10::ArrayRef<double> scales, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> masks,
-                                 c10::ArrayRef<int64_t> cuts, const std::optional<at::Tensor>& seeds, at::ScalarType dtype,
-                                 at::ScalarType thin, c10::ArrayRef<int64_t> layers) {
-  const Call call{weights, starts, scales, numbers, masks, cuts, layers, seeds, dtype, thin};
-  std::optional<at::Tensor> base;
-  if (weights.empty()) base = starts.get(0);
-  return PlainLinears::apply(x, std::as_const(base), factors, call);
+static variable_list run(const at::Tensor& x, const Call& call, at::TensorList factors) {
+  if (at::GradMode::is_enabled()) {
+    std::optional<at::Tensor> base;
+    if (call.weights.empty()) base = call.starts[0];
+    return PlainLinears::apply(x, std::as_const(base), factors, call);
+  }
+  Tensors made = forward_of(x, factors, call);
+  variable_list ys;
+  for (size_t i = 0; i < call.scales.size(); ++i) ys.push_back(plain(made[i]));
+  return ys;
+}
+
+// What Python hands over: lists, whose items are what ops/linear.py has made sure of.
+template <class T, class Convert>
+static std::vector<T> listed(PyObject* list, const Convert& convert) {
+  std::vector<T> found;
+  found.reserve(PyList_GET_SIZE(list));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) found.push_back(convert(PyList_GET_ITEM(list, i)));
+  return found;
+}
+
+// linears(x, weights, starts, factors, scales, numbers, masks, cuts, seeds, dtype, thin_dtype, layers, recomputed) -> tuple of ys
+static PyObject* linears(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 13, "linears: expected 13 arguments, got ", count);
+  const auto tensor = [](PyObject* t) { return THPVariable_Unpack(t); };
+  const auto optional = [](PyObject* t) { return t == Py_None ? std::nullopt : std::optional(THPVariable_Unpack(t)); };
+  const auto number = [](PyObject* t) { return PyFloat_AsDouble(t); };
+  const auto integer = [](PyObject* t) { return int64_t(PyLong_AsLongLong(t)); };
+  const auto address = [](PyObject* t) { return reinterpret_cast<int64_t>(t); };
+  const auto factors = listed<at::Tensor>(arguments[3], tensor);
+  const Call call{listed<at::Tensor>(arguments[1], tensor),
+                  listed<std::optional<at::Tensor>>(arguments[2], optional),
+                  listed<double>(arguments[4], number),
+                  listed<double>(arguments[5], number),
+                  listed<int64_t>(arguments[6], integer),
+                  listed<int64_t>(arguments[7], integer),
+                  listed<int64_t>(arguments[11], address),
+                  optional(arguments[8]),
+                  arguments[12] == Py_True,
+                  reinterpret_cast<THPDtype*>(arguments[9])->scalar_type,
+                  reinterpret_cast<THPDtype*>(arguments[10])->scalar_type};
+  variable_list ys;
+  {
+    const pybind11::gil_scoped_release released;
+    ys = run(THPVariable_Unpack(arguments[0]), call, factors);
+  }
+  PyObject* const found = PyTuple_New(ys.size());
+  for (size_t i = 0; i < ys.size(); ++i) PyTuple_SET_ITEM(found, i, THPVariable_Wrap(std::move(ys[i])));
+  return found;
+  END_HANDLE_TH_ERRORS
 }
 
 }  // namespace lowrank
 
-TORCH_LIBRARY_IMPL(lowrank, CompositeImplicitAutograd, m) { m.impl("plain_linears_node", &lowrank::plain_linears_node); }
+static PyMethodDef functions[] = {
+    {"linears", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&lowrank::linears)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C_node", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__C_node() { return PyModule_Create(&definition); }

@@ -40,11 +40,12 @@ def test_report(report, environment):
 def test_native_libraries(report, monkeypatch):
     from lowrank import _native
 
-    reasons = {"cpu": None, "cuda": "this torch is not a CUDA build"}
+    reasons = {"cpu": None, "cuda": "this torch is not a CUDA build", "node": None}
     monkeypatch.setattr(_native, "why_not", reasons.get)
     assert section(report(), "native libraries") == [
         "cpu     loaded",
         "cuda    not there, PyTorch does its work: this torch is not a CUDA build",
+        "node    loaded",
     ]
 
 

@@ -50,16 +50,16 @@ def built(setup, tmp_path_factory):
 def test_compiles_without_a_warning(built):
     _, code, output, libraries = built
     assert code == 0, output
-    assert [library.name for library in libraries] == ["_C_cpu.so"]
+    assert sorted(library.name.split("-")[0] for library in libraries) == ["_C_cpu.so", "_C_node"]
 
 
 def test_instruction_sets_leak_no_function(setup, built):
     """Of an object compiled for AVX-512 the linker may take nothing that another object also has."""
     if shutil.which("nm") is None:
         pytest.skip("needs nm")
-    for stem in setup.STEMS:
+    for source in setup.CSRC.glob("*_rows.cpp"):
         for isa in setup.ISAS:
-            path = next(built[0].glob(f"temp/**/{stem}_{isa}.o"))
+            path = next(built[0].glob(f"temp/**/{source.stem}_{isa}.o"))
             command = ["nm", "--defined-only", "-g", path]
             symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             assert symbols
@@ -81,10 +81,14 @@ def test_reasons_to_leave_a_library_out(setup, monkeypatch):
     monkeypatch.setattr(setup, "ninja", lambda: "ninja")
     monkeypatch.setattr(setup, "compiler", lambda: "g++")
     monkeypatch.setattr(setup, "nvcc", lambda: "nvcc")
-    monkeypatch.setattr(setup, "torch_cuda", lambda: None)
+    monkeypatch.setattr(setup, "torch_version", lambda of="__version__": None)
     monkeypatch.delenv("LOWRANK_BUILD_CUDA", raising=False)
     assert setup.why_not("cpu") is None
     assert setup.why_not("cuda") == "needs a CUDA build of torch"
+    assert setup.why_not("node") is None
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(setup.sysconfig, "get_path", lambda name: "/nowhere")
+        assert "Python's headers" in setup.why_not("node")
     monkeypatch.setenv("LOWRANK_BUILD_CUDA", "1")
     assert setup.why_not("cuda") is None
     monkeypatch.setattr(setup, "nvcc", lambda: None)
@@ -101,12 +105,13 @@ def test_torch_is_found_without_being_imported(setup, monkeypatch, tmp_path):
     """As pip's isolated builds must: by the folder of this Python's packages."""
     here = setup.torch_folder()
     assert here.samefile(Path(torch.__file__).parent)
-    assert setup.torch_cuda() == torch.version.cuda
+    assert setup.torch_version() == torch.__version__
+    assert setup.torch_version("cuda") == torch.version.cuda
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
     assert setup.torch_folder().samefile(here)
     (tmp_path / "version.py").write_text("__version__ = '2.14.1+cu130'\ncuda: Optional[str] = '13.0'\nhip = None\n")
     monkeypatch.setattr(setup, "torch_folder", lambda: tmp_path)
-    assert setup.torch_cuda() == "13.0"
+    assert (setup.torch_version(), setup.torch_version("cuda")) == ("2.14.1+cu130", "13.0")
 
 
 @pytest.fixture

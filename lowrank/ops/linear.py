@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _stats
+from .. import _native, _stats
 from . import dropout, eager, lora_impl
 from ._choice import choice
 from ._dispatch import thin_products
@@ -50,18 +50,12 @@ _lib.define(
     "plain_linears_backward(Tensor[] dys, Tensor x, Tensor S, Tensor[] factors, Tensor[] keeps, Tensor[] weights,"
     " float[] scales, int[] masks, bool need_x, ScalarType dtype, ScalarType thin_dtype) -> Tensor[]"
 )
-# The same as an autograd node of C++ (csrc/node.cpp).  numbers: the scalings and then the ps, and layers: the ids of the layers
-# whose call it is, for the next two, which its backward asks.
-_lib.define(
-    "plain_linears_node(Tensor x, Tensor[] weights, Tensor?[] starts, Tensor[] factors, float[] scales, float[] numbers,"
-    " int[] masks, int[] cuts, Tensor? seeds, ScalarType dtype, ScalarType thin_dtype, int[] layers) -> Tensor[]"
-)
+# What csrc/node.cpp's backward asks.  numbers: the scalings and then the ps.  layers: the ids of those whose call it is.
 _lib.define(
     "plain_linears_rest(Tensor?[] dys, Tensor x, Tensor S, Tensor[] factors, Tensor[] keeps, Tensor[] weights,"
     " float[] numbers, int[] masks, bool need_x, ScalarType dtype, ScalarType thin_dtype, int[] layers) -> Tensor[]"
 )
 _lib.define("input_was_changed(int[] layers) -> ()")
-_node = torch.ops.lowrank.plain_linears_node.default
 _in_one_call, _in_one_call_backward = (
     torch.ops.lowrank.plain_linears.default,
     torch.ops.lowrank.plain_linears_backward.default,
@@ -236,12 +230,29 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
     if not started:
         starts = []
     seeds = dropout.draw_seeds(len(ps), device) if ps else None
+    if grad:
+        x = x.clone() if copy or x.is_inference() else _unwrap_if_dead(x)
+    if native and how.node:
+        hooks = _hooks(True) if grad else None
+        recomputed = hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+        if hooks is None or recomputed:
+            return _native.node().linears(
+                x,
+                weights,
+                starts,
+                factors,
+                scales,
+                scalings + ps,
+                masks,
+                cuts,
+                seeds,
+                dtype,
+                thin_dtype,
+                layers,
+                recomputed,
+            )
     if not grad:
         return _forward(call, weights, starts, seeds, x, factors)[0]
-    x = x.clone() if copy or x.is_inference() else _unwrap_if_dead(x)
-    if native and how.node and _hooks(True) is None:
-        layers = list(map(id, layers))
-        return _node(x, weights, starts, factors, scales, scalings + ps, masks, cuts, seeds, dtype, thin_dtype, layers)
     return _apply(call, layers, weights, starts, seeds, x, projections[0].base, *map(_unwrap_if_dead, factors))
 
 
