@@ -272,7 +272,7 @@ inline Tensors plain_linears_backward(const Tensors& dys, const Tensor& input, c
   for (size_t i = 0; i < n; ++i) {
     if (dX && !weights.empty()) {
       const Tensor W = cast(weights[i], dtype);
-      if (x.size(0) < 4 && dtype == ScalarType::Float) {  // as eager.add_product_
+      if (x.size(0) < 4 && dtype == ScalarType::Float && x.is_cpu()) {  // as eager.add_product_
         const Tensor product = empty(x, {x.size(0), x.size(1)}, dtype);
         mm(product, rows[i], W);
         float* const sum = static_cast<float*>(dX->data_ptr());

@@ -1,7 +1,13 @@
 // Matrices as ATen's GEMMs take them: views, fresh memory, products.  What a CPU runs beside a kernel, on torch's stable ABI.
 #pragma once
 
+#ifdef LOWRANK_ATEN  // any device's; the stable ABI has a CPU's alone
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
+#else
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#endif
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -74,19 +80,28 @@ inline Tensor as_rows(const Tensor& t) {
   return t.is_contiguous() ? view(t, t.numel() / K, K, K, 1) : torch::stable::reshape(t, {-1, K});
 }
 
-// out = alpha a b, rounded once
-inline void mm(const Tensor& out, const Tensor& a, const Tensor& b, double alpha = 1.0) {
-  if (alpha == 1.0) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 0.0, alpha));
-  }
-}
-
 // out = beta start + alpha a b
 inline void addmm(const Tensor& out, const Tensor& start, const Tensor& a, const Tensor& b, double alpha = 1.0,
                   double beta = 1.0) {
+#ifdef LOWRANK_ATEN
+  using torch::aot_inductor::tensor_handle_to_tensor_pointer;
+  at::addmm_out(*tensor_handle_to_tensor_pointer(out.get()), *tensor_handle_to_tensor_pointer(start.get()),
+                *tensor_handle_to_tensor_pointer(a.get()), *tensor_handle_to_tensor_pointer(b.get()), beta, alpha);
+#else
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), start.get(), a.get(), b.get(), beta, alpha));
+#endif
+}
+
+// out = alpha a b, rounded once
+inline void mm(const Tensor& out, const Tensor& a, const Tensor& b, double alpha = 1.0) {
+  if (alpha != 1.0) return addmm(out, out, a, b, alpha, 0.0);
+#ifdef LOWRANK_ATEN
+  using torch::aot_inductor::tensor_handle_to_tensor_pointer;
+  at::mm_out(*tensor_handle_to_tensor_pointer(out.get()), *tensor_handle_to_tensor_pointer(a.get()),
+             *tensor_handle_to_tensor_pointer(b.get()));
+#else
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+#endif
 }
 
 }  // namespace lowrank

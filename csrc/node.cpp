@@ -5,6 +5,7 @@
 //
 // Who looks into backward (create_graph, torch.func, batches of gradients, compiled autograd), or gives it no gradient for some
 // output, is answered by Python: torch.ops.lowrank.plain_linears_rest.
+#define LOWRANK_ATEN
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -57,7 +58,9 @@ static bool is_plain(const variable_list& dys) {
   const DispatchKeySet beside =
       c10::autograd_dispatch_keyset_with_ADInplaceOrView | DispatchKeySet({DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
   for (const at::Tensor& dy : dys) {
-    if (!dy.defined() || dy.key_set() - beside != DispatchKeySet(DispatchKey::CPU)) return false;
+    if (!dy.defined()) return false;
+    const DispatchKeySet keys = dy.key_set() - beside;
+    if (keys != DispatchKeySet(DispatchKey::CPU) && keys != DispatchKeySet(DispatchKey::CUDA)) return false;
   }
   return true;
 }

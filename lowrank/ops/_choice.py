@@ -17,7 +17,7 @@ class Choice(NamedTuple):
     backend: str  # "triton" or "eager"
     reason: str
     forced: bool  # kernels, however small the call
-    native: bool  # eager's order of operations in one call of csrc/linear.h
+    native: bool  # eager's order of operations in one call of csrc/linear.h, where eager's they are
     node: bool  # csrc/node.cpp's autograd node around it
 
 
@@ -63,7 +63,8 @@ def _choose(device: torch.device, asked: str | None) -> Choice:
         raise ValueError(f"LOWRANK_BACKEND='triton': {device.type} needs triton and a GPU, or TRITON_INTERPRET=1")
     if possible and _has_triton():
         why = "LOWRANK_BACKEND=triton" if asked else "TRITON_INTERPRET=1" if interpreted else "a GPU"
-        return Choice("triton", why, asked == "triton" or interpreted, False, False)
+        node = device.type == "cuda" and _native.available("node")  # for what is too small for kernels
+        return Choice("triton", why, asked == "triton" or interpreted, node, node)
     native = device.type == "cpu" and _native.available("cpu")
     reason = (
         f"{device.type}: the kernels' order of operations in PyTorch" if not possible else "triton is not installed"

@@ -8,9 +8,10 @@ from .. import _stats
 from . import eager
 from ._choice import backend, choice
 
-# Below this many bytes of activations in and out, a GPU has done a pass in less time than its launch costs (16 MB at 4 TB/s:
-# 4 us), so the path with fewer and cheaper launches is taken.  Modelled: bench/gpu.sh's small shapes are to correct it.
-SMALL = 16 << 20
+# What :func:`outlasts_host` reckons with.  Modelled from data sheets and from launches counted without a device, not measured.
+HOST_US = 45.0  # of one pass of a layer through the kernels: PyTorch's module call, the guard, two planned launches and a GEMM
+GEMM_PER_US = 6e8  # floating-point operations, in 16 bits, of a GPU of 2022
+BYTES_PER_US = 2.5e6
 MAX_RANK = 512  # of kernels/_launch.py, which imports triton
 
 
@@ -80,14 +81,21 @@ def dora_products(wide, A, thin_dtype):
     return dora
 
 
-def prefers_eager(rows, K, N, dtype, factors, thin_dtype, has_dropout) -> bool:
-    """Whether a call is too small for kernels of ours: PyTorch then needs no more launches, and cheaper ones.
+def outlasts_host(rows: int, K: int, N: int, itemsize: int) -> bool:
+    """Whether a GPU works longer on one pass of a layer, x [rows, K] to [rows, N], than the host needs for its kernels.
 
-    Masks and casts would cost eager launches of their own, so they keep the kernels.
+    A pure function of sizes.  What is not worth it is left to PyTorch's GEMMs, which read x and dY once more and which one call
+    of csrc/node.cpp launches: where a GPU waits for its host, that is what counts.
     """
+    gemm = 2 * rows * K * N / GEMM_PER_US * (itemsize / 2)
+    return gemm + 2 * rows * (K + N) * itemsize / BYTES_PER_US >= HOST_US
+
+
+def prefers_eager(rows, K, N, dtype, factors, thin_dtype, has_dropout) -> bool:
+    """Whether a call is too small for kernels of ours.  Masks and casts would cost PyTorch launches of their own."""
     if has_dropout or thin_dtype is not dtype or any(t.dtype is not dtype for t in factors):
         return False
-    return rows * (K + N) * dtype.itemsize < SMALL
+    return not outlasts_host(rows, K, N, dtype.itemsize)
 
 
 def _unsupported(wide, As, thin_dtype) -> str | None:

@@ -24,7 +24,7 @@ _STEP = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden gamma, as the sig
 
 def in_one_pass(t: torch.Tensor) -> bool:
     """Whether :data:`draw_` and :data:`apply_` do there what :func:`draw`, :func:`apply` and bits.py do, in one pass."""
-    return choice(t.device).native
+    return t.is_cpu and choice(t.device).native
 
 
 def draw_seeds(n: int, device: torch.device) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from .. import _native, _stats
 from . import dropout, eager, lora_impl
 from ._choice import choice
-from ._dispatch import thin_products
+from ._dispatch import outlasts_host, thin_products
 from .eager import add_product_
 from .lora_impl import add_base, as_shaped, dense, may_overflow, rows_of
 from .node import DIFFERENTIABLE, alive, hand_over, must_follow, recall, remember
@@ -156,7 +156,7 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
     if autocast:
         dtype = torch.get_autocast_dtype(kind)
     factor_dtype, factors, masks, ps, cuts, scalings, scales = None, [], [], [], [], [], []
-    weights, starts, layers, started = [], [], [], False
+    weights, starts, layers, started, outputs = [], [], [], False, 0
     for weight, bias, adapters, base, layer, copied in projections:
         if len(adapters) != 1:
             return None
@@ -203,6 +203,7 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
         ):
             return None
         factor_dtype = found
+        outputs += N
         factors += A, B
         scalings.append(scaling)
         copy |= copied
@@ -223,9 +224,12 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
         scales.append(scaling * dropout.keep_scale(p))
     thin_dtype = dtype if autocast or factor_dtype is dtype else torch.promote_types(dtype, factor_dtype)
     how = choice(device)
+    in_torch = how.backend == "eager"
+    if not in_torch and not how.forced and not ps and factor_dtype is dtype is x_dtype is not torch.float64:
+        in_torch = not outlasts_host(x.numel() // K, K, outputs, dtype.itemsize)
     base_last = dtype is not torch.float16 or not may_overflow(dtype, thin_dtype, started)
-    native = how.native and base_last and (not ps or -1 not in masks)
-    short = how.backend == "eager" and base_last and not ps
+    native = in_torch and how.native and base_last and (not ps or -1 not in masks)
+    short = in_torch and base_last and not ps
     call = _Call(dtype, thin_dtype, masks, ps, cuts, scalings, scales, native, short)
     if not started:
         starts = []
