@@ -13,6 +13,10 @@
 
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace lowrank {
 
 using torch::headeronly::ScalarType;
