@@ -75,8 +75,11 @@ def configs(name: str, module, t: dict, toy: bool) -> list:
 
 
 def picked(name: str, module, t: dict):
-    """What pick_config answers when the launcher asks it; the default Config if it never asks."""
+    """What pick_config answers when a plan asks it; the default Config if none asks."""
     answers, ask = [module.Config()], module.pick_config
+    for cached in vars(module).values():  # a plan that was made before does not ask
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
     module.pick_config = lambda *args, **options: answers.append(ask(*args, **options)) or answers[-1]
     try:
         call(name, module, t)

@@ -1,7 +1,13 @@
-"""Host-side facts about a device, and what every launcher checks.  No kernels, no policy."""
+"""Launches, decided apart from being run: a :class:`Plan` is everything about one that is not a tensor or a float.
 
-import contextlib
+A launcher reads as decide, allocate, run.  Its ``plan`` is pure and cached: from :func:`layout` of each tensor to Plans, with
+every check on the way.  What finds a plan again is thereby proof that sizes, strides, dtypes, devices and alignment are what
+was checked.  No kernels here, no policy.
+"""
+
 import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,19 +17,124 @@ MAX_RANK = 512
 WGMMA = (0, 90, 100)  # tensor cores that read shared memory (0: interpreter, AMD); elsewhere operands take registers
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-
-@functools.cache
-def device_facts(device: torch.device) -> tuple[int, int]:
-    """(arch as 80, 90, 100, ...; number of SMs).  (0, 4) where there is no NVIDIA GPU: interpreter, ROCm."""
-    if device.type != "cuda" or torch.version.hip:
-        return 0, 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
+# A new batch length is a few new plans, which all layers of one size share.
+planned = functools.lru_cache(4096)
 
 
-def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """The tensor's device, for a launch."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+class GPU(NamedTuple):
+    """What a plan depends on of a device."""
+
+    arch: int  # 80, 90, 100, ...; 0 where there is no NVIDIA GPU: interpreter, ROCm
+    sms: int
+    hip: bool = False
+
+    @classmethod
+    @functools.cache
+    def of(cls, device: torch.device) -> "GPU":
+        hip = torch.version.hip is not None
+        if device.type != "cuda":
+            return cls(0, 4, hip)
+        major, minor = torch.cuda.get_device_capability(device)
+        return cls(
+            0 if hip else 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count, hip
+        )
+
+
+class Layout(NamedTuple):
+    """What a launch depends on of a tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # of elements
+    dtype: torch.dtype
+    device: torch.device
+    aligned: bool = True  # to 16 bytes, as all that is newly allocated
+
+    @classmethod
+    def new(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Layout":
+        """Of torch.empty's."""
+        strides, step = [], 1
+        for size in reversed(shape):
+            strides.append(step)
+            step *= max(size, 1)
+        return cls(tuple(shape), tuple(reversed(strides)), dtype, device)
+
+    @property
+    def mT(self) -> "Layout":
+        return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
+
+    @property
+    def numel(self) -> int:
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel
+
+    @property
+    def contiguous(self) -> bool:
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != step:
+                return self.numel == 0
+            step *= size
+        return True
+
+    def split(self, sizes) -> "tuple[Layout, ...]":
+        """Of t.split(sizes, 1), t [M, sum(sizes)]."""
+        parts, start = [], 0
+        for size in sizes:
+            aligned = self.aligned and start * self.strides[1] * self.dtype.itemsize % 16 == 0
+            parts.append(self._replace(shape=(self.shape[0], size), aligned=aligned))
+            start += size
+        return tuple(parts)
+
+
+_layout = functools.partial(tuple.__new__, Layout)
+
+
+def layout(t: torch.Tensor | None) -> Layout | None:
+    return None if t is None else _layout((t.shape, t.stride(), t.dtype, t.device, not t.data_ptr() & 15))
+
+
+def layouts(tensors) -> tuple[Layout | None, ...]:
+    return tuple(map(layout, tensors))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch.  A kernel's parameters are, in this order: pointers and floats, integers, constants.
+
+    ``given``: per pointer its tensor's Layout, or None; ``float`` per float; or a tuple of these.  A call brings as many.
+    """
+
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    given: tuple
+    integers: tuple  # or tuples of integers
+    constants: dict[str, Any]  # by name: constexpr parameters, and num_warps, num_stages
+
+    def __post_init__(self):
+        device = next(t.device for t in flat(self.given) if isinstance(t, Layout))
+        several = device.type == "cuda" and torch.cuda.device_count() > 1
+        object.__setattr__(self, "launch", self.kernel[self.grid])
+        object.__setattr__(self, "device", device if several else None)  # to be made the current one
+
+
+def run(plan: Plan, *given) -> None:
+    """Launch on the current stream; ``given``: as plan.given has them."""
+    if plan.device is None:
+        plan.launch(*given, *plan.integers, **plan.constants)
+    else:
+        with torch.cuda.device(plan.device):
+            plan.launch(*given, *plan.integers, **plan.constants)
+
+
+def flat(nested):
+    """The leaves of tuples in tuples."""
+    for item in nested:
+        if type(item) is tuple:
+            yield from flat(item)
+        else:
+            yield item
 
 
 def dot_kind(wide: torch.dtype, thin: torch.dtype) -> str:
@@ -31,14 +142,17 @@ def dot_kind(wide: torch.dtype, thin: torch.dtype) -> str:
     return "fp32" if wide is torch.float32 else "same" if wide is thin else "split"
 
 
-def precision(kind: str) -> str:
-    """tl.dot's input_precision for fp32 operands of a :func:`dot_kind`; 16-bit operands know only one."""
-    if kind == "split" and not torch.version.hip:  # AMD multiplies fp32 exactly, and knows no tf32x3
+def precision(kind: str, matmul: str, gpu: GPU) -> str:
+    """tl.dot's input_precision for fp32 operands of a :func:`dot_kind`; 16-bit operands know only one.
+
+    ``matmul``: torch.get_float32_matmul_precision().
+    """
+    if kind == "split" and not gpu.hip:  # AMD multiplies fp32 exactly, and knows no tf32x3
         return "tf32x3"
-    return "tf32" if kind == "fp32" and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if kind == "fp32" and matmul != "highest" else "ieee"
 
 
-def check(name: str, wide: torch.Tensor, thin: torch.dtype, factors: list[torch.Tensor], ranks: list[int]) -> None:
+def check(name: str, wide: Layout, thin: torch.dtype, factors, ranks) -> None:
     """Raise ValueError on what the thin kernels do not take: dtypes, ranks, devices, a strided last dim of ``wide``."""
     for t in (wide, *factors):
         if t.dtype not in DTYPES:
@@ -47,27 +161,22 @@ def check(name: str, wide: torch.Tensor, thin: torch.dtype, factors: list[torch.
             raise ValueError(f"{name}: tensors on {wide.device} and {t.device}")
     if thin not in (wide.dtype, torch.float32):
         raise ValueError(f"{name}: thin products in {thin} over {wide.dtype}; expected {wide.dtype} or torch.float32")
-    if wide.stride(-1) != 1 and wide.shape[-1] > 1:
-        raise ValueError(f"{name}: the last dim must be contiguous, got strides {wide.stride()}")
+    if wide.strides[-1] != 1 and wide.shape[-1] > 1:
+        raise ValueError(f"{name}: the last dim must be contiguous, got strides {wide.strides}")
     for rank in ranks:
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(f"{name}: rank {rank} is outside 1..{MAX_RANK}")
-
-
-def as_bytes(keeps) -> tuple[torch.Tensor | None, ...]:
-    """Keep bits as kernels read them: little-endian bytes of the int32 words."""
-    return tuple(None if keep is None else keep.view(torch.uint8) for keep in keeps)
 
 
 def pad_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def batches(ranks: list[int], width: int) -> list[range]:
+def batches(ranks, width: int) -> list[slice]:
     """Consecutive adapters that one launch takes: together at most ``width`` padded columns, or a single adapter."""
     found, start = [], 0
     for j in range(1, len(ranks) + 1):
         if j == len(ranks) or (j + 1 - start) * pad_rank(max(ranks[start : j + 1])) > width:
-            found.append(range(start, j))
+            found.append(slice(start, j))
             start = j
     return found

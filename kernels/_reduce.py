@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import on
+from ._launch import Layout, Plan, planned
 from ._tile import cast
 
 BLOCK = 1024
@@ -30,11 +30,14 @@ def _reduce_kernel(partials_ptr, out_ptrs, rows, columns, strides, P, stride_p, 
         first += size
 
 
-def reduce(partials: torch.Tensor, outs: list[torch.Tensor]) -> None:
-    """Fill the matrices ``outs`` (last dim contiguous), in order, from the columns of ``partials``."""
-    grid = (triton.cdiv(max(out.numel() for out in outs), BLOCK), len(outs))
-    with on(partials):
-        _reduce_kernel[grid](
-            partials, tuple(outs), tuple(out.shape[0] for out in outs), tuple(out.shape[1] for out in outs),
-            tuple(out.stride(0) for out in outs), partials.shape[0], partials.stride(0), BLOCK=BLOCK,
-        )  # fmt: skip
+@planned
+def plan(P: int, stride: int, outs: tuple[Layout, ...]) -> Plan:
+    """Of filling the matrices ``outs`` (last dim contiguous), in order, from the columns of fp32 partials [P, L]."""
+    partials = Layout((P, stride), (stride, 1), torch.float32, outs[0].device)
+    return Plan(
+        _reduce_kernel,
+        (triton.cdiv(max(out.numel for out in outs), BLOCK), len(outs)),
+        (partials, outs),
+        tuple(zip(*((*out.shape, out.strides[0]) for out in outs), strict=True)) + (P, stride),
+        dict(BLOCK=BLOCK),
+    )

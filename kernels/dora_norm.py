@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, check, device_facts, dot_kind, on, pad_rank, precision
+from ._launch import DTYPES, GPU, Layout, Plan, check, dot_kind, layout, pad_rank, planned, precision, run
 from ._tile import cast, dot
 
 WIDTH = 64  # padded columns of W Aᵀ one program accumulates
@@ -86,6 +86,44 @@ def _dora_norm_kernel(
         tl.store(squares_ptr + part.to(tl.int64) * N + offs_n, tl.where(pid_r == 0, square, 0.0), mask=mask_n)
 
 
+@planned
+def plan(
+    W: Layout,
+    A: Layout,
+    B: Layout,
+    BG: Layout,
+    alone: bool = False,
+    matmul: str = "highest",
+    config: Config | None = None,
+    gpu: GPU | None = None,
+) -> tuple[tuple[int, int], Plan]:
+    """Of :func:`dora_norm`: the parts' shape, and the launch."""
+    (N, K), R = W.shape, A.shape[0]
+    thin = torch.promote_types(W.dtype, A.dtype)
+    check("dora_norm", W, thin, [A, B, BG], [R])
+    if A.shape[1] != K:
+        raise ValueError(f"dora_norm: expected A [r, {K}], got {list(A.shape)}")
+    for name, t in (("B", B), ("BG", BG)):
+        if t.shape != (N, R) or t.dtype is not torch.float32 or (t.strides[1] != 1 and R > 1):
+            raise ValueError(f"dora_norm: expected {name} [{N}, {R}] in fp32, last dim contiguous, got {list(t.shape)}")
+    gpu, how, block_r = gpu or GPU.of(W.device), dot_kind(W.dtype, thin), min(WIDTH, pad_rank(R))
+    c = config or pick_config(N, K, block_r, how, gpu.sms)
+    k_split = triton.cdiv(triton.cdiv(K, c.split_k), c.block_k) * c.block_k
+    splits, r_blocks = triton.cdiv(K, k_split), triton.cdiv(R, block_r)
+    parts = Layout.new((splits * r_blocks, N), torch.float32, W.device)
+    launch = Plan(
+        _dora_norm_kernel,
+        (triton.cdiv(N, c.block_n) * r_blocks, splits),
+        (W, A, B, BG, parts, parts if alone else None),
+        (N, K, R, k_split, W.strides[0], *A.strides, B.strides[0], BG.strides[0]),
+        dict(
+            BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=r_blocks,
+            DTYPE=DTYPES[thin], PRECISION=precision(how, matmul, gpu), num_warps=c.num_warps, num_stages=c.num_stages,
+        ),
+    )  # fmt: skip
+    return parts.shape, launch
+
+
 def dora_norm(
     W: torch.Tensor,
     A: torch.Tensor,
@@ -99,25 +137,9 @@ def dora_norm(
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
-    (N, K), R = W.shape, A.shape[0]
-    thin = torch.promote_types(W.dtype, A.dtype)
-    check("dora_norm", W, thin, [A, B, BG], [R])
-    if A.shape[1] != K:
-        raise ValueError(f"dora_norm: expected A [r, {K}], got {list(A.shape)}")
-    for name, t in (("B", B), ("BG", BG)):
-        if t.shape != (N, R) or t.dtype is not torch.float32 or (t.stride(1) != 1 and R > 1):
-            raise ValueError(f"dora_norm: expected {name} [{N}, {R}] in fp32, last dim contiguous, got {list(t.shape)}")
-    how = dot_kind(W.dtype, thin)
-    block_r = min(WIDTH, pad_rank(R))
-    c = config or pick_config(N, K, block_r, how, device_facts(W.device)[1])
-    k_split = triton.cdiv(triton.cdiv(K, c.split_k), c.block_k) * c.block_k
-    splits, r_blocks = triton.cdiv(K, k_split), triton.cdiv(R, block_r)
-    parts = torch.empty((splits * r_blocks, N), dtype=torch.float32, device=W.device)
+    matmul = torch.get_float32_matmul_precision()
+    shape, launch = plan(layout(W), layout(A), layout(B), layout(BG), alone, matmul, config)
+    parts = torch.empty(shape, dtype=torch.float32, device=W.device)
     squares = torch.empty_like(parts) if alone else None
-    with on(W):
-        _dora_norm_kernel[(triton.cdiv(N, c.block_n) * r_blocks, splits)](
-            W, A, B, BG, parts, squares, N, K, R, k_split, W.stride(0), A.stride(0), A.stride(1), B.stride(0), BG.stride(0),
-            BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=r_blocks,
-            DTYPE=DTYPES[thin], PRECISION=precision(how), num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
+    run(launch, W, A, B, BG, parts, squares)
     return (parts, squares) if alone else parts

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, as_bytes, on
+from ._launch import DTYPES, Layout, Plan, layout, planned, run
 from ._tile import cast, unpack
 
 
@@ -24,24 +24,15 @@ class Config:
 
 @triton.jit
 def _drop_kernel(
-    t_ptr,
-    keep_ptr,
-    out_ptr,
-    M,
-    K,
-    stride_tm,
-    stride_om,
-    ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    t_ptr, keep_ptr, out_ptr, M, K, stride_tm, stride_om, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_b = tl.program_id(1) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
     mask_m, row_bytes = offs_m < M, 4 * tl.cdiv(K, 32)
     mask = mask_m[:, None] & (offs_k < K)[None, :]
     keep = tl.load(
-        keep_ptr + offs_m[:, None] * row_bytes + offs_b[None, :],
+        keep_ptr.to(tl.pointer_type(tl.uint8)) + offs_m[:, None] * row_bytes + offs_b[None, :],
         mask=mask_m[:, None] & (offs_b < row_bytes)[None, :],
         other=0,
     )
@@ -53,6 +44,31 @@ def _drop_kernel(
     tl.store(out, t, mask=mask)
 
 
+@planned
+def plan(t: Layout, keep: Layout, out: Layout | None, config: Config | None = None) -> Plan | None:
+    """Of :func:`drop`; None where t is empty."""
+    M, K = t.shape
+    for each in (t, out or t):
+        if each.dtype not in DTYPES or each.dtype is not t.dtype or (each.strides[1] != 1 and K > 1):
+            raise ValueError(f"drop: expected fp16, bf16 or fp32, last dim contiguous, got {each.dtype} {each.strides}")
+    if keep.shape != (M, triton.cdiv(K, 32)) or keep.dtype is not torch.int32 or not keep.contiguous:
+        raise ValueError(
+            f"drop: expected contiguous int32 keep bits [{M}, {triton.cdiv(K, 32)}], got {list(keep.shape)}"
+        )
+    if out is not None and out.shape != (M, K):
+        raise ValueError(f"drop: expected out [{M}, {K}], got {list(out.shape)}")
+    if not t.numel:
+        return None
+    c, to = config or Config(), out or Layout.new((M, K), t.dtype, t.device)
+    return Plan(
+        _drop_kernel,
+        (triton.cdiv(M, c.block_m), triton.cdiv(K, c.block_k)),
+        (t, keep, to),
+        (M, K, t.strides[0], to.strides[0]),
+        dict(ADD=out is not None, BLOCK_M=c.block_m, BLOCK_K=c.block_k, num_warps=c.num_warps),
+    )
+
+
 def drop(
     t: torch.Tensor, keep: torch.Tensor, out: torch.Tensor | None = None, config: Config | None = None
 ) -> torch.Tensor:
@@ -60,24 +76,8 @@ def drop(
 
     Raises: ValueError before anything is launched.
     """
-    M, K = t.shape
-    for each in (t, t if out is None else out):
-        if each.dtype not in DTYPES or each.dtype is not t.dtype or (each.stride(1) != 1 and K > 1):
-            raise ValueError(
-                f"drop: expected fp16, bf16 or fp32, last dim contiguous, got {each.dtype} {each.stride()}"
-            )
-    if keep.shape != (M, triton.cdiv(K, 32)) or keep.dtype is not torch.int32 or not keep.is_contiguous():
-        raise ValueError(
-            f"drop: expected contiguous int32 keep bits [{M}, {triton.cdiv(K, 32)}], got {list(keep.shape)}"
-        )
-    if out is not None and out.shape != (M, K):
-        raise ValueError(f"drop: expected out [{M}, {K}], got {list(out.shape)}")
-    c, add = config or Config(), out is not None
-    out = torch.empty((M, K), dtype=t.dtype, device=t.device) if out is None else out
-    if t.numel():
-        with on(t):
-            _drop_kernel[(triton.cdiv(M, c.block_m), triton.cdiv(K, c.block_k))](
-                t, *as_bytes([keep]), out, M, K, t.stride(0), out.stride(0),
-                ADD=add, BLOCK_M=c.block_m, BLOCK_K=c.block_k, num_warps=c.num_warps,
-            )  # fmt: skip
+    p = plan(layout(t), layout(keep), layout(out), config)
+    out = t.new_empty(t.shape) if out is None else out
+    if p is not None:
+        run(p, t, keep, out)
     return out

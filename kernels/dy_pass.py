@@ -9,16 +9,17 @@ Eager form: lowrank/ops/eager.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, check, device_facts, dot_kind, on, pad_rank, precision
-from ._reduce import reduce
+from . import _reduce
+from . import shrink as _shrink
+from . import x_pass as _x_pass
+from ._launch import DTYPES, GPU, Layout, Plan, check, dot_kind, layout, layouts, pad_rank, planned, precision, run
 from ._tile import cast, dot
-from .shrink import shrink
-from .x_pass import outer
 
 MAX_RANK_IN_ONE_PASS = 64
 
@@ -59,7 +60,7 @@ def one_pass_pays(M: int, N: int, R: int, dtype: torch.dtype, thin_dtype: torch.
 
 @triton.jit
 def _dy_pass_kernel(
-    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, scale, scale_ptr,
+    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, scale_ptr, scale,
     R, M, N, ROWS, stride_dym, stride_bn, stride_br, stride_sm, stride_dsm, stride_dsg, stride_dbn, stride_dbc,
     PER_COLUMN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -112,6 +113,81 @@ def _dy_pass_kernel(
         )
 
 
+class OnePass(NamedTuple):
+    """Both products of one adapter.  The partials' shapes are None where there is one of its kind, the result itself."""
+
+    dS: tuple[int, int]
+    launch: Plan
+    ds: tuple[int, int, int] | None
+    db: tuple[int, int, int] | None
+    total_ds: Plan | None
+    total_db: Plan | None
+
+
+class TwoPasses(NamedTuple):
+    dS: tuple[int, int]
+    shrink: _shrink.Shrink | None
+    outer: tuple[_x_pass.Batch, ...]
+
+
+@planned
+def plan(
+    dY: Layout,
+    Bs: tuple[Layout, ...],
+    scale_tensors: tuple[Layout | None, ...],
+    S: Layout | None,
+    need_dB: tuple[bool, ...],
+    need_dS: bool,
+    dtype: torch.dtype,
+    matmul: str = "highest",
+    config: Config | None = None,
+    gpu: GPU | None = None,
+) -> OnePass | TwoPasses:
+    """Of :func:`dy_pass`."""
+    (M, N), ranks = dY.shape, [B.shape[1] for B in Bs]
+    check("dy_pass", dY, dtype, Bs if S is None else [*Bs, S], ranks)
+    if any(B.shape[0] != N for B in Bs) or (any(need_dB) and (S is None or S.shape != (M, sum(ranks)))):
+        raise ValueError(f"dy_pass: B {[list(B.shape) for B in Bs]} and S do not fit dY [{M}, {N}]")
+    gpu = gpu or GPU.of(dY.device)
+    dS = Layout.new((M, sum(ranks)), dtype, dY.device)
+    dBs = [Layout.new(B.shape, B.dtype, B.device) if need else None for B, need in zip(Bs, need_dB, strict=True)]
+    if need_dS and len(Bs) == 1 and need_dB[0]:
+        c = config or pick_config(M, N, pad_rank(ranks[0]), dot_kind(dY.dtype, dtype), gpu.arch, gpu.sms)
+        if config or one_pass_pays(M, N, ranks[0], dY.dtype, dtype, c):
+            return _one_pass(dY, Bs[0], S, dS, dBs[0], scale_tensors[0], matmul, c, gpu)
+    shrink = outer = None
+    if need_dS:
+        factors = tuple(B.mT for B in Bs)
+        shrink = _shrink.plan(dY, factors, dtype, (-1,) * len(Bs), (), None, scale_tensors, dS, matmul, None, gpu)
+    if any(need_dB):
+        outer = _x_pass.plan_outer(dY, S.split(ranks), tuple(dBs), scale_tensors, matmul, None, gpu)
+    return TwoPasses(dS.shape, shrink, outer or ())
+
+
+def _one_pass(dY, B, S, dS, dB, scale_tensor, matmul, c, gpu) -> OnePass:
+    (M, N), R = dY.shape, B.shape[1]
+    rows = max(1, triton.cdiv(triton.cdiv(M, c.chunks), c.block_m)) * c.block_m
+    chunks, groups = max(1, triton.cdiv(M, rows)), triton.cdiv(N, c.blocks * c.block_n)
+    ds = None if groups == 1 else Layout.new((groups, M, R), torch.float32, dY.device)
+    db = None if chunks == 1 else Layout.new((chunks, N, R), torch.float32, dY.device)
+    launch = Plan(
+        _dy_pass_kernel,
+        (chunks, groups),
+        (dY, B, S, ds or dS, db or dB, scale_tensor, float),
+        (R, M, N, rows, dY.strides[0], *B.strides, S.strides[0], (ds or dS).strides[-2], M * R, R, N * R),
+        dict(
+            PER_COLUMN=scale_tensor is not None and len(scale_tensor.shape) == 1,
+            BLOCKS=c.blocks, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=pad_rank(R), DTYPE=DTYPES[dS.dtype],
+            PRECISION=precision(dot_kind(dY.dtype, dS.dtype), matmul, gpu),
+            num_warps=c.num_warps, num_stages=c.num_stages,
+        ),
+    )  # fmt: skip
+    return OnePass(
+        dS.shape, launch, ds and ds.shape, db and db.shape,
+        ds and _reduce.plan(groups, M * R, (dS,)), db and _reduce.plan(chunks, N * R, (dB,)),
+    )  # fmt: skip
+
+
 def dy_pass(
     dY: torch.Tensor,
     Bs: list[torch.Tensor],
@@ -129,41 +205,30 @@ def dy_pass(
     kernel.
     Raises: ValueError before anything is launched (see _launch.check).
     """
-    (M, N), ranks = dY.shape, [B.shape[1] for B in Bs]
-    check("dy_pass", dY, dtype, Bs if S is None else [*Bs, S], ranks)
-    if any(B.shape[0] != N for B in Bs) or (any(need_dB) and (S is None or S.shape != (M, sum(ranks)))):
-        raise ValueError(f"dy_pass: B {[list(B.shape) for B in Bs]} and S do not fit dY [{M}, {N}]")
-    dS = dY.new_empty((M, sum(ranks)), dtype=dtype) if need_dS else None
+    p = plan(
+        layout(dY), layouts(Bs), layouts(scale_tensors), layout(S), tuple(need_dB), need_dS, dtype,
+        torch.get_float32_matmul_precision(), config,
+    )  # fmt: skip
+    dS = dY.new_empty(p.dS, dtype=dtype) if need_dS else None
+    if type(p) is OnePass:
+        return [dS], [_run_one_pass(p, dY, Bs[0], S, dS, scale_tensors[0], scales[0])]
+    n, ranks = len(Bs), [B.shape[1] for B in Bs]
     dBs = [B.new_empty(B.shape) if need else None for B, need in zip(Bs, need_dB, strict=True)]
-    parts = list(dS.split(ranks, 1)) if need_dS else [None] * len(Bs)
-    if need_dS and len(Bs) == 1 and need_dB[0]:
-        c = config or pick_config(M, N, pad_rank(ranks[0]), dot_kind(dY.dtype, dtype), *device_facts(dY.device))
-        if config or one_pass_pays(M, N, ranks[0], dY.dtype, dtype, c):
-            _launch(dY, Bs[0], scales[0], scale_tensors[0], S, dS, dBs[0], c)
-            return parts, dBs
     if need_dS:
-        shrink(dY, [B.mT for B in Bs], dtype, [-1] * len(Bs), [], None, scales, scale_tensors, out=dS)
-    if any(need_dB):
-        outer(dY, list(S.split(ranks, 1)), dBs, scales, scale_tensors)
-    return parts, dBs
+        _shrink.execute(p.shrink, dY, Bs, dS, (-1,) * n, (), None, scales, scale_tensors)
+    if p.outer:
+        _x_pass.execute(p.outer, dY, S.split(ranks, 1), None, dBs, None, (None,) * n, scales, scale_tensors)
+    return list(dS.split(ranks, 1)) if need_dS else [None] * n, dBs
 
 
-def _launch(dY, B, scale, scale_tensor, S, dS, dB, c):
-    (M, N), R = dY.shape, B.shape[1]
-    rows = max(1, triton.cdiv(triton.cdiv(M, c.chunks), c.block_m)) * c.block_m
-    chunks, groups = max(1, triton.cdiv(M, rows)), triton.cdiv(N, c.blocks * c.block_n)
-    new = dict(dtype=torch.float32, device=dY.device)
-    ds = dS if groups == 1 else torch.empty((groups, M, R), **new)
-    db = dB if chunks == 1 else torch.empty((chunks, N, R), **new)
-    with on(dY):
-        _dy_pass_kernel[(chunks, groups)](
-            dY, B, S, ds, db, scale, scale_tensor,
-            R, M, N, rows, dY.stride(0), B.stride(0), B.stride(1), S.stride(0), ds.stride(-2), M * R, R, N * R,
-            PER_COLUMN=scale_tensor is not None and scale_tensor.dim() == 1,
-            BLOCKS=c.blocks, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=pad_rank(R), DTYPE=DTYPES[dS.dtype],
-            PRECISION=precision(dot_kind(dY.dtype, dS.dtype)), num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
-    if groups > 1:
-        reduce(ds.view(groups, -1), [dS])
-    if chunks > 1:
-        reduce(db.view(chunks, -1), [dB])
+def _run_one_pass(p: OnePass, dY, B, S, dS, scale_tensor, scale) -> torch.Tensor:
+    """dB; dS is filled."""
+    dB = B.new_empty(B.shape)
+    ds = dS if p.ds is None else dY.new_empty(p.ds, dtype=torch.float32)
+    db = dB if p.db is None else dY.new_empty(p.db, dtype=torch.float32)
+    run(p.launch, dY, B, S, ds, db, scale_tensor, scale)
+    if p.ds is not None:
+        run(p.total_ds, ds, (dS,))
+    if p.db is not None:
+        run(p.total_db, db, (dB,))
+    return dB

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, as_bytes, check, dot_kind, on, pad_rank, precision
+from ._launch import DTYPES, GPU, Layout, Plan, check, dot_kind, layout, layouts, pad_rank, planned, precision, run
 from ._tile import cast, dot, unpack
 from .svf_scale import check_mix, scale_tile
 
@@ -39,8 +39,8 @@ def pick_config(M: int, N: int, block_r: int, kind: str) -> Config:
 
 @triton.jit
 def _expand_kernel(
-    s_ptrs, b_ptrs, bias_ptr, start_ptr, y_ptr, keep_ptrs, scales, scale_ptrs,
-    ranks, M, N, strides_sm, strides_bn, strides_br, stride_startm, stride_ym, mix_ptr, E, gain_ptr, base_ptr, stride_basem,
+    s_ptrs, b_ptrs, bias_ptr, start_ptr, y_ptr, keep_ptrs, scale_ptrs, mix_ptr, gain_ptr, base_ptr, scales,
+    ranks, M, N, strides_sm, strides_bn, strides_br, stride_startm, stride_ym, E, stride_basem,
     PER_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     R_PADDED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _expand_kernel(
             offs_b = tl.program_id(1) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
             row_bytes = 4 * tl.cdiv(N, 32)
             keep = tl.load(
-                keep_ptrs[j] + offs_m[:, None] * row_bytes + offs_b[None, :],
+                keep_ptrs[j].to(tl.pointer_type(tl.uint8)) + offs_m[:, None] * row_bytes + offs_b[None, :],
                 mask=mask_m[:, None] & (offs_b < row_bytes)[None, :],
                 other=0,
             )
@@ -108,6 +108,86 @@ def _expand_kernel(
     tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
+@planned
+def plan(
+    Y: Layout,
+    S: tuple[Layout, ...],
+    Bs: tuple[Layout, ...],
+    scale_tensors: tuple[Layout | None, ...],
+    start: Layout | None,
+    keeps: tuple[Layout | None, ...],
+    mix: Layout | None,
+    gain: Layout | None,
+    bias: Layout | None,
+    base: Layout | None,
+    matmul: str = "highest",
+    config: Config | None = None,
+    gpu: GPU | None = None,
+) -> Plan | None:
+    """Of :func:`expand_into`; None where Y is empty."""
+    M, N = Y.shape
+    for s, B in zip(S, Bs, strict=True):
+        if s.shape[0] != M or B.shape != (N, s.shape[1]) or s.dtype is not S[0].dtype:
+            raise ValueError(f"expand: {s.dtype} S {list(s.shape)} and B {list(B.shape)} do not fit Y [{M}, {N}]")
+        check("expand", s, s.dtype, [B], [s.shape[1]])
+    if start is not None and start.shape not in ((N,), (M, N)):
+        raise ValueError(f"expand: expected start [{N}] or [{M}, {N}], got {list(start.shape)}")
+    if base is not None and (base.shape != (M, N) or gain is None or (start is not None and bias is not None)):
+        raise ValueError(
+            f"expand: expected base [{M}, {N}] beside a gain and no bias on a start, got {list(base.shape)}"
+        )
+    check("expand", Y, S[0].dtype, [S[0], *(t for t in (start, base) if t is not None)], [])
+    for name, t in (("start", start), ("base", base)):
+        if t is not None and t.strides[-1] != 1 and N > 1:
+            raise ValueError(f"expand: {name}'s last dim must be contiguous, got strides {t.strides}")
+    under = base if start is None else start
+    for name, t in (("gain", gain), ("bias", bias)):
+        if t is not None and (under is None or len(under.shape) != 2 or t.shape != (N,) or t.strides[0] != 1):
+            raise ValueError(f"expand: expected a contiguous {name} [{N}] beside a matrix to start from")
+    if gain is not None and gain.dtype is not torch.float32:
+        raise ValueError(f"expand: expected gain in fp32, got {gain.dtype}")
+    if mix is not None:
+        check_mix("expand", scale_tensors[0], mix, M, S[0].shape[1])
+    if Y.numel == 0:
+        return None
+    gpu, how, ranks = gpu or GPU.of(Y.device), dot_kind(Y.dtype, S[0].dtype), tuple(s.shape[1] for s in S)
+    block_r = min(MAX_BLOCK_R[how], max(pad_rank(rank) for rank in ranks))
+    c = config or pick_config(M, N, block_r, how)
+    matrix, bias = _apart(start, bias)
+    return Plan(
+        _expand_kernel,
+        (triton.cdiv(M, c.block_m), triton.cdiv(N, c.block_n)),
+        (S, Bs, bias, matrix, Y, keeps, scale_tensors, mix, gain, base, (float,) * len(S)),
+        (
+            ranks, M, N, tuple(s.strides[0] for s in S), tuple(B.strides[0] for B in Bs), tuple(B.strides[1] for B in Bs),
+            0 if matrix is None else matrix.strides[0], Y.strides[0], 0 if mix is None else mix.shape[1],
+            0 if base is None else base.strides[0],
+        ),
+        dict(
+            PER_COLUMN=tuple(t is not None and len(t.shape) >= 1 for t in scale_tensors),
+            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=block_r, R_PADDED=triton.cdiv(max(ranks), block_r) * block_r,
+            DTYPE=DTYPES[S[0].dtype], PRECISION=precision(how, matmul, gpu),
+            num_warps=c.num_warps, num_stages=c.num_stages,
+        ),
+    )  # fmt: skip
+
+
+def _apart(start, bias):
+    """(matrix to start from, vector beside it) of start, which may be either."""
+    if start is None or len(start.shape) == 2:
+        return start, bias
+    return None, start
+
+
+@planned
+def plan_new(S: Layout, Bs: tuple[Layout, ...], dtype: torch.dtype, *more, **options) -> Plan | None:
+    """Of :func:`expand`: Y is new, and S one matrix.  ``more``, ``options``: plan's from scale_tensors on."""
+    if S.shape[1] != sum(B.shape[1] for B in Bs):
+        raise ValueError(f"expand: S {list(S.shape)} does not fit B {[list(B.shape) for B in Bs]}")
+    Y = Layout.new((S.shape[0], Bs[0].shape[0]), dtype, S.device)
+    return plan(Y, S.split([B.shape[1] for B in Bs]), Bs, *more, **options)
+
+
 def expand(
     S: torch.Tensor,
     Bs: list[torch.Tensor],
@@ -127,11 +207,14 @@ def expand(
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
+    n = len(Bs)
+    p = plan_new(
+        layout(S), layouts(Bs), dtype, layouts(scale_tensors), layout(start), (None,) * n, layout(mix), layout(gain),
+        layout(bias), layout(base), torch.get_float32_matmul_precision(), config,
+    )  # fmt: skip
     Y = S.new_empty((S.shape[0], Bs[0].shape[0]), dtype=dtype)
-    if S.shape[1] != sum(B.shape[1] for B in Bs):
-        raise ValueError(f"expand: S {list(S.shape)} does not fit B {[list(B.shape) for B in Bs]}")
-    parts = list(S.split([B.shape[1] for B in Bs], 1))
-    expand_into(Y, parts, Bs, scales, scale_tensors, start, None, config, mix, gain, bias, base)
+    parts = (S,) if n == 1 else S.split([B.shape[1] for B in Bs], 1)
+    execute(p, Y, parts, Bs, scales, scale_tensors, start, (None,) * n, mix, gain, bias, base)
     return Y
 
 
@@ -144,50 +227,18 @@ def expand_into(
     start: torch.Tensor | None,
     keeps: list[torch.Tensor | None] | None,
     config: Config | None = None,
-    mix: torch.Tensor | None = None,
-    gain: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    base: torch.Tensor | None = None,
 ) -> None:
     """Overwrite Y, with drop_j if ``keeps`` are given.  ``S``: one [M, R_j] per factor, last dim contiguous."""
-    (M, N), dtype, n = Y.shape, Y.dtype, len(S)
-    for s, B in zip(S, Bs, strict=True):
-        if s.shape[0] != M or B.shape != (N, s.shape[1]) or s.dtype is not S[0].dtype:
-            raise ValueError(f"expand: {s.dtype} S {list(s.shape)} and B {list(B.shape)} do not fit Y [{M}, {N}]")
-        check("expand", s, s.dtype, [B], [s.shape[1]])
-    if start is not None and start.shape not in ((N,), (M, N)):
-        raise ValueError(f"expand: expected start [{N}] or [{M}, {N}], got {list(start.shape)}")
-    if base is not None and (base.shape != (M, N) or gain is None or (start is not None and bias is not None)):
-        raise ValueError(
-            f"expand: expected base [{M}, {N}] beside a gain and no bias on a start, got {list(base.shape)}"
-        )
-    check("expand", Y, S[0].dtype, [S[0], *(t for t in (start, base) if t is not None)], [])
-    for name, t in (("start", start), ("base", base)):
-        if t is not None and t.stride(-1) != 1 and N > 1:
-            raise ValueError(f"expand: {name}'s last dim must be contiguous, got strides {t.stride()}")
-    under = base if start is None else start
-    for name, t in (("gain", gain), ("bias", bias)):
-        if t is not None and (under is None or under.dim() != 2 or t.shape != (N,) or t.stride(0) != 1):
-            raise ValueError(f"expand: expected a contiguous {name} [{N}] beside a matrix to start from")
-    if gain is not None and gain.dtype is not torch.float32:
-        raise ValueError(f"expand: expected gain in fp32, got {gain.dtype}")
-    if mix is not None:
-        check_mix("expand", scale_tensors[0], mix, M, S[0].shape[1])
-    if Y.numel() == 0:
-        return
-    how = dot_kind(dtype, S[0].dtype)
-    block_r = min(MAX_BLOCK_R[how], max(pad_rank(s.shape[1]) for s in S))
-    c = config or pick_config(M, N, block_r, how)
-    matrix = start is not None and start.dim() == 2
-    with on(Y):
-        _expand_kernel[(triton.cdiv(M, c.block_m), triton.cdiv(N, c.block_n))](
-            tuple(S), tuple(Bs), bias if matrix or base is not None else start, start if matrix else None, Y,
-            as_bytes(keeps or [None] * n), tuple(scales), tuple(scale_tensors),
-            tuple(s.shape[1] for s in S), M, N, tuple(s.stride(0) for s in S), tuple(B.stride(0) for B in Bs),
-            tuple(B.stride(1) for B in Bs), start.stride(0) if matrix else 0, Y.stride(0),
-            mix, 0 if mix is None else mix.shape[1], gain, base, 0 if base is None else base.stride(0),
-            PER_COLUMN=tuple(t is not None and t.dim() >= 1 for t in scale_tensors),
-            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=block_r,
-            R_PADDED=triton.cdiv(max(s.shape[1] for s in S), block_r) * block_r, DTYPE=DTYPES[S[0].dtype],
-            PRECISION=precision(how), num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
+    keeps = keeps or (None,) * len(S)
+    p = plan(
+        layout(Y), layouts(S), layouts(Bs), layouts(scale_tensors), layout(start), layouts(keeps), None, None, None, None,
+        torch.get_float32_matmul_precision(), config,
+    )  # fmt: skip
+    execute(p, Y, S, Bs, scales, scale_tensors, start, keeps)
+
+
+def execute(p: Plan | None, Y, S, Bs, scales, scale_tensors, start, keeps, mix=None, gain=None, bias=None, base=None):
+    """Bs only with the strides of the plan: a pointer is what is read of each."""
+    if p is not None:
+        matrix, bias = _apart(start, bias)
+        run(p, tuple(S), tuple(Bs), bias, matrix, Y, tuple(keeps), tuple(scale_tensors), mix, gain, base, tuple(scales))

@@ -7,13 +7,14 @@ Eager form: lowrank/ops/dora_impl.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, on
-from ._reduce import reduce
+from . import _reduce
+from ._launch import DTYPES, Layout, Plan, layout, planned, run
 from ._tile import cast
 
 
@@ -53,6 +54,51 @@ def _gain_dy_kernel(
         tl.store(out, cast(dy * gain[None, :], out_ptr.dtype.element_ty), mask=mask)
 
 
+class GainDY(NamedTuple):
+    partials: tuple[int, int]  # [blocks of rows, N]
+    launch: Plan
+    total: Plan
+
+
+@planned
+def plan(
+    dY: Layout,
+    gain: Layout,
+    v: Layout | None,
+    need_scaled: bool,
+    need_sum: bool,
+    bias: Layout | None,
+    config: Config | None = None,
+) -> GainDY | None:
+    """Of :func:`gain_dy`; None where dY is empty or nothing is asked for."""
+    M, N = dY.shape
+    for t in (dY, v):
+        if t is not None and (t.dtype not in DTYPES or t.shape != (M, N) or (t.strides[1] != 1 and N > 1)):
+            raise ValueError(
+                f"gain_dy: expected [{M}, {N}] fp16, bf16 or fp32 with a contiguous last dim, got {t.dtype}"
+                f" {list(t.shape)} {t.strides}"
+            )
+    if gain.shape != (N,) or gain.dtype is not torch.float32 or not gain.contiguous:
+        raise ValueError(f"gain_dy: expected a contiguous fp32 gain [{N}], got {gain.dtype} {list(gain.shape)}")
+    if bias is not None and (bias.shape != (N,) or not bias.contiguous):
+        raise ValueError(f"gain_dy: expected a contiguous bias [{N}], got {list(bias.shape)} {bias.strides}")
+    if not (M and N and (need_scaled or need_sum or v is not None)):
+        return None
+    c = config or pick_config(M)
+    grid = triton.cdiv(M, c.block_m), triton.cdiv(N, c.block_n)
+    scaled = Layout.new((M, N), dY.dtype, dY.device) if need_scaled else None
+    partials = Layout.new((grid[0], N), torch.float32, dY.device)
+    launch = Plan(
+        _gain_dy_kernel,
+        grid,
+        (dY, v, bias, gain, scaled, partials if v is not None else None, partials if need_sum else None),
+        (M, N, dY.strides[0], 0 if v is None else v.strides[0], N),
+        dict(BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps),
+    )
+    total = _reduce.plan(grid[0], N, (Layout.new((1, N), torch.float32, dY.device),))
+    return GainDY(partials.shape, launch, total)
+
+
 def gain_dy(
     dY: torch.Tensor,
     gain: torch.Tensor,
@@ -66,36 +112,15 @@ def gain_dy(
 
     Raises: ValueError before anything is launched.
     """
-    M, N = dY.shape
-    for t in (dY, v):
-        if t is not None and (t.dtype not in DTYPES or t.shape != (M, N) or (t.stride(1) != 1 and N > 1)):
-            raise ValueError(
-                f"gain_dy: expected [{M}, {N}] fp16, bf16 or fp32 with a contiguous last dim, got {t.dtype}"
-                f" {list(t.shape)} {t.stride()}"
-            )
-    if gain.shape != (N,) or gain.dtype is not torch.float32 or not gain.is_contiguous():
-        raise ValueError(f"gain_dy: expected a contiguous fp32 gain [{N}], got {gain.dtype} {list(gain.shape)}")
-    if bias is not None and (bias.shape != (N,) or not bias.is_contiguous()):
-        raise ValueError(f"gain_dy: expected a contiguous bias [{N}], got {list(bias.shape)} {bias.stride()}")
-    c = config or pick_config(M)
-    grid = triton.cdiv(M, c.block_m), triton.cdiv(N, c.block_n)
-    scaled = torch.empty((M, N), dtype=dY.dtype, device=dY.device) if need_scaled else None
-    dots, sums = (
-        torch.empty((grid[0], N), dtype=torch.float32, device=dY.device) if wanted else None
-        for wanted in (v is not None, need_sum)
-    )
-    if M and N and (need_scaled or need_sum or v is not None):
-        with on(dY):
-            _gain_dy_kernel[grid](
-                dY, v, bias, gain, scaled, dots, sums, M, N, dY.stride(0), 0 if v is None else v.stride(0), N,
-                BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps,
-            )  # fmt: skip
-    return scaled, _total(dots, N), _total(sums, N)
-
-
-def _total(partials: torch.Tensor | None, N: int) -> torch.Tensor | None:
-    if partials is None or not partials.shape[0]:
-        return None if partials is None else partials.new_zeros(N)
-    total = partials.new_empty(N)
-    reduce(partials, [total.view(1, N)])
-    return total
+    p = plan(layout(dY), layout(gain), layout(v), need_scaled, need_sum, layout(bias), config)
+    scaled = dY.new_empty(dY.shape) if need_scaled else None
+    wanted = v is not None, need_sum
+    if p is None:
+        return scaled, *(gain.new_zeros(dY.shape[1]) if w else None for w in wanted)
+    partials = [gain.new_empty(p.partials) if w else None for w in wanted]
+    run(p.launch, dY, v, bias, gain, scaled, *partials)
+    totals = [gain.new_empty(dY.shape[1]) if w else None for w in wanted]
+    for part, total in zip(partials, totals, strict=True):
+        if total is not None:
+            run(p.total, part, (total,))
+    return scaled, *totals

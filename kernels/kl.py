@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, on
+from ._launch import DTYPES, Layout, Plan, layout, planned, run
 from ._tile import cast
-from .logprob import Config, as_arguments, check_rows, online, pick_config, row_scales, transform
+from .logprob import Config, apart, check_rows, online, pick_config, row_of, row_scales, transform
 
 
 @triton.jit
@@ -44,8 +44,8 @@ def _excess(delta, p, q):
 
 @triton.jit
 def _kl_kernel(
-    z_ptr, base_ptr, kl_ptr, stats_ptr, V, stride_z, stride_base, stride_stats,
-    inv_t, inv_t_ptr, logit_scale, softcap, base_inv_t, base_inv_t_ptr, base_logit_scale, base_softcap,
+    z_ptr, base_ptr, kl_ptr, stats_ptr, inv_t_ptr, base_inv_t_ptr,
+    inv_t, logit_scale, softcap, base_inv_t, base_logit_scale, base_softcap, V, stride_z, stride_base, stride_stats,
     CAPPED: tl.constexpr, BASE_CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -74,8 +74,9 @@ def _kl_kernel(
 
 @triton.jit
 def _dkl_kernel(
-    z_ptr, base_ptr, stats_ptr, dkl_ptr, dz_ptr, V, stride_z, stride_base, stride_stats, stride_dkl,
-    inv_t, inv_t_ptr, logit_scale, softcap, base_inv_t, base_inv_t_ptr, base_logit_scale, base_softcap,
+    z_ptr, base_ptr, stats_ptr, dkl_ptr, dz_ptr, inv_t_ptr, base_inv_t_ptr,
+    inv_t, logit_scale, softcap, base_inv_t, base_logit_scale, base_softcap,
+    V, stride_z, stride_base, stride_stats, stride_dkl,
     CAPPED: tl.constexpr, BASE_CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -101,40 +102,89 @@ def per_logit(dtype: torch.dtype, softcap: float) -> int:
     return 8 + dtype.itemsize
 
 
+@planned
+def plan_forward(
+    z: Layout,
+    base: Layout,
+    inv_t: Layout | None,
+    base_inv_t: Layout | None,
+    kl: Layout,
+    stats: Layout,
+    capped: bool,
+    base_capped: bool,
+    config: Config | None = None,
+) -> Plan | None:
+    """Of :func:`forward`; None where z is empty."""
+    C, V = _check(z, base, inv_t, base_inv_t, kl, stats)
+    if C == 0:
+        return None
+    c = config or pick_config(V)
+    return Plan(
+        _kl_kernel,
+        (C,),
+        (z, base, kl, stats, inv_t, base_inv_t, *(float,) * 6),
+        (V, z.strides[0], base.strides[0], stats.strides[0]),
+        dict(CAPPED=capped, BASE_CAPPED=base_capped, BLOCK=c.block, num_warps=c.num_warps),
+    )
+
+
+@planned
+def plan_backward(
+    z: Layout,
+    base: Layout,
+    inv_t: Layout | None,
+    base_inv_t: Layout | None,
+    stats: Layout,
+    dkl: Layout,
+    capped: bool,
+    base_capped: bool,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> Plan | None:
+    """Of :func:`backward`; None where z is empty."""
+    C, V = _check(z, base, inv_t, base_inv_t, None, stats)
+    if dtype not in DTYPES or dkl.shape != (C,):
+        raise ValueError(f"kl: expected dkl [{C}] and fp16, bf16 or fp32 for z's gradient, got {dtype}")
+    if C == 0:
+        return None
+    c = config or pick_config(V)
+    return Plan(
+        _dkl_kernel,
+        (C, triton.cdiv(V, c.block)),
+        (z, base, stats, dkl, Layout.new((C, V), dtype, z.device), inv_t, base_inv_t, *(float,) * 6),
+        (V, z.strides[0], base.strides[0], stats.strides[0], dkl.strides[0]),
+        dict(CAPPED=capped, BASE_CAPPED=base_capped, BLOCK=c.block, num_warps=c.num_warps),
+    )
+
+
+def _check(z, base, inv_t, base_inv_t, kl, stats) -> tuple[int, int]:
+    if check_rows("kl", base, base_inv_t) != check_rows("kl", z, inv_t, kl, row_of(stats)):
+        raise ValueError(f"kl: z {list(z.shape)} and base {list(base.shape)} differ")
+    return tuple(z.shape)
+
+
 def forward(z, base, scales, base_scales, kl, stats, config: Config | None = None) -> None:
     """z, base fp32 [C, V] -> kl fp32 [C] and stats fp32 [5, C] (max and ℓ of both, KL), all overwritten.
 
     scales, base_scales: as logprob.forward's.  Raises: ValueError before anything is launched.
     """
-    (C, V), c = _check(z, base, scales, base_scales, kl, stats), config or pick_config(z.shape[1])
-    if C == 0:
-        return
-    with on(z):
-        _kl_kernel[(C,)](
-            z, base, kl, stats, V, z.stride(0), base.stride(0), stats.stride(0),
-            *as_arguments(scales), *as_arguments(base_scales),
-            CAPPED=scales[2] != 0, BASE_CAPPED=base_scales[2] != 0, BLOCK=c.block, num_warps=c.num_warps,
-        )  # fmt: skip
+    (inv_t, floats), (base_inv_t, base_floats) = apart(scales), apart(base_scales)
+    p = plan_forward(
+        layout(z), layout(base), layout(inv_t), layout(base_inv_t), layout(kl), layout(stats),
+        scales[2] != 0, base_scales[2] != 0, config,
+    )  # fmt: skip
+    if p is not None:
+        run(p, z, base, kl, stats, inv_t, base_inv_t, *floats, *base_floats)
 
 
 def backward(z, base, scales, base_scales, stats, dkl, dtype, config: Config | None = None) -> torch.Tensor:
     """The gradient of z [C, V] in ``dtype``, from :func:`forward`'s stats and the gradient [C] of its result."""
-    (C, V), c = _check(z, base, scales, base_scales, None, stats), config or pick_config(z.shape[1])
-    if dtype not in DTYPES or dkl.shape != (C,):
-        raise ValueError(f"kl: expected dkl [{C}] and fp16, bf16 or fp32 for z's gradient, got {dtype}")
-    dz = z.new_empty((C, V), dtype=dtype)
-    if C == 0:
-        return dz
-    with on(z):
-        _dkl_kernel[(C, triton.cdiv(V, c.block))](
-            z, base, stats, dkl, dz, V, z.stride(0), base.stride(0), stats.stride(0), dkl.stride(0),
-            *as_arguments(scales), *as_arguments(base_scales),
-            CAPPED=scales[2] != 0, BASE_CAPPED=base_scales[2] != 0, BLOCK=c.block, num_warps=c.num_warps,
-        )  # fmt: skip
+    (inv_t, floats), (base_inv_t, base_floats) = apart(scales), apart(base_scales)
+    p = plan_backward(
+        layout(z), layout(base), layout(inv_t), layout(base_inv_t), layout(stats), layout(dkl),
+        scales[2] != 0, base_scales[2] != 0, dtype, config,
+    )  # fmt: skip
+    dz = z.new_empty(z.shape, dtype=dtype)
+    if p is not None:
+        run(p, z, base, stats, dkl, dz, inv_t, base_inv_t, *floats, *base_floats)
     return dz
-
-
-def _check(z, base, scales, base_scales, kl, stats) -> tuple[int, int]:
-    if check_rows("kl", base, base_scales[0]) != check_rows("kl", z, scales[0], kl, *stats):
-        raise ValueError(f"kl: z {list(z.shape)} and base {list(base.shape)} differ")
-    return tuple(z.shape)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, device_facts, on, pad_rank, precision
+from ._launch import DTYPES, GPU, Layout, Plan, layout, pad_rank, planned, precision, run
 from ._tile import dot
 
 MAX_BLOCK_R = 16
@@ -88,6 +88,50 @@ def _logits_kernel(
     tl.store(z_ptr + offs_m[:, None] * V + offs_n[None, :], z, mask=mask_m[:, None] & mask_n[None, :])
 
 
+@planned
+def plan(
+    h: Layout,
+    W: Layout,
+    bias: Layout | None,
+    t: Layout | None,
+    B: Layout | None,
+    matmul: str = "highest",
+    config: Config | None = None,
+    gpu: GPU | None = None,
+) -> Plan | None:
+    """Of :func:`logits`; None where z is empty."""
+    (C, H), V = h.shape, W.shape[0]
+    others = [x for x in (W, bias, t, B) if x is not None]
+    if any(x.dtype not in DTYPES or x.device != h.device for x in (h, *others)):
+        raise ValueError(f"logits: expected fp16, bf16 or fp32 on {h.device}, got {[x.dtype for x in (h, *others)]}")
+    if h.dtype is not W.dtype and torch.float32 not in (h.dtype, W.dtype):
+        raise ValueError(f"logits: expected h and W in one dtype, or one in fp32, got {h.dtype} and {W.dtype}")
+    if W.shape[1] != H or (bias is not None and (bias.shape != (V,) or bias.strides[0] != 1)):
+        raise ValueError(f"logits: W {list(W.shape)} and bias do not fit h {list(h.shape)}")
+    if (t is None) != (B is None) or (t is not None and (t.shape != (C, B.shape[1]) or B.shape[0] != V)):
+        raise ValueError(f"logits: expected t [{C}, r] and B [{V}, r], or neither")
+    if t is not None and (t.dtype is not torch.float32 or not t.contiguous):
+        raise ValueError(f"logits: expected contiguous fp32 t, got {t.dtype} {t.strides}")
+    if C * V == 0:
+        return None
+    gpu = gpu or GPU.of(h.device)
+    kind = "same" if h.dtype is W.dtype is not torch.float32 else "fp32" if h.dtype is W.dtype else "split"
+    c = config or pick_config(V, kind, B is not None, gpu.arch)
+    R = 0 if t is None else t.shape[1]
+    return Plan(
+        _logits_kernel,
+        (triton.cdiv(C, c.block_m) * triton.cdiv(V, c.block_n),),
+        (h, W, bias, t, B, Layout.new((C, V), torch.float32, h.device)),
+        (C, V, H, R, *h.strides, *W.strides, R, *((0, 0) if B is None else B.strides)),
+        dict(
+            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=MAX_BLOCK_R,
+            PRECISION=precision(kind, matmul, gpu),
+            TAIL_PRECISION=precision("fp32" if kind == "fp32" else "split", matmul, gpu),
+            num_warps=c.num_warps, num_stages=c.num_stages,
+        ),
+    )  # fmt: skip
+
+
 def logits(
     h: torch.Tensor,
     W: torch.Tensor,
@@ -100,31 +144,9 @@ def logits(
 
     Raises: ValueError before anything is launched.
     """
-    (C, H), V = h.shape, W.shape[0]
-    others = [x for x in (W, bias, t, B) if x is not None]
-    if any(x.dtype not in DTYPES or x.device != h.device for x in (h, *others)):
-        raise ValueError(f"logits: expected fp16, bf16 or fp32 on {h.device}, got {[x.dtype for x in (h, *others)]}")
-    if h.dtype is not W.dtype and torch.float32 not in (h.dtype, W.dtype):
-        raise ValueError(f"logits: expected h and W in one dtype, or one in fp32, got {h.dtype} and {W.dtype}")
-    if W.shape[1] != H or (bias is not None and (bias.shape != (V,) or bias.stride(0) != 1)):
-        raise ValueError(f"logits: W {list(W.shape)} and bias do not fit h {list(h.shape)}")
-    if (t is None) != (B is None) or (t is not None and (t.shape != (C, B.shape[1]) or B.shape[0] != V)):
-        raise ValueError(f"logits: expected t [{C}, r] and B [{V}, r], or neither")
-    if t is not None and (t.dtype is not torch.float32 or not t.is_contiguous()):
-        raise ValueError(f"logits: expected contiguous fp32 t, got {t.dtype} {t.stride()}")
-    z = h.new_empty((C, V), dtype=torch.float32)
-    if z.numel() == 0:
-        return z
-    kind = "same" if h.dtype is W.dtype is not torch.float32 else "fp32" if h.dtype is W.dtype else "split"
-    c = config or pick_config(V, kind, B is not None, device_facts(h.device)[0])
-    R = 0 if t is None else t.shape[1]
-    with on(h):
-        _logits_kernel[(triton.cdiv(C, c.block_m) * triton.cdiv(V, c.block_n),)](
-            h, W, bias, t, B, z,
-            C, V, H, R, h.stride(0), h.stride(1), W.stride(0), W.stride(1), R,
-            0 if B is None else B.stride(0), 0 if B is None else B.stride(1),
-            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=MAX_BLOCK_R, PRECISION=precision(kind),
-            TAIL_PRECISION=precision("fp32" if kind == "fp32" else "split"),
-            num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
+    matmul = torch.get_float32_matmul_precision()
+    p = plan(layout(h), layout(W), layout(bias), layout(t), layout(B), matmul, config)
+    z = h.new_empty((h.shape[0], W.shape[0]), dtype=torch.float32)
+    if p is not None:
+        run(p, h, W, bias, t, B, z)
     return z

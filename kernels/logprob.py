@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, on
+from ._launch import DTYPES, Layout, Plan, layout, planned, run
 from ._tile import cast
 
 
@@ -78,8 +78,8 @@ def online(y, largest, total):
 
 @triton.jit
 def _logprob_kernel(
-    z_ptr, targets_ptr, logp_ptr, entropy_ptr, stats_ptr,
-    V, stride_z, stride_stats, ignore_index, inv_t, inv_t_ptr, logit_scale, softcap,
+    z_ptr, targets_ptr, logp_ptr, entropy_ptr, stats_ptr, inv_t_ptr, inv_t, logit_scale, softcap,
+    V, stride_z, stride_stats, ignore_index,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -115,8 +115,8 @@ def _logprob_kernel(
 
 @triton.jit
 def _dlogits_kernel(
-    z_ptr, targets_ptr, stats_ptr, dlogp_ptr, dentropy_ptr, dz_ptr,
-    V, stride_z, stride_stats, stride_dlogp, stride_dentropy, ignore_index, inv_t, inv_t_ptr, logit_scale, softcap,
+    z_ptr, targets_ptr, stats_ptr, dlogp_ptr, dentropy_ptr, dz_ptr, inv_t_ptr, inv_t, logit_scale, softcap,
+    V, stride_z, stride_stats, stride_dlogp, stride_dentropy, ignore_index,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -143,59 +143,111 @@ def per_logit(dtype: torch.dtype, softcap: float) -> int:
     return 4 + dtype.itemsize
 
 
+@planned
+def plan_forward(
+    z: Layout,
+    targets: Layout,
+    inv_t: Layout | None,
+    logp: Layout,
+    entropy: Layout,
+    stats: Layout,
+    ignore_index: int,
+    capped: bool,
+    config: Config | None = None,
+) -> Plan | None:
+    """Of :func:`forward`; None where z is empty."""
+    C, V = check_rows("logprob", z, targets, inv_t, logp, entropy, row_of(stats))
+    if C == 0:
+        return None
+    c = config or pick_config(V)
+    return Plan(
+        _logprob_kernel,
+        (C,),
+        (z, targets, logp, entropy, stats, inv_t, float, float, float),
+        (V, z.strides[0], stats.strides[0], ignore_index),
+        dict(CAPPED=capped, BLOCK=c.block, num_warps=c.num_warps),
+    )
+
+
+@planned
+def plan_backward(
+    z: Layout,
+    targets: Layout,
+    inv_t: Layout | None,
+    stats: Layout,
+    dlogp: Layout,
+    dentropy: Layout,
+    ignore_index: int,
+    capped: bool,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> Plan | None:
+    """Of :func:`backward`; None where z is empty."""
+    C, V = check_rows("logprob", z, targets, inv_t, row_of(stats))
+    if dtype not in DTYPES or not dlogp.shape == dentropy.shape == (C,):
+        raise ValueError(f"logprob: expected gradients [{C}] and fp16, bf16 or fp32 for z's, got {dtype}")
+    if C == 0:
+        return None
+    c = config or pick_config(V)
+    return Plan(
+        _dlogits_kernel,
+        (C, triton.cdiv(V, c.block)),
+        (z, targets, stats, dlogp, dentropy, Layout.new((C, V), dtype, z.device), inv_t, float, float, float),
+        (V, z.strides[0], stats.strides[0], dlogp.strides[0], dentropy.strides[0], ignore_index),
+        dict(CAPPED=capped, BLOCK=c.block, num_warps=c.num_warps),
+    )
+
+
 def forward(z, targets, ignore_index, scales, logp, entropy, stats, config: Config | None = None) -> None:
     """z fp32 [C, V] -> logp, entropy fp32 [C] and stats fp32 [3, C] (max, ℓ, Ē), all overwritten.
 
     targets: int64 [C].  scales: 1 / temperature as a float or fp32 [C], logit_scale, softcap (0: none).
     Raises: ValueError before anything is launched.
     """
-    C, V = check_rows("logprob", z, targets, scales[0], logp, entropy, *stats)
-    if C == 0:
-        return
-    c = config or pick_config(V)
-    with on(z):
-        _logprob_kernel[(C,)](
-            z, targets, logp, entropy, stats, V, z.stride(0), stats.stride(0), ignore_index, *as_arguments(scales),
-            CAPPED=scales[2] != 0, BLOCK=c.block, num_warps=c.num_warps,
-        )  # fmt: skip
+    inv_t, floats = apart(scales)
+    p = plan_forward(
+        layout(z), layout(targets), layout(inv_t), layout(logp), layout(entropy), layout(stats), ignore_index,
+        scales[2] != 0, config,
+    )  # fmt: skip
+    if p is not None:
+        run(p, z, targets, logp, entropy, stats, inv_t, *floats)
 
 
 def backward(
     z, targets, ignore_index, scales, stats, dlogp, dentropy, dtype, config: Config | None = None
 ) -> torch.Tensor:
     """The gradient of z [C, V] in ``dtype``, from :func:`forward`'s stats and the gradients [C] of its results."""
-    C, V = check_rows("logprob", z, targets, scales[0], *stats)
-    if dtype not in DTYPES or not dlogp.shape == dentropy.shape == (C,):
-        raise ValueError(f"logprob: expected gradients [{C}] and fp16, bf16 or fp32 for z's, got {dtype}")
-    dz = z.new_empty((C, V), dtype=dtype)
-    if C == 0:
-        return dz
-    c = config or pick_config(V)
-    with on(z):
-        _dlogits_kernel[(C, triton.cdiv(V, c.block))](
-            z, targets, stats, dlogp, dentropy, dz,
-            V, z.stride(0), stats.stride(0), dlogp.stride(0), dentropy.stride(0), ignore_index, *as_arguments(scales),
-            CAPPED=scales[2] != 0, BLOCK=c.block, num_warps=c.num_warps,
-        )  # fmt: skip
+    inv_t, floats = apart(scales)
+    p = plan_backward(
+        layout(z), layout(targets), layout(inv_t), layout(stats), layout(dlogp), layout(dentropy), ignore_index,
+        scales[2] != 0, dtype, config,
+    )  # fmt: skip
+    dz = z.new_empty(z.shape, dtype=dtype)
+    if p is not None:
+        run(p, z, targets, stats, dlogp, dentropy, dz, inv_t, *floats)
     return dz
 
 
-def as_arguments(scales) -> tuple:
-    """(1 / temperature, its pointer, logit_scale, softcap): what row_scales takes."""
+def apart(scales) -> tuple[torch.Tensor | None, tuple[float, float, float]]:
+    """What row_scales takes: the pointer to 1 / temperature or None, and (1 / temperature, logit_scale, softcap)."""
     inv_t, logit_scale, softcap = scales
-    return (
-        (1.0, inv_t, logit_scale, softcap) if isinstance(inv_t, torch.Tensor) else (inv_t, None, logit_scale, softcap)
-    )
+    if isinstance(inv_t, torch.Tensor):
+        return inv_t, (1.0, logit_scale, softcap)
+    return None, (inv_t, logit_scale, softcap)
 
 
-def check_rows(name: str, z: torch.Tensor, *rows) -> tuple[int, int]:
-    """z's shape; raises ValueError unless it is fp32 with contiguous rows, and each tensor of ``rows`` one number for each."""
-    if z.dtype is not torch.float32 or z.dim() != 2 or (z.stride(1) != 1 and z.shape[1] > 1):
+def row_of(stats: Layout) -> Layout:
+    return stats._replace(shape=stats.shape[1:], strides=stats.strides[1:])
+
+
+def check_rows(name: str, z: Layout, *rows: Layout | None) -> tuple[int, int]:
+    """z's shape; raises ValueError unless it is fp32 with contiguous rows, and each of ``rows`` one number for each."""
+    if z.dtype is not torch.float32 or len(z.shape) != 2 or (z.strides[1] != 1 and z.shape[1] > 1):
         raise ValueError(
-            f"{name}: expected fp32 z [C, V] with contiguous rows, got {z.dtype} {list(z.shape)} {z.stride()}"
+            f"{name}: expected fp32 z [C, V] with contiguous rows, got {z.dtype} {list(z.shape)} {z.strides}"
         )
     for t in rows:
-        if isinstance(t, torch.Tensor) and (t.shape != z.shape[:1] or t.device != z.device or not t.is_contiguous()):
+        if t is not None and (t.shape != z.shape[:1] or t.device != z.device or not t.contiguous):
             raise ValueError(
                 f"{name}: expected contiguous [{z.shape[0]}] on {z.device} beside z, got {list(t.shape)} on {t.device}"
             )

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, on
+from ._launch import DTYPES, GPU, Layout, Plan, layout, planned, run
 from ._tile import cast, dot
 
 
@@ -79,10 +79,50 @@ def _materialize_kernel(
         byte = tl.sum(tl.reshape(differs, (BLOCK_N, BLOCK_K // 8, 8)) << tl.arange(0, 8)[None, None, :], 2)
         columns = (tl.program_id(0) % tiles_k).to(tl.int64) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
         tl.store(
-            changed_ptr + offs_n[:, None] * (K // 8) + columns[None, :],
+            changed_ptr.to(tl.pointer_type(tl.uint8)) + offs_n[:, None] * (K // 8) + columns[None, :],
             byte.to(tl.uint8),
             mask=mask_n[:, None] & (columns < K // 8)[None, :],
         )
+
+
+@planned
+def plan(
+    weight: Layout,
+    A: Layout,
+    m: Layout,
+    B: Layout,
+    out: Layout,
+    changed: Layout | None,
+    config: Config | None = None,
+    gpu: GPU | None = None,
+) -> Plan | None:
+    """Of :func:`materialize`; None where weight is empty."""
+    (N, K), r = weight.shape, A.shape[0]
+    for t in (weight, A, B, out):
+        if t.dtype not in DTYPES:
+            raise ValueError(f"materialize: expected fp16, bf16 or fp32, got {t.dtype}")
+    if A.shape[1] != K or B.shape != (N, r) or m.shape not in ((r,), (1,)) or out.shape != weight.shape:
+        shapes = [list(t.shape) for t in (A, m, B, out)]
+        raise ValueError(f"materialize: A, m, B and out {shapes} do not fit weight [{N}, {K}]")
+    if out.dtype is not weight.dtype or not (weight.contiguous and out.contiguous and m.contiguous):
+        raise ValueError("materialize: weight and out must have one dtype and be contiguous, as must m")
+    if changed is not None and (K % 8 or changed.numel != (N * K + 31) // 32):
+        raise ValueError(f"materialize: a map of [{N}, {K}] needs K % 8 == 0 and as many words, got {changed.numel}")
+    if weight.numel == 0:
+        return None
+    gpu = gpu or GPU.of(weight.device)
+    scale, kind, precision = _how(weight.dtype, A.dtype, B.dtype, m.numel == 1, gpu.hip)
+    c = config or pick_config(kind)
+    return Plan(
+        _materialize_kernel,
+        (triton.cdiv(N, c.block_n) * triton.cdiv(K, c.block_k),),
+        (weight, A, m, B, out, changed),
+        (N, K, r, *A.strides, *B.strides),
+        dict(
+            SCALE=scale, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=c.block_r, PRECISION=precision,
+            num_warps=c.num_warps, num_stages=c.num_stages,
+        ),
+    )  # fmt: skip
 
 
 def materialize(
@@ -98,31 +138,12 @@ def materialize(
 
     Raises: ValueError before anything is launched.
     """
-    (N, K), r = weight.shape, A.shape[0]
-    for t in (weight, A, B, out):
-        if t.dtype not in DTYPES:
-            raise ValueError(f"materialize: expected fp16, bf16 or fp32, got {t.dtype}")
-    if A.shape[1] != K or B.shape != (N, r) or m.shape not in ((r,), (1,)) or out.shape != weight.shape:
-        shapes = [list(t.shape) for t in (A, m, B, out)]
-        raise ValueError(f"materialize: A, m, B and out {shapes} do not fit weight [{N}, {K}]")
-    if out.dtype is not weight.dtype or not (weight.is_contiguous() and out.is_contiguous() and m.is_contiguous()):
-        raise ValueError("materialize: weight and out must have one dtype and be contiguous, as must m")
-    if changed is not None and (K % 8 or changed.numel() != (N * K + 31) // 32):
-        raise ValueError(f"materialize: a map of [{N}, {K}] needs K % 8 == 0 and as many words, got {changed.numel()}")
-    if weight.numel() == 0:
-        return
-    scale, kind, precision = _how(weight.dtype, A.dtype, B.dtype, m.numel() == 1)
-    c = config or pick_config(kind)
-    with on(weight):
-        _materialize_kernel[(triton.cdiv(N, c.block_n) * triton.cdiv(K, c.block_k),)](
-            weight, A, m, B, out, None if changed is None else changed.view(torch.uint8),
-            N, K, r, A.stride(0), A.stride(1), B.stride(0), B.stride(1), SCALE=scale,
-            BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=c.block_r, PRECISION=precision,
-            num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
+    p = plan(layout(weight), layout(A), layout(m), layout(B), layout(out), layout(changed), config)
+    if p is not None:
+        run(p, weight, A, m, B, out, changed)
 
 
-def _how(weight: torch.dtype, A: torch.dtype, B: torch.dtype, one_m: bool) -> tuple[str, str, str]:
+def _how(weight: torch.dtype, A: torch.dtype, B: torch.dtype, one_m: bool, hip: bool) -> tuple[str, str, str]:
     """(what m multiplies, kind of dot for pick_config, its input_precision).  Never tf32 alone: the sum is fp32's."""
     fp32 = torch.float32
     scale = "sum" if one_m else "A" if A is fp32 and B is not fp32 else "B"
@@ -132,5 +153,5 @@ def _how(weight: torch.dtype, A: torch.dtype, B: torch.dtype, one_m: bool) -> tu
     if fp32 in (a, b) and torch.bfloat16 in (a, b):
         return scale, "split", "ieee"
     # 16 bits of weight hide what tf32x3 leaves out of fp32 times fp32; fp16 it holds exactly
-    exact = torch.version.hip is not None or (a is b is fp32 and weight is fp32)
+    exact = hip or (a is b is fp32 and weight is fp32)
     return (scale, "ieee", "ieee") if exact else (scale, "tf32x3", "tf32x3")

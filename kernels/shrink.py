@@ -10,13 +10,29 @@ Eager form: lowrank/ops/eager.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, WGMMA, batches, check, device_facts, dot_kind, on, pad_rank, precision
-from ._reduce import reduce
+from . import _reduce
+from ._launch import (
+    DTYPES,
+    GPU,
+    WGMMA,
+    Layout,
+    Plan,
+    batches,
+    check,
+    dot_kind,
+    layout,
+    layouts,
+    pad_rank,
+    planned,
+    precision,
+    run,
+)
 from ._tile import cast, dot, draw, unpack, words
 
 WIDTH = 128  # padded columns of S one program accumulates
@@ -51,7 +67,7 @@ def pick_config(M: int, K: int, columns: int, masks: int, kind: str, arch: int, 
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, a_ptrs, out_ptr, keep_ptrs, seeds_ptr, scales, scale_ptrs,
+    x_ptr, a_ptrs, out_ptr, keep_ptrs, seeds_ptr, scale_ptrs, scales,
     ranks, thresholds, M, K, K_SPLIT,
     stride_xm, strides_ar, strides_ak, stride_om, stride_os,
     MASKS: tl.constexpr, PER_COLUMN: tl.constexpr,
@@ -116,6 +132,84 @@ def _shrink_kernel(
         column += ranks[j]
 
 
+class Batch(NamedTuple):
+    """One launch: some of the adapters, and their columns of S."""
+
+    adapters: slice
+    columns: slice
+    launch: Plan
+    partials: tuple[int, int, int] | None  # fp32, over splits of K, which ``total`` sums
+    total: Plan | None
+
+
+class Shrink(NamedTuple):
+    S: tuple[int, int]
+    words: tuple[int, int]  # of each mask's keep bits
+    batches: tuple[Batch, ...]
+
+
+@planned
+def plan(
+    x: Layout,
+    As: tuple[Layout, ...],
+    dtype: torch.dtype,
+    masks: tuple[int, ...],
+    thresholds: tuple[int, ...],
+    seeds: Layout | None,
+    scale_tensors: tuple[Layout | None, ...],
+    out: Layout | None,
+    matmul: str = "highest",
+    config: Config | None = None,
+    gpu: GPU | None = None,
+) -> Shrink:
+    """Of :func:`shrink`; ``out``: None where it is allocated."""
+    (M, K), ranks = x.shape, [A.shape[0] for A in As]
+    check("shrink", x, dtype, As, ranks)
+    if any(A.shape != (rank, K) for A, rank in zip(As, ranks, strict=True)):
+        raise ValueError(f"shrink: expected factors [r, {K}], got {[list(A.shape) for A in As]}")
+    if len(masks) != len(As) or max(masks, default=-1) >= len(thresholds) or (thresholds and seeds is None):
+        raise ValueError(
+            f"shrink: masks {list(masks)} do not fit {len(As)} factors, {len(thresholds)} thresholds and their seeds"
+        )
+    gpu, how, width = gpu or GPU.of(x.device), dot_kind(x.dtype, dtype), WIDTH
+    if len(thresholds) > 1:  # each mask takes registers
+        width = {"same": WIDTH if gpu.arch in WGMMA else 64, "split": 64, "fp32": 32}[how]
+    words = M, triton.cdiv(K, 32)
+    keep = Layout.new(words, torch.int32, x.device)
+    S = out or Layout.new((M, sum(ranks)), dtype, x.device)
+    parts, found, column = S.split(ranks), [], 0
+    for mine in batches(ranks, width) if M else ():
+        rs, ms, n = ranks[mine], masks[mine], len(ranks[mine])
+        S_mine = parts[mine.start]._replace(shape=(M, sum(rs)))
+        block_r = min(WIDTH, pad_rank(max(rs)))
+        c = config or pick_config(M, K, n * block_r, len({m for m in ms if m >= 0}), how, gpu.arch, gpu.sms)
+        k_split = triton.cdiv(triton.cdiv(K, c.split_k), c.block_k) * c.block_k
+        splits, r_blocks = triton.cdiv(K, k_split), triton.cdiv(max(rs), block_r)
+        to = S_mine if splits == 1 else Layout.new((splits, *S_mine.shape), torch.float32, x.device)
+        launch = Plan(
+            _shrink_kernel,
+            (triton.cdiv(M, c.block_m) * r_blocks, splits),
+            (x, As[mine], to, tuple(keep if m >= 0 else None for m in ms), seeds, scale_tensors[mine], (float,) * n),
+            (
+                tuple(rs), tuple(_in_upper_half(thresholds[m]) if m >= 0 else 0 for m in ms), M, K, k_split,
+                x.strides[0], tuple(A.strides[0] for A in As[mine]), tuple(A.strides[1] for A in As[mine]),
+                to.strides[-2], S_mine.numel,
+            ),
+            dict(
+                MASKS=ms, PER_COLUMN=tuple(t is not None and len(t.shape) == 1 for t in scale_tensors[mine]),
+                BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=r_blocks,
+                DTYPE=DTYPES[dtype], PRECISION=precision(how, matmul, gpu), num_warps=c.num_warps, num_stages=c.num_stages,
+            ),
+        )  # fmt: skip
+        columns = slice(column, column + sum(rs))
+        if splits == 1:
+            found.append(Batch(mine, columns, launch, None, None))
+        else:
+            found.append(Batch(mine, columns, launch, to.shape, _reduce.plan(splits, S_mine.numel, (S_mine,))))
+        column += sum(rs)
+    return Shrink((M, sum(ranks)), words, tuple(found))
+
+
 def shrink(
     x: torch.Tensor,
     As: list[torch.Tensor],
@@ -133,55 +227,28 @@ def shrink(
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
-    (M, K), ranks = x.shape, [A.shape[0] for A in As]
     n = len(As)
-    scales, scale_tensors = scales or [1.0] * n, scale_tensors or [None] * n
-    check("shrink", x, dtype, As, ranks)
-    if any(A.shape != (rank, K) for A, rank in zip(As, ranks, strict=True)):
-        raise ValueError(f"shrink: expected factors [r, {K}], got {[list(A.shape) for A in As]}")
-    if len(masks) != len(As) or max(masks, default=-1) >= len(thresholds) or (thresholds and seeds is None):
-        raise ValueError(
-            f"shrink: masks {masks} do not fit {len(As)} factors, {len(thresholds)} thresholds and their seeds"
-        )
-    words = triton.cdiv(K, 32)
-    S = x.new_empty((M, sum(ranks)), dtype=dtype) if out is None else out
-    keeps = [torch.empty((M, words), dtype=torch.int32, device=x.device) for _ in thresholds]
-    column = 0
-    width = WIDTH
-    if len(thresholds) > 1:  # each mask takes registers
-        narrow = 64 if device_facts(x.device)[0] not in WGMMA else WIDTH
-        width = {"same": narrow, "split": 64, "fp32": 32}[dot_kind(x.dtype, dtype)]
-    for batch in batches(ranks, width) if M else ():
-        mine = [As[j] for j in batch]
-        part = S[:, column : column + sum(ranks[batch.start : batch.stop])]
-        of_batch = (t[batch.start : batch.stop] for t in (masks, scales, scale_tensors))
-        _launch(x, mine, part, *of_batch, thresholds, seeds, keeps, config)
-        column += part.shape[1]
+    scale_tensors = scale_tensors or (None,) * n
+    p = plan(
+        layout(x), layouts(As), dtype, tuple(masks), tuple(thresholds), layout(seeds), layouts(scale_tensors), layout(out),
+        torch.get_float32_matmul_precision(), config,
+    )  # fmt: skip
+    S = x.new_empty(p.S, dtype=dtype) if out is None else out
+    keeps = [x.new_empty(p.words, dtype=torch.int32) for _ in thresholds]
+    execute(p, x, As, S, masks, keeps, seeds, scales or (1.0,) * n, scale_tensors)
     return S, keeps
 
 
-def _launch(x, As, S, masks, scales, scale_tensors, thresholds, seeds, keeps, config):
-    (M, K), n = x.shape, len(As)
-    block_r = min(WIDTH, pad_rank(max(A.shape[0] for A in As)))
-    distinct = len({m for m in masks if m >= 0})
-    how = dot_kind(x.dtype, S.dtype)
-    c = config or pick_config(M, K, n * block_r, distinct, how, *device_facts(x.device))
-    k_split = triton.cdiv(triton.cdiv(K, c.split_k), c.block_k) * c.block_k
-    splits = triton.cdiv(K, k_split)
-    out = S if splits == 1 else torch.empty((splits, *S.shape), dtype=torch.float32, device=x.device)
-    r_blocks = triton.cdiv(max(A.shape[0] for A in As), block_r)
-    with on(x):
-        _shrink_kernel[(triton.cdiv(M, c.block_m) * r_blocks, splits)](
-            x, tuple(As), out, tuple(keeps[m] if m >= 0 else None for m in masks), seeds,
-            tuple(scales), tuple(scale_tensors),
-            tuple(A.shape[0] for A in As), tuple(_in_upper_half(thresholds[m]) if m >= 0 else 0 for m in masks), M, K, k_split,
-            x.stride(0), tuple(A.stride(0) for A in As), tuple(A.stride(1) for A in As), out.stride(-2), S.numel(),
-            MASKS=tuple(masks), PER_COLUMN=tuple(t is not None and t.dim() == 1 for t in scale_tensors),
-            BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=r_blocks,
-            DTYPE=DTYPES[S.dtype], PRECISION=precision(how), num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
-    if splits > 1:
-        reduce(out.view(splits, -1), [S])
+def execute(p: Shrink, x, As, S, masks, keeps, seeds, scales, scale_tensors) -> None:
+    """As only with the strides of the plan: a pointer is what is read of each."""
+    of = tuple([keeps[m] if m >= 0 else None for m in masks])
+    As, scales, scale_tensors = tuple(As), tuple(scales), tuple(scale_tensors)
+    for mine, columns, launch, partials, total in p.batches:
+        part = S if len(p.batches) == 1 else S[:, columns]
+        out = part if total is None else x.new_empty(partials, dtype=torch.float32)
+        run(launch, x, As[mine], out, of[mine], seeds, scale_tensors[mine], scales[mine])
+        if total is not None:
+            run(total, out, (part,))
 
 
 def _in_upper_half(threshold: int) -> int:

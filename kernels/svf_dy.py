@@ -7,14 +7,16 @@ Floor: M N itemsize bytes; 15.6 us at 8192 x 4096 in bf16 at 4.3 TB/s.
 Eager form: lowrank/ops/svf_impl.py.  Benchmark: bench/registry.py.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, check, device_facts, dot_kind, on, pad_rank, precision
+from ._launch import DTYPES, GPU, Layout, Plan, check, dot_kind, layout, pad_rank, planned, precision, run
 from ._tile import cast, dot
 from .shrink import WIDTH, Config, pick_config
-from .svf_scale import check_mix, partials, scale_tile, store_dots, sum_partials, svf_scale
+from .svf_scale import Sums, check_mix, scale_tile, store_dots, svf_scale
 
 
 @triton.jit
@@ -61,6 +63,61 @@ def _svf_dy_kernel(
         tl.store(out, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
+class SVFdY(NamedTuple):
+    out: Layout | None  # dS, or its fp32 partials over splits of N
+    launch: Plan
+    sums: Sums | None
+    scale: bool  # whether svf_scale finishes
+
+
+@planned
+def plan(
+    dY: Layout,
+    B: Layout,
+    scales: Layout,
+    mix: Layout | None,
+    S: Layout | None,
+    need_dS: bool,
+    dtype: torch.dtype,
+    matmul: str = "highest",
+    config: Config | None = None,
+    gpu: GPU | None = None,
+) -> SVFdY | None:
+    """Of :func:`svf_dy`; None where dY is empty."""
+    (M, N), R = dY.shape, B.shape[1]
+    check("svf_dy", dY, dtype, [B] if S is None else [B, S], [R])
+    check_mix("svf_dy", scales, mix, M, R)
+    if B.shape[0] != N or (S is not None and (S.shape != (M, R) or (S.strides[-1] != 1 and R > 1))):
+        of_S = None if S is None else list(S.shape)
+        raise ValueError(f"svf_dy: B {list(B.shape)} and S {of_S} do not fit dY [{M}, {N}]")
+    if M == 0:
+        return None
+    gpu, how, block_r = gpu or GPU.of(dY.device), dot_kind(dY.dtype, dtype), min(WIDTH, pad_rank(R))
+    c = config or pick_config(M, N, block_r, 0, how, gpu.arch, gpu.sms)
+    n_split = triton.cdiv(triton.cdiv(N, c.split_k), c.block_k) * c.block_k
+    splits, blocks_m, blocks_r = triton.cdiv(N, n_split), triton.cdiv(M, c.block_m), triton.cdiv(R, block_r)
+    out = sums = None
+    if splits > 1:
+        out = Layout.new((splits, M, R), torch.float32, dY.device)
+    else:
+        out = Layout.new((M, R), dtype, dY.device) if need_dS else None
+        sums = None if S is None else Sums.of(scales, mix, blocks_m, blocks_r)
+    launch = Plan(
+        _svf_dy_kernel,
+        (blocks_m * blocks_r, splits),
+        (dY, B, S if splits == 1 else None, scales, mix, out, *((None, None) if sums is None else sums.partials)),
+        (
+            M, N, R, 0 if mix is None else mix.shape[1], n_split, dY.strides[0], *B.strides,
+            0 if S is None else S.strides[0], R, M * R, 0 if mix is None else mix.numel,
+        ),
+        dict(
+            SPLIT=splits > 1, BLOCK_M=c.block_m, BLOCK_N=c.block_k, BLOCK_R=block_r, R_BLOCKS=blocks_r,
+            DTYPE=DTYPES[dtype], PRECISION=precision(how, matmul, gpu), num_warps=c.num_warps, num_stages=c.num_stages,
+        ),
+    )  # fmt: skip
+    return SVFdY(out, launch, sums, splits > 1)
+
+
 def svf_dy(
     dY: torch.Tensor,
     B: torch.Tensor,
@@ -75,38 +132,15 @@ def svf_dy(
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
-    (M, N), R = dY.shape, B.shape[1]
-    check("svf_dy", dY, dtype, [B] if S is None else [B, S], [R])
-    check_mix("svf_dy", scales, mix, M, R)
-    if B.shape[0] != N or (S is not None and (S.shape != (M, R) or (S.stride(-1) != 1 and R > 1))):
-        of_S = None if S is None else list(S.shape)
-        raise ValueError(f"svf_dy: B {list(B.shape)} and S {of_S} do not fit dY [{M}, {N}]")
-    if M == 0:
-        return svf_scale(dY.new_empty((0, R)), scales, mix, S, dtype if need_dS else None)
-    how = dot_kind(dY.dtype, dtype)
-    block_r = min(WIDTH, pad_rank(R))
-    c = config or pick_config(M, N, block_r, 0, how, *device_facts(dY.device))
-    n_split = triton.cdiv(triton.cdiv(N, c.split_k), c.block_k) * c.block_k
-    splits, blocks_m, blocks_r = triton.cdiv(N, n_split), triton.cdiv(M, c.block_m), triton.cdiv(R, block_r)
-    out = dscales = dmix = None
-    parts = None, None
-    if splits > 1:
-        out = torch.empty((splits, M, R), dtype=torch.float32, device=dY.device)
-    else:
-        out = dY.new_empty((M, R), dtype=dtype) if need_dS else None
-        if S is not None:
-            dscales, dmix = torch.empty_like(scales), None if mix is None else torch.empty_like(mix)
-            parts = partials(scales, mix, blocks_m, blocks_r)
-    with on(dY):
-        _svf_dy_kernel[(blocks_m * blocks_r, splits)](
-            dY, B, S if splits == 1 else None, scales, mix, out, *parts,
-            M, N, R, 0 if mix is None else mix.shape[1], n_split, dY.stride(0), B.stride(0), B.stride(1),
-            0 if S is None else S.stride(0), R, M * R, 0 if mix is None else mix.numel(),
-            SPLIT=splits > 1, BLOCK_M=c.block_m, BLOCK_N=c.block_k, BLOCK_R=block_r, R_BLOCKS=blocks_r,
-            DTYPE=DTYPES[dtype], PRECISION=precision(how), num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
-    if splits > 1:
+    p = plan(
+        layout(dY), layout(B), layout(scales), layout(mix), layout(S), need_dS, dtype,
+        torch.get_float32_matmul_precision(), config,
+    )  # fmt: skip
+    if p is None:
+        return svf_scale(dY.new_empty((0, B.shape[1])), scales, mix, S, dtype if need_dS else None)
+    out = p.out and torch.empty(p.out.shape, dtype=p.out.dtype, device=dY.device)
+    partials = (None, None) if p.sums is None else p.sums.empty()
+    run(p.launch, dY, B, None if p.scale else S, scales, mix, out, *partials)
+    if p.scale:
         return svf_scale(out, scales, mix, S, dtype if need_dS else None)
-    if S is not None:
-        sum_partials(parts, dscales, dmix)
-    return out, dscales, dmix
+    return out, *((None, None) if p.sums is None else p.sums.total(partials, scales, mix))

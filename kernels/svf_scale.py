@@ -8,13 +8,14 @@ Eager form: lowrank/ops/svf_impl.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, on
-from ._reduce import reduce
+from . import _reduce
+from ._launch import DTYPES, Layout, Plan, layout, planned, run
 from ._tile import cast
 
 
@@ -89,6 +90,76 @@ def _svf_scale_kernel(
         )
 
 
+class Sums(NamedTuple):
+    """What store_dots leaves of h, and how it is totalled: of the scales' gradient, and of the mix's or None."""
+
+    partials: tuple[Layout, Layout | None]  # fp32 [blocks_m, scales' elements], [blocks_r, mix's]
+    totals: tuple[Plan, Plan | None]
+
+    @classmethod
+    def of(cls, scales: Layout, mix: Layout | None, blocks_m: int, blocks_r: int) -> "Sums":
+        partials, totals = [], []
+        for t, blocks in ((scales, blocks_m), (mix, blocks_r)):
+            if t is None:
+                partials.append(None)
+                totals.append(None)
+                continue
+            matrix = Layout.new((t.numel // t.shape[-1], t.shape[-1]), t.dtype, t.device)
+            partials.append(Layout.new((blocks, t.numel), torch.float32, t.device))
+            totals.append(_reduce.plan(blocks, t.numel, (matrix,)))
+        return cls(tuple(partials), tuple(totals))
+
+    def empty(self) -> list[torch.Tensor | None]:
+        return [t and torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in self.partials]
+
+    def total(self, partials, scales: torch.Tensor, mix: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """[dscales, dmix]."""
+        grads = [t if t is None else torch.empty_like(t) for t in (scales, mix)]
+        for plan, part, grad in zip(self.totals, partials, grads, strict=True):
+            if plan is not None:
+                run(plan, part, (grad,))
+        return grads
+
+
+@planned
+def plan(
+    D: Layout,
+    scales: Layout,
+    mix: Layout | None,
+    S: Layout | None,
+    dtype: torch.dtype | None,
+    config: Config | None = None,
+) -> tuple[Plan, Sums | None] | None:
+    """Of :func:`svf_scale`; None where D is empty."""
+    P, M, R = (1, *D.shape) if len(D.shape) == 2 else D.shape
+    check_mix("svf_scale", scales, mix, M, R)
+    for t in (D, S):
+        if t is not None and (t.dtype not in DTYPES or t.shape[-2:] != (M, R) or (t.strides[-1] != 1 and R > 1)):
+            raise ValueError(
+                f"svf_scale: expected [{M}, {R}] fp16, bf16 or fp32 with a contiguous last dim, got {t.dtype}"
+                f" {list(t.shape)} {t.strides}"
+            )
+    if M == 0:
+        return None
+    c = config or pick_config(M, R)
+    grid = triton.cdiv(M, c.block_m), triton.cdiv(R, c.block_r)
+    sums = None if S is None else Sums.of(scales, mix, *grid)
+    launch = Plan(
+        _svf_scale_kernel,
+        grid,
+        (
+            D, S, scales, mix, None if dtype is None else Layout.new((M, R), dtype, D.device),
+            *((None, None) if sums is None else sums.partials),
+        ),
+        (
+            M, R, 0 if mix is None else mix.shape[1], P, D.strides[0] if P > 1 else 0, D.strides[-2],
+            0 if S is None else S.strides[0], R, 0 if mix is None else mix.numel,
+        ),
+        dict(BLOCK_M=c.block_m, BLOCK_R=c.block_r, num_warps=c.num_warps),
+    )  # fmt: skip
+    return launch, sums
+
+
 def svf_scale(
     D: torch.Tensor,
     scales: torch.Tensor,
@@ -101,54 +172,21 @@ def svf_scale(
 
     Raises: ValueError before anything is launched.
     """
-    P, M, R = (1, *D.shape) if D.dim() == 2 else D.shape
-    check_mix("svf_scale", scales, mix, M, R)
-    for t in (D, S):
-        if t is not None and (t.dtype not in DTYPES or t.shape[-2:] != (M, R) or (t.stride(-1) != 1 and R > 1)):
-            raise ValueError(
-                f"svf_scale: expected [{M}, {R}] fp16, bf16 or fp32 with a contiguous last dim, got {t.dtype}"
-                f" {list(t.shape)} {t.stride()}"
-            )
-    dS = None if dtype is None else D.new_empty((M, R), dtype=dtype)
-    dscales = dmix = None
-    if S is not None:
-        dscales = torch.zeros_like(scales) if M == 0 else torch.empty_like(scales)
-        dmix = None if mix is None else torch.empty_like(mix)
-    if M == 0:
-        return dS, dscales, dmix
-    c = config or pick_config(M, R)
-    grid = triton.cdiv(M, c.block_m), triton.cdiv(R, c.block_r)
-    parts = partials(scales, mix, *grid) if S is not None else (None, None)
-    with on(D):
-        _svf_scale_kernel[grid](
-            D, S, scales, mix, dS, *parts,
-            M, R, 0 if mix is None else mix.shape[1], P, D.stride(0) if P > 1 else 0, D.stride(-2),
-            0 if S is None else S.stride(0), R, 0 if mix is None else mix.numel(),
-            BLOCK_M=c.block_m, BLOCK_R=c.block_r, num_warps=c.num_warps,
-        )  # fmt: skip
-    if S is not None:
-        sum_partials(parts, dscales, dmix)
-    return dS, dscales, dmix
+    p = plan(layout(D), layout(scales), layout(mix), layout(S), dtype, config)
+    dS = None if dtype is None else D.new_empty(D.shape[-2:], dtype=dtype)
+    if p is None:  # no rows: their sum is 0
+        return dS, *((None if S is None or t is None else torch.zeros_like(t)) for t in (scales, mix))
+    launch, sums = p
+    partials = (None, None) if sums is None else sums.empty()
+    run(launch, D, S, scales, mix, dS, *partials)
+    return dS, *((None, None) if sums is None else sums.total(partials, scales, mix))
 
 
-def partials(scales, mix, blocks_m: int, blocks_r: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """fp32 [blocks_m, scales' elements] and [blocks_r, mix's] for store_dots."""
-    new = dict(dtype=torch.float32, device=scales.device)
-    of_mix = None if mix is None else torch.empty((blocks_r, mix.numel()), **new)
-    return torch.empty((blocks_m, scales.numel()), **new), of_mix
-
-
-def sum_partials(parts, dscales: torch.Tensor, dmix: torch.Tensor | None) -> None:
-    reduce(parts[0], [dscales.view(-1, dscales.shape[-1])])
-    if dmix is not None:
-        reduce(parts[1], [dmix])
-
-
-def check_mix(name: str, scales: torch.Tensor, mix: torch.Tensor | None, M: int, R: int) -> None:
+def check_mix(name: str, scales: Layout, mix: Layout | None, M: int, R: int) -> None:
     """scales fp32 [R], or fp32 [E, R] beside mix fp32 [M, E]; contiguous."""
     shapes = ((R,),) if mix is None else ((mix.shape[1], R), (M, mix.shape[1]))
     for t, shape in zip((scales, mix), shapes, strict=False):
-        if t.shape != shape or t.dtype is not torch.float32 or not t.is_contiguous():
+        if t.shape != shape or t.dtype is not torch.float32 or not t.contiguous:
             raise ValueError(
-                f"{name}: expected contiguous fp32 {list(shape)}, got {t.dtype} {list(t.shape)} {t.stride()}"
+                f"{name}: expected contiguous fp32 {list(shape)}, got {t.dtype} {list(t.shape)} {t.strides}"
             )

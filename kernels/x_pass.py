@@ -2,21 +2,37 @@
 
 x [M, K], dS_j [M, R_j], A_j [R_j, K] (any strides), keeps int32 [M, ceil(K / 32)] -> dA_j, dX [M, K].
 A program keeps dA's columns in registers and walks down a chunk of rows; chunks leave fp32 partials, summed in a fixed order.
-``outer`` is the first product alone: with x = dY and dS = S it is the backward's dB, scaled.
+``plan_outer`` plans the first product alone: with x = dY and dS = S it is the backward's dB, scaled.
 Floor: one read of x and one write of dX, 2 M K itemsize bytes; 31.2 us at 8192 x 4096 in bf16 at 4.3 TB/s.
 Eager form: lowrank/ops/eager.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import DTYPES, WGMMA, as_bytes, batches, check, device_facts, dot_kind, on, pad_rank, precision
-from ._reduce import reduce
+from . import _reduce
+from . import expand as _expand
+from ._launch import (
+    DTYPES,
+    GPU,
+    WGMMA,
+    Layout,
+    Plan,
+    batches,
+    check,
+    dot_kind,
+    layout,
+    layouts,
+    pad_rank,
+    planned,
+    precision,
+    run,
+)
 from ._tile import cast, dot, unpack
-from .expand import expand_into
 
 # Padded columns of dS one program takes, for dA alone and for both products.  Beyond the latter they are two launches: what
 # the fused one saves is a launch and a second read of dS and the bits, not of x or dX.
@@ -52,7 +68,7 @@ def pick_config(M: int, K: int, columns: int, kind: str, arch: int, sms: int) ->
 
 @triton.jit
 def _x_pass_kernel(
-    x_ptr, ds_ptrs, a_ptrs, keep_ptrs, da_ptrs, dx_ptr, scales, scale_ptrs,
+    x_ptr, ds_ptrs, a_ptrs, keep_ptrs, da_ptrs, dx_ptr, scale_ptrs, scales,
     ranks, M, K, ROWS, stride_xm, strides_dsm, strides_ar, strides_ak, strides_dar, strides_dak, stride_dac, stride_dxm,
     MASKS: tl.constexpr, PER_COLUMN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
@@ -92,7 +108,7 @@ def _x_pass_kernel(
             dropped = x
             if MASKS[j] >= 0:
                 bits = tl.load(
-                    keep_ptrs[j] + offs_m[:, None] * row_bytes + offs_b[None, :],
+                    keep_ptrs[j].to(tl.pointer_type(tl.uint8)) + offs_m[:, None] * row_bytes + offs_b[None, :],
                     mask=mask_m[:, None] & (offs_b < row_bytes)[None, :],
                     other=0,
                 )
@@ -124,6 +140,144 @@ def _x_pass_kernel(
             tl.store(da, cast(acc, da_ptrs[j].dtype.element_ty), mask=mask_k[:, None] & mask_r[None, :])
 
 
+class Batch(NamedTuple):
+    """One launch: some of the adapters."""
+
+    adapters: slice
+    launch: Plan
+    partials: tuple[int, int] | None  # fp32 [chunks, elements of the outputs], which ``total`` sums
+    sizes: tuple[int, ...]  # of each output that is wanted
+    total: Plan | None
+
+
+class XPass(NamedTuple):
+    expand: Plan | None  # dX, where it is not the batches'
+    batches: tuple[Batch, ...]
+
+
+@planned
+def plan(
+    x: Layout | None,
+    dS: tuple[Layout, ...],
+    As: tuple[Layout, ...],
+    need_dA: tuple[bool, ...],
+    dX: Layout | None,
+    masks: tuple[int, ...],
+    keeps: tuple[Layout, ...],
+    add: bool,
+    matmul: str = "highest",
+    config: Config | None = None,
+    gpu: GPU | None = None,
+) -> XPass:
+    """Of :func:`x_pass`."""
+    wide = dX if x is None else x
+    _check("x_pass", wide, dS, As, dX, masks, keeps)
+    gpu, n, ranks = gpu or GPU.of(wide.device), len(As), [A.shape[0] for A in As]
+    how, of = dot_kind(wide.dtype, dS[0].dtype), tuple(keeps[m] if m >= 0 else None for m in masks)
+    fused = any(need_dA) and fits(n * pad_rank(max(ranks)), how, gpu.arch)
+    expand = None
+    if dX is not None and (add or not fused):
+        none, start = (None,) * n, dX if add else None
+        expand = _expand.plan(
+            dX, dS, tuple(A.mT for A in As), none, start, of, None, None, None, None, matmul, None, gpu
+        )
+        dX = None
+    dAs = tuple(Layout.new(A.shape, A.dtype, A.device) if need else None for A, need in zip(As, need_dA, strict=True))
+    return XPass(expand, _batches(x, dS, As, dAs, dX, masks, of, (None,) * n, how, matmul, config, gpu))
+
+
+@planned
+def plan_outer(
+    x: Layout,
+    S: tuple[Layout, ...],
+    outs: tuple[Layout | None, ...],
+    scale_tensors: tuple[Layout | None, ...],
+    matmul: str = "highest",
+    config: Config | None = None,
+    gpu: GPU | None = None,
+) -> tuple[Batch, ...]:
+    """Of outs[j] [K, R_j] (contiguous) = scale_j xᵀ S_j, where it is not None: :func:`execute`, without As, dX and keeps."""
+    masks, of = (-1,) * len(S), (None,) * len(S)
+    _check("outer", x, S, (), None, masks, ())
+    how, gpu, transposed = dot_kind(x.dtype, S[0].dtype), gpu or GPU.of(x.device), tuple(out and out.mT for out in outs)
+    return _batches(x, S, None, transposed, None, masks, of, scale_tensors, how, matmul, config, gpu)
+
+
+def _check(name, x, dS, As, dX, masks, keeps):
+    check(name, x, dS[0].dtype, [*dS, *As, *([] if dX is None else [dX])], [d.shape[1] for d in dS])
+    for d in dS:
+        if d.shape[0] != x.shape[0] or d.dtype is not dS[0].dtype or (d.strides[-1] != 1 and d.shape[1] > 1):
+            raise ValueError(
+                f"{name}: {d.dtype} [M, R] {list(d.shape)} with strides {d.strides} does not fit x {list(x.shape)}"
+            )
+    if any(A.shape != (d.shape[1], x.shape[1]) for d, A in zip(dS, As, strict=False)):
+        raise ValueError(f"{name}: expected factors [R, {x.shape[1]}], got {[list(A.shape) for A in As]}")
+    if dX is not None and (dX.shape != x.shape or dX.strides[-1] != 1):
+        raise ValueError(
+            f"{name}: expected dX {list(x.shape)} with a contiguous last dim, got {list(dX.shape)} {dX.strides}"
+        )
+    words = (x.shape[0], triton.cdiv(x.shape[1], 32))
+    if max(masks) >= len(keeps) or any(keep.shape != words for keep in keeps):
+        raise ValueError(f"{name}: masks {list(masks)} do not fit {len(keeps)} keep tensors {list(words)}")
+
+
+def _batches(x, dS, As, outs, dX, masks, keeps, scale_tensors, how, *more) -> tuple[Batch, ...]:
+    """``outs``: [R_j, K] of any strides."""
+    return tuple(
+        _batch(
+            mine,
+            x,
+            dS[mine],
+            As and As[mine],
+            outs[mine],
+            dX,
+            masks[mine],
+            keeps[mine],
+            scale_tensors[mine],
+            how,
+            *more,
+        )
+        for mine in batches([d.shape[1] for d in dS], WIDTH[how])
+        if any(out is not None for out in outs[mine])
+    )
+
+
+def _batch(mine, x, dS, As, outs, dX, masks, keeps, scale_tensors, how, matmul, config, gpu) -> Batch:
+    (M, K), n, ranks = x.shape, len(dS), tuple(d.shape[1] for d in dS)
+    block_r = min(WIDTH[how], pad_rank(max(ranks)))
+    c = config or pick_config(M, K, n * block_r, how, gpu.arch, gpu.sms)
+    rows = max(1, triton.cdiv(triton.cdiv(M, c.chunks), c.block_m)) * c.block_m
+    chunks = max(1, triton.cdiv(M, rows))
+    wanted = [out for out in outs if out is not None]
+    sizes = tuple(out.numel for out in wanted)
+    targets, partials, total, between = outs, None, None, 0
+    if chunks > 1:
+        between = sum(sizes)
+        partials = Layout.new((chunks, between), torch.float32, x.device)
+        parts = iter(partials.split(sizes))
+        targets = tuple(None if out is None else next(parts) for out in outs)
+        # a factor's gradient is contiguous, in one order of its dims or the other
+        total = _reduce.plan(chunks, between, tuple(out if out.strides[-1] == 1 else out.mT for out in wanted))
+    launch = Plan(
+        _x_pass_kernel,
+        (chunks, triton.cdiv(K, c.block_k), triton.cdiv(max(ranks), block_r)),
+        (x, dS, None if dX is None else As, keeps, targets, dX, scale_tensors, (float,) * n),
+        (
+            ranks, M, K, rows, x.strides[0], tuple(d.strides[0] for d in dS),
+            (0,) * n if As is None else tuple(A.strides[0] for A in As),
+            (0,) * n if As is None else tuple(A.strides[1] for A in As),
+            tuple(0 if out is None else out.strides[0] for out in outs),
+            tuple(0 if out is None else out.strides[1] for out in outs), between, 0 if dX is None else dX.strides[0],
+        ),
+        dict(
+            MASKS=masks, PER_COLUMN=tuple(t is not None and len(t.shape) == 1 for t in scale_tensors),
+            BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, DTYPE=DTYPES[dS[0].dtype],
+            PRECISION=precision(how, matmul, gpu), num_warps=c.num_warps, num_stages=c.num_stages,
+        ),
+    )  # fmt: skip
+    return Batch(mine, launch, partials and partials.shape, sizes, total)
+
+
 def x_pass(
     x: torch.Tensor | None,
     dS: list[torch.Tensor],
@@ -140,91 +294,38 @@ def x_pass(
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
+    n = len(As)
     if dX is None and not any(need_dA):
-        return [None] * len(As)
+        return [None] * n
+    p = plan(
+        layout(x), layouts(dS), layouts(As), tuple(need_dA), layout(dX), tuple(masks), layouts(keeps), add,
+        torch.get_float32_matmul_precision(), config,
+    )  # fmt: skip
+    of, ones, none = tuple([keeps[m] if m >= 0 else None for m in masks]), (1.0,) * n, (None,) * n
+    if p.expand is not None:
+        _expand.execute(p.expand, dX, dS, As, ones, none, dX if add else None, of)
+        dX = None
     dAs = [
         torch.empty_like(A, memory_format=torch.contiguous_format) if need else None
         for A, need in zip(As, need_dA, strict=True)
     ]
-    _check("x_pass", dX if x is None else x, dS, As, dX, masks, keeps)
-    ranks = [A.shape[0] for A in As]
-    how = dot_kind((dX if x is None else x).dtype, dS[0].dtype)
-    fused = any(need_dA) and fits(len(ranks) * pad_rank(max(ranks)), how, device_facts(dS[0].device)[0])
-    if dX is not None and (add or not fused):
-        of = [keeps[m] if m >= 0 else None for m in masks]
-        n = len(As)
-        expand_into(dX, dS, [A.mT for A in As], [1.0] * n, [None] * n, dX if add else None, of)
-        dX = None
-    for batch in batches(ranks, WIDTH[how]):
-        mine = slice(batch.start, batch.stop)
-        if any(need_dA[mine]):
-            strides = [(A.shape[1], 1) for A in As[mine]]
-            _launch(x, dS[mine], As[mine], dAs[mine], strides, dX, masks[mine], keeps, None, None, config)
+    execute(p.batches, x, dS, As, dAs, dX, of, ones, none)
     return dAs
 
 
-def outer(
-    x: torch.Tensor,
-    S: list[torch.Tensor],
-    outs: list[torch.Tensor | None],
-    scales: list[float],
-    scale_tensors: list[torch.Tensor | None],
-    config: Config | None = None,
-) -> None:
-    """outs[j] [K, R_j] (contiguous) = scale_j xᵀ S_j, where it is not None."""
-    _check("outer", x, S, [], None, [-1] * len(S), ())
-    for batch in batches([s.shape[1] for s in S], WIDTH[dot_kind(x.dtype, S[0].dtype)]):
-        mine = slice(batch.start, batch.stop)
-        if any(out is not None for out in outs[mine]):
-            strides, masks = [(1, s.shape[1]) for s in S[mine]], [-1] * len(batch)
-            _launch(x, S[mine], None, outs[mine], strides, None, masks, (), scales[mine], scale_tensors[mine], config)
-
-
-def _check(name, x, dS, As, dX, masks, keeps):
-    check(name, x, dS[0].dtype, [*dS, *As, *([] if dX is None else [dX])], [d.shape[1] for d in dS])
-    for d in dS:
-        if d.shape[0] != x.shape[0] or d.dtype is not dS[0].dtype or (d.stride(-1) != 1 and d.shape[1] > 1):
-            raise ValueError(
-                f"{name}: {d.dtype} [M, R] {list(d.shape)} with strides {d.stride()} does not fit x {list(x.shape)}"
-            )
-    if any(A.shape != (d.shape[1], x.shape[1]) for d, A in zip(dS, As, strict=False)):
-        raise ValueError(f"{name}: expected factors [R, {x.shape[1]}], got {[list(A.shape) for A in As]}")
-    if dX is not None and (dX.shape != x.shape or dX.stride(-1) != 1):
-        raise ValueError(
-            f"{name}: expected dX {list(x.shape)} with a contiguous last dim, got {list(dX.shape)} {dX.stride()}"
-        )
-    words = (x.shape[0], triton.cdiv(x.shape[1], 32))
-    if max(masks) >= len(keeps) or any(keep.shape != words for keep in keeps):
-        raise ValueError(f"{name}: masks {masks} do not fit {len(keeps)} keep tensors {list(words)}")
-
-
-def _launch(x, dS, As, outs, strides, dX, masks, keeps, scales, scale_tensors, config):
-    (M, K), n, ranks = x.shape, len(dS), [d.shape[1] for d in dS]
-    how = dot_kind(x.dtype, dS[0].dtype)
-    block_r = min(WIDTH[how], pad_rank(max(ranks)))
-    c = config or pick_config(M, K, n * block_r, how, *device_facts(x.device))
-    rows = max(1, triton.cdiv(triton.cdiv(M, c.chunks), c.block_m)) * c.block_m
-    chunks = max(1, triton.cdiv(M, rows))
-    wanted = [out for out in outs if out is not None]
-    targets, between = outs, 0
-    if chunks > 1:
-        between = sum(out.numel() for out in wanted)
-        partials = torch.empty((chunks, between), dtype=torch.float32, device=x.device)
-        parts = iter(partials.split([out.numel() for out in wanted], 1))
-        targets = [None if out is None else next(parts) for out in outs]
-    scales, scale_tensors = scales or [1.0] * n, scale_tensors or [None] * n
-    with on(x):
-        _x_pass_kernel[(chunks, triton.cdiv(K, c.block_k), triton.cdiv(max(ranks), block_r))](
-            x, tuple(dS), None if dX is None else tuple(As), as_bytes(keeps[m] if m >= 0 else None for m in masks),
-            tuple(targets), dX, tuple(scales), tuple(scale_tensors),
-            tuple(ranks), M, K, rows, x.stride(0), tuple(d.stride(0) for d in dS),
-            (0,) * n if As is None else tuple(A.stride(0) for A in As),
-            (0,) * n if As is None else tuple(A.stride(1) for A in As),
-            tuple(s[0] for s in strides), tuple(s[1] for s in strides), between, 0 if dX is None else dX.stride(0),
-            MASKS=tuple(masks), PER_COLUMN=tuple(t is not None and t.dim() == 1 for t in scale_tensors),
-            BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, DTYPE=DTYPES[dS[0].dtype],
-            PRECISION=precision(how),
-            num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
-    if chunks > 1:
-        reduce(partials, wanted)
+def execute(batches, x, dS, As, outs, dX, keeps, scales, scale_tensors) -> None:
+    """``outs`` only with the strides of the plan: a pointer is what is written to."""
+    dS, As, outs, scales, scale_tensors = tuple(dS), As and tuple(As), tuple(outs), tuple(scales), tuple(scale_tensors)
+    for mine, launch, shape, sizes, total in batches:
+        factors, targets = None if dX is None else As[mine], outs[mine]
+        if total is not None:
+            partials = x.new_empty(shape, dtype=torch.float32)
+            wanted = tuple([out for out in targets if out is not None])
+            if len(targets) == 1:
+                targets = (partials,)
+            else:
+                parts = iter(partials.split(sizes, 1))
+                targets = tuple([None if out is None else next(parts) for out in targets])
+        run(launch, x, dS[mine], factors, keeps[mine], targets, dX, scale_tensors[mine], scales[mine])
+        if total is not None:
+            run(total, partials, wanted)

@@ -270,9 +270,9 @@ def test_sweep_checks_before_it_times(tmp_path):
         "import sys; sys.path[:0] = ['bench']; import tune, torch\n"
         f"out = {str(tmp_path / 'tune.json')!r}\n"
         "assert tune.main(['shrink', '--toy', '--rounds', '1', '--out', out]) == 0\n"
-        "from lowrank.kernels import shrink; right = shrink._launch\n"
-        "def wrong(x, As, S, *rest): right(x, As, S, *rest); S.mul_(1.05)\n"
-        "shrink._launch = wrong\n"
+        "from lowrank.kernels import shrink; right = shrink.execute\n"
+        "def wrong(p, x, As, S, *rest): right(p, x, As, S, *rest); S.mul_(1.05)\n"
+        "shrink.execute = wrong\n"
         "assert tune.main(['shrink', '--toy', '--rounds', '1']) == 1\n"
     )
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

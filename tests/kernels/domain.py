@@ -1,12 +1,25 @@
-"""The calls whose launches are every (kernel, config) pair that pick_config can return: one call per branch of its rules."""
+"""The plans whose launches are every (kernel, config) pair that pick_config can return: one call per branch of its rules."""
 
 import itertools
 
 import torch
+from cross import GPU, layout
 
-from lowrank.kernels import dora, kl, logprob, svf, thin
-from lowrank.kernels.logits import logits
-from lowrank.kernels.materialize import materialize
+from lowrank.kernels import (
+    dora_norm,
+    drop,
+    dy_pass,
+    expand,
+    gain_dy,
+    kl,
+    logits,
+    logprob,
+    materialize,
+    shrink,
+    svf_dy,
+    svf_scale,
+    x_pass,
+)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP32)]  # activations, thin products
@@ -16,101 +29,95 @@ SHAPE = 4096, 1024  # K, N of k_proj in an 8B model; M and the ranks are what co
 RAGGED = 300, 77
 
 
-def calls(dtype, thin_dtype, M, ranks, shape=SHAPE, with_svf=True):
-    """Everything a LoRA linear launches forward and backward at these sizes, with and without dropout."""
-    K, N = shape
-
-    def empty(*size, dtype=dtype):
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    As, Bs = [empty(r, K, dtype=thin_dtype) for r in ranks], [empty(N, r, dtype=thin_dtype) for r in ranks]
-    n, x, dY = len(ranks), empty(M, K), empty(M, N)
-    seeds, scales, none = empty(n, dtype=torch.int64), [0.5] * n, [None] * n
-    for masks in ([-1] * n, [0] * n, list(range(n))):
-        S, keeps = thin.shrink(x, As, thin_dtype, masks, [6554] * (max(masks) + 1), seeds)
-        dX, needed = empty(M, K), [True] * n
-        thin.x_pass(x, list(S.split(ranks, 1)), As, needed, dX, masks, keeps)
-        thin.x_pass(None, list(S.split(ranks, 1)), As, [False] * n, dX, masks, keeps)
+def lora(gpu: GPU, dtype, thin_dtype, M, ranks, shape=SHAPE):
+    """Everything a LoRA linear plans forward and backward at these sizes, with and without dropout."""
+    (K, N), n = shape, len(ranks)
+    x, dY, S = layout(M, K, dtype=dtype), layout(M, N, dtype=dtype), layout(M, sum(ranks), dtype=thin_dtype)
+    As = tuple(layout(r, K, dtype=thin_dtype) for r in ranks)
+    Bs = tuple(layout(N, r, dtype=thin_dtype) for r in ranks)
+    seeds, none, dS = layout(n, dtype=torch.int64), (None,) * n, S.split(ranks)
+    keep, needed, unneeded = layout(M, -(-K // 32), dtype=torch.int32), (True,) * n, (False,) * n
+    for masks in ((-1,) * n, (0,) * n, tuple(range(n))):
+        m = max(masks) + 1
+        yield shrink.plan(x, As, thin_dtype, masks, (6554,) * m, seeds, none, None, gpu=gpu)
+        yield x_pass.plan(x, dS, As, needed, x, masks, (keep,) * m, False, gpu=gpu)
+        yield x_pass.plan(None, dS, As, unneeded, x, masks, (keep,) * m, False, gpu=gpu)
         if (dtype, thin_dtype) == (FP16, FP32):
-            thin.x_pass(None, list(S.split(ranks, 1)), As, [False] * n, dX, masks, keeps, add=True)
-    thin.expand(S, Bs, scales, none, empty(N), dtype)
-    thin.expand(S, Bs, scales, none, empty(M, N), dtype)
-    thin.dy_pass(dY, Bs, scales, none, S, [True] * n, True, thin_dtype)
-    thin.dy_pass(dY, Bs, scales, none, S, [True] * n, False, thin_dtype)
-    thin.dy_pass(dY, Bs, scales, none, None, [False] * n, True, thin_dtype)
-    if n == 1 and with_svf:
-        svf_calls(dtype, thin_dtype, M, ranks[0], shape)
-    if n == 1:
-        dora_calls(dtype, thin_dtype, M, ranks[0], shape)
-    m, changed = empty(ranks[0], dtype=FP32), None if K % 8 else empty(N * K // 32, dtype=torch.int32)
-    for scale in (m, m[:1]):
-        materialize(empty(N, K), As[0], scale, Bs[0], empty(N, K), changed)
+            yield x_pass.plan(None, dS, As, unneeded, x, masks, (keep,) * m, True, gpu=gpu)
+    for start in (layout(N, dtype=dtype), dY):
+        yield expand.plan_new(S, Bs, dtype, none, start, none, None, None, None, None, gpu=gpu)
+    yield dy_pass.plan(dY, Bs, none, S, needed, True, thin_dtype, gpu=gpu)
+    yield dy_pass.plan(dY, Bs, none, S, needed, False, thin_dtype, gpu=gpu)
+    yield dy_pass.plan(dY, Bs, none, None, unneeded, True, thin_dtype, gpu=gpu)
+    m, changed = layout(ranks[0], dtype=FP32), None if K % 8 else layout(N * K // 32, dtype=torch.int32)
+    for scale in (m, layout(1, dtype=FP32)):
+        W = layout(N, K, dtype=dtype)
+        yield materialize.plan(W, As[0], scale, Bs[0], W, changed, gpu=gpu)
 
 
-def svf_calls(dtype, thin_dtype, M, k, shape):
-    """Everything an SVF linear launches beside shrink and x_pass, one expert and several."""
+def svf(gpu: GPU, dtype, thin_dtype, M, k, shape):
+    """Everything an SVF linear plans beside shrink and x_pass, one expert and several."""
     _, N = shape
-
-    def empty(*size, dtype=thin_dtype):
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    S, B, dY = empty(M, k), empty(N, k), empty(M, N, dtype=dtype)
+    S, B, dY = layout(M, k, dtype=thin_dtype), layout(N, k, dtype=thin_dtype), layout(M, N, dtype=dtype)
     for scales, mix in (
-        (empty(k, dtype=FP32), None),
-        (empty(4, k, dtype=FP32), empty(M, 4, dtype=FP32)),
+        (layout(k, dtype=FP32), None),
+        (layout(4, k, dtype=FP32), layout(M, 4, dtype=FP32)),
     ):
-        svf.expand(S, B, scales, mix, empty(N, dtype=dtype), dtype)
-        svf.dy_pass(dY, B, scales, mix, S, True, thin_dtype)
-        svf.dy_pass(dY, B, scales, mix, None, True, thin_dtype)
+        start = layout(N, dtype=dtype)
+        yield expand.plan_new(S, (B,), dtype, (scales,), start, (None,), mix, None, None, None, gpu=gpu)
+        for given in (S, None):
+            p = svf_dy.plan(dY, B, scales, mix, given, True, thin_dtype, gpu=gpu)
+            yield p
+            if p.scale:
+                yield svf_scale.plan(p.out, scales, mix, given, thin_dtype)
         if k == max(RANKS)[0]:  # beyond MAX_RANK these two run alone; below, svf_scale is the end of a split dy_pass
-            svf.scale(S, scales, mix)
-            svf.scale_and_dot(S, scales, mix, S, True)
+            yield svf_scale.plan(S, scales, mix, None, thin_dtype)
+            yield svf_scale.plan(S, scales, mix, S, thin_dtype)
 
 
-def dora_calls(dtype, A_dtype, M, rank, shape):
-    """Everything a DoRA linear launches beside shrink, dy_pass and x_pass; its thin products are fp32."""
+def dora(gpu: GPU, dtype, A_dtype, M, rank, shape):
+    """Everything a DoRA linear plans beside shrink, dy_pass and x_pass; its thin products are fp32."""
     K, N = shape
-
-    def empty(*size, dtype=FP32):
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    x, v, gain = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype), empty(N)
-    A, B = empty(rank, K, dtype=A_dtype), empty(N, rank)
+    x, v, gain = layout(M, K, dtype=dtype), layout(M, N, dtype=dtype), layout(N, dtype=FP32)
+    A, B, S = layout(rank, K, dtype=A_dtype), layout(N, rank, dtype=FP32), layout(M, rank, dtype=FP32)
     for alone in (False, True):
-        dora.norm(empty(N, K, dtype=dtype), A, B, alone)
-    S, (keep,) = dora.shrink(x, [A.to(FP32)], FP32, [0], [6554], empty(1, dtype=torch.int64))
-    for bias in (None, gain.to(dtype)):
-        dora.expand(S, B, v, gain, bias)
-        dora.expand(S, B, None, gain, bias, v)
-    dora.expand(S, B, v, gain, None, v)
-    dora.gain_dy(v, gain, v, True, True)
-    dora.gain_dy(v, gain, v, True, False)
-    dora.gain_dy(v, gain, v, True, False, gain.to(dtype))
-    dora.drop(x, keep)
-    dora.drop(x, keep, x)
+        yield dora_norm.plan(layout(N, K, dtype=dtype), A, B, B, alone, gpu=gpu)
+    wide, seeds, keep = A._replace(dtype=FP32), layout(1, dtype=torch.int64), layout(M, -(-K // 32), dtype=torch.int32)
+    yield shrink.plan(x, (wide,), FP32, (0,), (6554,), seeds, (None,), None, gpu=gpu)
+    for start, bias, base in itertools.product((v, None), (None, gain._replace(dtype=dtype)), (None, v)):
+        if (start or base) and not (start and bias and base):
+            yield expand.plan_new(S, (B,), dtype, (None,), start, (None,), None, gain, bias, base, gpu=gpu)
+    yield gain_dy.plan(v, gain, v, True, True, None)
+    yield gain_dy.plan(v, gain, v, True, False, None)
+    yield gain_dy.plan(v, gain, v, True, False, gain._replace(dtype=dtype))
+    yield drop.plan(x, keep, None)
+    yield drop.plan(x, keep, x)
 
 
-def head_calls(dtype, C=8, V=128256):
-    """Everything a vocabulary head launches for one chunk of rows."""
-
-    def empty(*size, dtype=FP32):
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    h, W, bias = empty(C, 4096, dtype=dtype), empty(V, 4096, dtype=dtype), empty(V, dtype=dtype)
-    logits(h, W, bias)
+def head(gpu: GPU, dtype, C=8, V=128256):
+    """Everything a vocabulary head plans for one chunk of rows."""
+    h, W, bias = layout(C, 4096, dtype=dtype), layout(V, 4096, dtype=dtype), layout(V, dtype=dtype)
+    yield logits.plan(h, W, bias, None, None, gpu=gpu)
     for factors in dict.fromkeys((dtype, FP32)):
-        t = logits(h, empty(16, 4096, dtype=factors))
-        logits(h, W, None, t, empty(V, 16, dtype=factors))
-    z, targets, row, stats = empty(C, V), empty(C, dtype=torch.int64), empty(C), empty(3, C)
-    for scales in ((1.0, 1.0, 0.0), (row, 1.0, 30.0)):
-        logprob.forward(z, targets, -100, scales, row, row, stats)
-        logprob.backward(z, targets, -100, scales, stats, row, row, dtype)
-        kl.forward(z, z, scales, scales, row, empty(5, C))
-        kl.backward(z, z, scales, scales, empty(5, C), row, dtype)
+        yield logits.plan(h, layout(16, 4096, dtype=factors), None, None, None, gpu=gpu)
+        yield logits.plan(h, W, None, layout(C, 16, dtype=FP32), layout(V, 16, dtype=factors), gpu=gpu)
+    z, targets, row = layout(C, V, dtype=FP32), layout(C, dtype=torch.int64), layout(C, dtype=FP32)
+    for inv_t, capped in ((None, False), (row, True)):
+        stats = layout(3, C, dtype=FP32)
+        yield logprob.plan_forward(z, targets, inv_t, row, row, stats, -100, capped)
+        yield logprob.plan_backward(z, targets, inv_t, stats, row, row, -100, capped, dtype)
+        stats = layout(5, C, dtype=FP32)
+        yield kl.plan_forward(z, z, inv_t, inv_t, row, stats, capped, capped)
+        yield kl.plan_backward(z, z, inv_t, inv_t, stats, row, capped, capped, dtype)
 
 
-def every_call(dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE, svf_ranks=RANKS):
+def everything(gpu: GPU, dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE, svf_ranks=RANKS):
+    """What the launchers' plans return for all of these."""
     for (dtype, thin_dtype), M, r in itertools.product(dtypes, rows, ranks):
-        calls(dtype, thin_dtype, M, r, shape, r in svf_ranks)
+        yield from lora(gpu, dtype, thin_dtype, M, r, shape)
+        if len(r) == 1 and r in svf_ranks:
+            yield from svf(gpu, dtype, thin_dtype, M, r[0], shape)
+        if len(r) == 1:
+            yield from dora(gpu, dtype, thin_dtype, M, r[0], shape)
     for dtype in dict.fromkeys(dtype for dtype, _ in dtypes):
-        head_calls(dtype, V=shape[1])
+        yield from head(gpu, dtype, V=shape[1])

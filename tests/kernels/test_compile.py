@@ -16,6 +16,13 @@ pytest.importorskip("triton")
 
 import cross
 import domain
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from lowrank.kernels import expand
+from lowrank.kernels._launch import Layout
 
 SMS = 132  # an H100 or H200; configs depend on it through the number of chunks alone, which no binary does
 FP64 = ("add.f64", "mul.f64", "fma.rn.f64", "add.rn.f64", "mul.rn.f64")
@@ -44,9 +51,7 @@ def complaints(launches, archs) -> list[str]:
 
 
 def launches(arch=90, **which):
-    with cross.recorded(SMS, arch) as found:
-        domain.every_call(**which)
-    return found
+    return cross.launches(domain.everything(cross.gpu(arch, SMS), **which))
 
 
 def one_per_kernel_and_dtype(found):
@@ -85,6 +90,50 @@ def test_everything(arch):
     assert not complaints(found, [arch])
 
 
+def stand_in(value):
+    """What a launcher would be given for a Layout, or ``float``."""
+    if isinstance(value, tuple) and not isinstance(value, Layout):
+        return tuple(map(stand_in, value))
+    if isinstance(value, Layout):
+        return torch.zeros(17, dtype=value.dtype)[0 if value.aligned else 1 :]
+    return 0.5 if value is float else value
+
+
+def test_plans_are_specialised_as_triton_would():
+    """Each plan's types, what is baked in and what is divisible by 16, against Triton's own binder for such a call."""
+    seen = {}
+    kinds = dict(rows=[16, 8192], ranks=[(16,), (4, 24)], svf_ranks=[(16,)])
+    for shape in (domain.SHAPE, domain.RAGGED):
+        for plan in cross.plans(domain.everything(cross.gpu(90, SMS), shape=shape, **kinds)):
+            seen.setdefault(cross.Launch.of(plan), plan)
+    backend, binders = make_backend(GPUTarget("cuda", 90, 32)), {}
+    for launch, plan in seen.items():
+        if launch.name not in binders:
+            kernel = plan.kernel
+            binders[launch.name] = create_function_from_signature(kernel.signature, kernel.params, backend)
+        given = [*map(stand_in, plan.given), *plan.integers]
+        bound, specialised, options = binders[launch.name](*given, **plan.constants)
+        types, keys = zip(*specialised, strict=True)
+        constants, divisible = [], []
+        for path, kind, key, value in leaves(types, keys, tuple(bound.values())):
+            if kind == "constexpr":
+                constants.append((path, value))
+            elif key == "D":
+                divisible.append(path)
+        assert dict(launch.signature) == dict(zip(bound, types, strict=True)), str(launch)
+        assert (launch.constants, launch.divisible) == (tuple(constants), tuple(divisible)), str(launch)
+        assert dict(launch.options) == options
+    assert len(seen) > 200
+
+
+def leaves(types, keys, values, path=()):
+    for i, (kind, key, value) in enumerate(zip(types, keys, values, strict=True)):
+        if isinstance(kind, tuple):
+            yield from leaves(kind, key, value, (*path, i))
+        else:
+            yield (*path, i), kind, key, value
+
+
 def test_wide_loads_of_activations():
     """cp.async or ld.global of 16 bytes in every kernel that reads activations whose rows are 16-byte aligned."""
     for launch in launches(dtypes=domain.DTYPES[:1], rows=[8192], ranks=[(16,)]):
@@ -94,13 +143,8 @@ def test_wide_loads_of_activations():
 
 
 def test_a_spilling_config_is_seen():
-    import torch
-
-    from lowrank.kernels import expand
-
-    with cross.recorded(SMS) as found:
-        x = torch.empty(8192, 128, device="meta")
-        expand.expand(
-            x, [torch.empty(4096, 128, device="meta")], [1.0], [None], None, x.dtype, expand.Config(128, 256, 4, 2)
-        )
-    assert "spills" in check(found[0], 90)
+    S, B = cross.layout(8192, 128, dtype=domain.FP32), cross.layout(4096, 128, dtype=domain.FP32)
+    config, gpu = expand.Config(128, 256, 4, 2), cross.gpu(90, SMS)
+    of_S = (None,), None, (None,), None, None, None, None
+    plan = expand.plan_new(S, (B,), domain.FP32, *of_S, "highest", config, gpu)
+    assert "spills" in check(cross.Launch.of(plan), 90)
