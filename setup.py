@@ -25,9 +25,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path(__file__).resolve().parent / "csrc"
-STEMS = sorted(
-    path.stem for path in CSRC.glob("*.cu")
-)  # the CUDA library's; the CPU's is every *_cpu.cpp and *_rows.cpp
+STEMS = sorted(path.stem for path in CSRC.glob("*.cu"))  # the CUDA library's
+HOST = ["plan_cuda"]  # host code alone, HOST.cpp: in the library that needs no nvcc
 ARCHS = os.environ.get("LOWRANK_ARCHS", "80;90a;100a")
 # The same bits from every compiler: nothing is fused or reordered.  The two -fno allow fmaf and selects in vectors.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -Wall -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
@@ -119,7 +118,9 @@ def ninja_file(library: str, target: Path, folder: Path) -> str:
             "rule link",
             f"  command = {compiler()} -shared $in -o $out {libraries}",
         ]
-        sources = [CSRC / "node.cpp"] if library == "node" else sorted(CSRC.glob("*_cpu.cpp"))
+        sources = [CSRC / "node.cpp"]
+        if library == "cpu":
+            sources = sorted(CSRC.glob("*_cpu.cpp")) + [CSRC / f"{stem}.cpp" for stem in HOST]
         abi = "" if library == "node" else STABLE_ABI
         objects = [(folder / f"{p.stem}.o", p.name, f"{abi} {includes}") for p in sources]
         objects += [

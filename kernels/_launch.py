@@ -13,12 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import _host
+from .._host import flat
+
 MAX_RANK = 512
 WGMMA = (0, 90, 100)  # tensor cores that read shared memory (0: interpreter, AMD); elsewhere operands take registers
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 # A new batch length is a few new plans, which all layers of one size share.
 planned = functools.lru_cache(4096)
+
+_runtime = triton.knobs.runtime
 
 
 class GPU(NamedTuple):
@@ -99,9 +104,9 @@ def layouts(tensors) -> tuple[Layout | None, ...]:
     return tuple(map(layout, tensors))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Plan:
-    """One launch.  A kernel's parameters are, in this order: pointers and floats, integers, constants.
+    """One launch.  A kernel's parameters are, in this order: pointers, floats, integers, constants.
 
     ``given``: per pointer its tensor's Layout, or None; ``float`` per float; or a tuple of these.  A call brings as many.
     """
@@ -113,28 +118,38 @@ class Plan:
     constants: dict[str, Any]  # by name: constexpr parameters, and num_warps, num_stages
 
     def __post_init__(self):
-        device = next(t.device for t in flat(self.given) if isinstance(t, Layout))
-        several = device.type == "cuda" and torch.cuda.device_count() > 1
-        object.__setattr__(self, "launch", self.kernel[self.grid])
-        object.__setattr__(self, "device", device if several else None)  # to be made the current one
+        self.launch = self.kernel[self.grid]
+        tensors = [leaf for leaf in flat(self.given) if leaf is not float]
+        self.tensors, self.floats = len(tensors), flat(self.given).count(float)
+        self.device = tensors[0].device
+        self.elsewhere = self.device.type == "cuda" and torch.cuda.device_count() > 1  # perhaps not the current one
+        self.compiled = None  # what Triton's launch returns; from the second on, _host.register's handle stands for it
+        self.handle = 0
 
 
 def run(plan: Plan, *given) -> None:
     """Launch on the current stream; ``given``: as plan.given has them."""
-    if plan.device is None:
-        plan.launch(*given, *plan.integers, **plan.constants)
-    else:
+    if plan.elsewhere:
         with torch.cuda.device(plan.device):
-            plan.launch(*given, *plan.integers, **plan.constants)
+            _run(plan, given)
+    else:
+        _run(plan, given)
 
 
-def flat(nested):
-    """The leaves of tuples in tuples."""
-    for item in nested:
-        if type(item) is tuple:
-            yield from flat(item)
-        else:
-            yield item
+def _run(plan: Plan, given: tuple) -> None:
+    if plan.handle and not _hooked():
+        leaves = flat(given)
+        _host.launch(plan.handle, leaves[: plan.tensors], leaves[plan.tensors :])
+        return
+    compiled = plan.launch(*given, *plan.integers, **plan.constants)
+    if compiled is not plan.compiled:
+        plan.compiled, plan.handle = compiled, _host.register(plan, compiled)
+
+
+def _hooked() -> bool:
+    """Whether something, like a profiler, is to be called around each of Triton's launches."""
+    hooks = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def dot_kind(wide: torch.dtype, thin: torch.dtype) -> str:

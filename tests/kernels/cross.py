@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lowrank import _host
 from lowrank.kernels import (
     _reduce,
     dora_norm,
@@ -70,6 +71,7 @@ class Launch:
     constants: tuple
     divisible: tuple
     options: tuple
+    parameters: tuple  # bytes of each, as _host lays them out
 
     @classmethod
     def of(cls, plan: Plan) -> "Launch":
@@ -86,7 +88,9 @@ class Launch:
         for i in range(len(given), len(params)):
             signature.append((params[i].name, "constexpr"))
             constants.append(((i,), options.pop(params[i].name)))
-        return cls(name, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(options.items())))
+        options = tuple(sorted(options.items()))
+        parameters = tuple(_host.BYTES[kind] for kind, _ in _host.parameters(plan))
+        return cls(name, tuple(signature), tuple(constants), tuple(divisible), options, parameters)
 
     def compile(self, arch: int | str):
         target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)

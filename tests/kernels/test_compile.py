@@ -1,6 +1,7 @@
 """Every kernel at every config that pick_config can return, compiled for GPUs that are not here.
 
-No spills in a loop, shared memory within the chip's, no fp64 arithmetic, 16-byte loads of activations.  ``make test``
+No spills in a loop, shared memory within the chip's, no fp64 arithmetic, 16-byte loads of activations, and parameters that are
+laid out as _host lays them out.  ``make test``
 compiles a cross-section; ``make compile-all`` everything (-m compile_all).
 """
 
@@ -21,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from lowrank import _host
 from lowrank.kernels import expand
 from lowrank.kernels._launch import Layout
 
@@ -41,6 +43,9 @@ def check(launch: cross.Launch, arch: int | str) -> str:
             found.append(f"spills: {resources}")
         if any(op in compiled.asm["ptx"] for op in FP64):
             found.append("fp64 arithmetic")
+        *parameters, a, b = _host.declared(compiled.asm["ptx"])
+        if (tuple(parameters), a, b) != (launch.parameters, 8, 8):  # and two pointers to scratch memory
+            found.append(f"parameters of {parameters} bytes, expected {launch.parameters}")
     return f"{arch} {launch}: {'; '.join(found)}" if found else ""
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from thin_inputs import BF16, DEVICE, FP32, randn
 
-from lowrank.kernels import _launch, dy_pass, expand, shrink, thin, x_pass
+from lowrank import _host, _native
+from lowrank.kernels import _launch, _reduce, dy_pass, expand, shrink, thin, x_pass
 from lowrank.kernels._launch import Layout, layout
 
 
@@ -102,3 +103,35 @@ def test_layouts_are_tensors(shape):
 def test_split_layouts_are_split_tensors(sizes):
     t = torch.empty(7, sum(sizes), dtype=BF16, device=DEVICE)
     assert layout(t).split(sizes) == _launch.layouts(t.split(sizes, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PLANS)
+def test_the_same_bits_through_triton_and_without_it(name, monkeypatch):
+    """Then on another stream, and in a CUDA graph."""
+    if not _native.available("cpu"):
+        pytest.skip(_native.why_not("cpu"))
+    executed, execute = [], _host.launch
+    monkeypatch.setattr(_host, "launch", lambda *given: executed.append(given) or execute(*given))
+    for plans in (*PLANS.values(), expand.plan, _reduce.plan):
+        plans.cache_clear()
+    t = given(M=4096, K=1024, N=1024)
+    expected = [r.clone() for r in call(name, t)]
+    assert not executed
+    assert all(map(torch.equal, call(name, t), expected))
+    launches = len(executed)
+    assert launches > 0
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = call(name, t)
+    stream.synchronize()
+    assert all(map(torch.equal, results, expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call(name, t)
+    for result in results:
+        result.zero_()
+    graph.replay()
+    assert all(map(torch.equal, results, expected))
+    assert len(executed) == 3 * launches

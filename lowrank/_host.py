@@ -1,0 +1,93 @@
+"""Planned launches without Triton's launcher: Python has decided, csrc/plan_cuda.cpp executes.
+
+A plan is launched through Triton once, which compiles it; :func:`register` then lays out its parameters as the compiled kernel
+takes them, and from there on :func:`launch` copies pointers and floats into place and calls ``cuLaunchKernel``.
+What is not laid out as expected, or needs more than that, stays with Triton: so does everything where csrc/ is not built.
+"""
+
+import re
+import weakref
+
+import torch
+
+from . import _native
+
+INT32, INT64, FLOAT32, POINTER = range(4)  # csrc/plan.h's Kind
+BYTES = {INT32: 4, INT64: 8, FLOAT32: 4, POINTER: 8}
+SCRATCH = 2  # pointers that Triton appends, null where the kernel needs no scratch memory
+MAX_SHARED = 228 << 10  # above which Triton sets another attribute
+
+_lib = torch.library.Library("lowrank", "FRAGMENT")
+_lib.define("new_plan(int function, int[] grid, int threads, int shared, int device, int[] kinds, int[] values) -> int")
+_lib.define("launch(int plan, Tensor(a!)[] tensors, float[] floats) -> ()")
+_lib.define("free_plan(int plan) -> ()")
+
+launch = torch.ops.lowrank.launch.default
+
+
+def register(plan, compiled) -> int:
+    """A handle of ``plan`` (kernels/_launch.py) for launch(handle, tensors, floats); 0 if Triton is to launch it.
+
+    ``compiled``: what Triton's launch has returned, to be kept as long as the handle is used.
+    """
+    if not _native.available("cpu") or why_not(plan, compiled) is not None:
+        return 0
+    kinds, values = zip(*parameters(plan), *[(INT64, 0)] * SCRATCH, strict=True)
+    count = len(declared(compiled.asm["ptx"]))
+    metadata, grid = compiled.metadata, (*plan.grid, 1, 1)[:3]
+    handle = torch.ops.lowrank.new_plan(
+        compiled.function,
+        grid,
+        32 * metadata.num_warps,
+        metadata.shared,
+        plan.device.index or 0,
+        kinds[:count],
+        values[:count],
+    )
+    if handle:
+        weakref.finalize(plan, torch.ops.lowrank.free_plan, handle).atexit = False
+    return handle
+
+
+def why_not(plan, compiled) -> str | None:
+    """Why Triton is to launch it; None if it need not."""
+    ptx = getattr(compiled, "asm", {}).get("ptx")
+    if ptx is None:
+        return "not compiled for an NVIDIA GPU"
+    metadata = compiled.metadata
+    for name, plain in (("num_ctas", 1), ("launch_cooperative_grid", False), ("launch_pdl", False)):
+        if getattr(metadata, name, plain) != plain:
+            return f"{name} is {getattr(metadata, name)}"
+    for name in ("global_scratch_size", "profile_scratch_size"):
+        if getattr(metadata, name, 0):
+            return f"{name} is {getattr(metadata, name)}"
+    if metadata.shared > MAX_SHARED:
+        return f"{metadata.shared} bytes of shared memory"
+    ours, theirs = [BYTES[kind] for kind, _ in parameters(plan)], declared(ptx)
+    if theirs[: len(ours)] != ours or theirs[len(ours) :] not in ([8] * n for n in range(SCRATCH + 1)):
+        return f"parameters of {theirs} bytes, expected {ours} and scratch"
+    return None
+
+
+def parameters(plan) -> list[tuple[int, int]]:
+    """(kind, value) of each parameter of the compiled kernel but scratch: what Triton bakes in, None and 1, is none.
+
+    The value of an integer; the index of a pointer or float among a call's.
+    """
+    found = [(POINTER, i) for i in range(plan.tensors)] + [(FLOAT32, i) for i in range(plan.floats)]
+    return found + [
+        (INT32 if -(1 << 31) <= integer < 1 << 31 else INT64, integer)
+        for integer in flat(plan.integers)
+        if integer != 1
+    ]
+
+
+def declared(ptx: str) -> list[int]:
+    """Bytes of each parameter of the kernel."""
+    entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)[1]
+    return [int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z]+(\d+)\b", entry)]
+
+
+def flat(nested: tuple) -> list:
+    """Its items and those of tuples among them, without None."""
+    return [leaf for item in nested for leaf in (item if type(item) is tuple else (item,)) if leaf is not None]
