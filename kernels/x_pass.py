@@ -177,10 +177,8 @@ def plan(
     fused = any(need_dA) and fits(n * pad_rank(max(ranks)), how, gpu.arch)
     expand = None
     if dX is not None and (add or not fused):
-        none, start = (None,) * n, dX if add else None
-        expand = _expand.plan(
-            dX, dS, tuple(A.mT for A in As), none, start, of, None, None, None, None, matmul, None, gpu
-        )
+        Bs, start = tuple(A.mT for A in As), dX if add else None
+        expand = _expand.plan(dX, dS, Bs, (None,) * n, start, of, None, None, None, None, matmul, None, gpu)
         dX = None
     dAs = tuple(Layout.new(A.shape, A.dtype, A.device) if need else None for A, need in zip(As, need_dA, strict=True))
     return XPass(expand, _batches(x, dS, As, dAs, dX, masks, of, (None,) * n, how, matmul, config, gpu))
@@ -224,25 +222,15 @@ def _check(name, x, dS, As, dX, masks, keeps):
 def _batches(x, dS, As, outs, dX, masks, keeps, scale_tensors, how, *more) -> tuple[Batch, ...]:
     """``outs``: [R_j, K] of any strides."""
     return tuple(
-        _batch(
-            mine,
-            x,
-            dS[mine],
-            As and As[mine],
-            outs[mine],
-            dX,
-            masks[mine],
-            keeps[mine],
-            scale_tensors[mine],
-            how,
-            *more,
-        )
+        _batch(mine, x, dS, As, outs, dX, masks, keeps, scale_tensors, how, *more)
         for mine in batches([d.shape[1] for d in dS], WIDTH[how])
         if any(out is not None for out in outs[mine])
     )
 
 
 def _batch(mine, x, dS, As, outs, dX, masks, keeps, scale_tensors, how, matmul, config, gpu) -> Batch:
+    dS, outs, masks, keeps, scale_tensors = (t[mine] for t in (dS, outs, masks, keeps, scale_tensors))
+    As = None if As is None else As[mine]
     (M, K), n, ranks = x.shape, len(dS), tuple(d.shape[1] for d in dS)
     block_r = min(WIDTH[how], pad_rank(max(ranks)))
     c = config or pick_config(M, K, n * block_r, how, gpu.arch, gpu.sms)
@@ -315,9 +303,9 @@ def x_pass(
 
 def execute(batches, x, dS, As, outs, dX, keeps, scales, scale_tensors) -> None:
     """``outs`` only with the strides of the plan: a pointer is what is written to."""
-    dS, As, outs, scales, scale_tensors = tuple(dS), As and tuple(As), tuple(outs), tuple(scales), tuple(scale_tensors)
+    dS, outs, scales, scale_tensors = tuple(dS), tuple(outs), tuple(scales), tuple(scale_tensors)
     for mine, launch, shape, sizes, total in batches:
-        factors, targets = None if dX is None else As[mine], outs[mine]
+        factors, targets = None if dX is None else tuple(As[mine]), outs[mine]
         if total is not None:
             partials = x.new_empty(shape, dtype=torch.float32)
             wanted = tuple([out for out in targets if out is not None])

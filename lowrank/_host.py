@@ -5,6 +5,7 @@ takes them, and from there on :func:`launch` copies pointers and floats into pla
 What is not laid out as expected, or needs more than that, stays with Triton: so does everything where csrc/ is not built.
 """
 
+import functools
 import re
 import weakref
 
@@ -82,6 +83,7 @@ def parameters(plan) -> list[tuple[int, int]]:
     ]
 
 
+@functools.lru_cache(1024)
 def declared(ptx: str) -> list[int]:
     """Bytes of each parameter of the kernel."""
     entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)[1]
