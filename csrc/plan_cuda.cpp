@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
+
 #include "plan.h"
 
 namespace lowrank {
@@ -43,21 +45,27 @@ int64_t new_plan(int64_t function, const std::vector<int64_t> grid, int64_t thre
   return reinterpret_cast<int64_t>(plan);
 }
 
-void launch(int64_t handle, const std::vector<torch::stable::Tensor> tensors, const std::vector<double> floats) {
-  const Plan& plan = *reinterpret_cast<const Plan*>(handle);
-  std::vector<uint64_t> bytes(plan.bytes);
+void launch(const Plan& plan, void* const* pointers, const double* floats) {
+  std::vector<uint64_t> parameters(plan.parameters);
+  for (const auto& slot : plan.pointers) parameters[slot.at] = reinterpret_cast<uint64_t>(pointers[slot.index]);
   for (const auto& slot : plan.floats) {
     const float value = static_cast<float>(floats[slot.index]);
-    std::memcpy(&bytes[slot.offset], &value, sizeof value);
+    std::memcpy(&parameters[slot.at], &value, sizeof value);
   }
-  for (const auto& slot : plan.pointers) bytes[slot.offset] = reinterpret_cast<uint64_t>(tensors[slot.index].data_ptr());
-  std::vector<void*> parameters(bytes.size());
-  for (size_t i = 0; i < bytes.size(); ++i) parameters[i] = &bytes[i];
+  std::vector<void*> addresses(parameters.size());
+  for (size_t i = 0; i < parameters.size(); ++i) addresses[i] = &parameters[i];
   void* stream = nullptr;
   STD_TORCH_CHECK(current_stream()(plan.device, &stream) == 0, "launch: no current stream on device ", plan.device);
   const int error = launch_kernel()(plan.function, plan.grid[0], plan.grid[1], plan.grid[2], plan.threads, 1, 1, plan.shared,
-                                    stream, parameters.data(), nullptr);
+                                    stream, addresses.data(), nullptr);
   STD_TORCH_CHECK(error == 0, "launch: cuLaunchKernel failed with CUDA error ", error);
+}
+
+void launch_op(int64_t handle, const std::vector<torch::stable::Tensor> tensors, const std::vector<double> floats) {
+  std::vector<void*> pointers;
+  pointers.reserve(tensors.size());
+  for (const auto& t : tensors) pointers.push_back(t.data_ptr());
+  launch(*reinterpret_cast<const Plan*>(handle), pointers.data(), floats.data());
 }
 
 void free_plan(int64_t handle) { delete reinterpret_cast<const Plan*>(handle); }
@@ -66,6 +74,6 @@ void free_plan(int64_t handle) { delete reinterpret_cast<const Plan*>(handle); }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank, CompositeExplicitAutograd, m) {
   m.impl("new_plan", TORCH_BOX(&lowrank::new_plan));
-  m.impl("launch", TORCH_BOX(&lowrank::launch));
+  m.impl("launch", TORCH_BOX(&lowrank::launch_op));
   m.impl("free_plan", TORCH_BOX(&lowrank::free_plan));
 }

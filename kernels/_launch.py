@@ -122,14 +122,14 @@ class Plan:
         tensors = [leaf for leaf in flat(self.given) if leaf is not float]
         self.tensors, self.floats = len(tensors), flat(self.given).count(float)
         self.device = tensors[0].device
-        self.elsewhere = self.device.type == "cuda" and torch.cuda.device_count() > 1  # perhaps not the current one
+        self.several = self.device.type == "cuda" and torch.cuda.device_count() > 1  # another may be the current one
         self.compiled = None  # what Triton's launch returns; from the second on, _host.register's handle stands for it
         self.handle = 0
 
 
 def run(plan: Plan, *given) -> None:
     """Launch on the current stream; ``given``: as plan.given has them."""
-    if plan.elsewhere:
+    if plan.several and torch.cuda.current_device() != plan.device.index:
         with torch.cuda.device(plan.device):
             _run(plan, given)
     else:
@@ -148,8 +148,8 @@ def _run(plan: Plan, given: tuple) -> None:
 
 def _hooked() -> bool:
     """Whether something, like a profiler, is to be called around each of Triton's launches."""
-    hooks = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def dot_kind(wide: torch.dtype, thin: torch.dtype) -> str:

@@ -14,7 +14,7 @@ import torch
 from . import _native
 
 INT32, INT64, FLOAT32, POINTER = range(4)  # csrc/plan.h's Kind
-BYTES = {INT32: 4, INT64: 8, FLOAT32: 4, POINTER: 8}
+NULL = -1  # the index of a pointer that is null
 SCRATCH = 2  # pointers that Triton appends, null where the kernel needs no scratch memory
 MAX_SHARED = 228 << 10  # above which Triton sets another attribute
 
@@ -33,18 +33,12 @@ def register(plan, compiled) -> int:
     """
     if not _native.available("cpu") or why_not(plan, compiled) is not None:
         return 0
-    kinds, values = zip(*parameters(plan), *[(INT64, 0)] * SCRATCH, strict=True)
-    count = len(declared(compiled.asm["ptx"]))
-    metadata, grid = compiled.metadata, (*plan.grid, 1, 1)[:3]
+    kinds = declared(compiled.asm["ptx"])
+    values = [value for _, value in parameters(plan)]
     handle = torch.ops.lowrank.new_plan(
-        compiled.function,
-        grid,
-        32 * metadata.num_warps,
-        metadata.shared,
-        plan.device.index or 0,
-        kinds[:count],
-        values[:count],
-    )
+        compiled.function, (*plan.grid, 1, 1)[:3], 32 * compiled.metadata.num_warps, compiled.metadata.shared,
+        plan.device.index or 0, kinds, values + [NULL] * (len(kinds) - len(values)),
+    )  # fmt: skip
     if handle:
         weakref.finalize(plan, torch.ops.lowrank.free_plan, handle).atexit = False
     return handle
@@ -64,9 +58,9 @@ def why_not(plan, compiled) -> str | None:
             return f"{name} is {getattr(metadata, name)}"
     if metadata.shared > MAX_SHARED:
         return f"{metadata.shared} bytes of shared memory"
-    ours, theirs = [BYTES[kind] for kind, _ in parameters(plan)], declared(ptx)
-    if theirs[: len(ours)] != ours or theirs[len(ours) :] not in ([8] * n for n in range(SCRATCH + 1)):
-        return f"parameters of {theirs} bytes, expected {ours} and scratch"
+    ours, theirs = [kind for kind, _ in parameters(plan)], declared(ptx)
+    if theirs[: len(ours)] != ours or theirs[len(ours) :] not in ([POINTER] * n for n in range(SCRATCH + 1)):
+        return f"the kernel's parameters are of kinds {theirs}, expected {ours} and scratch"
     return None
 
 
@@ -85,9 +79,10 @@ def parameters(plan) -> list[tuple[int, int]]:
 
 @functools.lru_cache(1024)
 def declared(ptx: str) -> list[int]:
-    """Bytes of each parameter of the kernel."""
+    """The kind of each parameter of the kernel."""
     entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)[1]
-    return [int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z]+(\d+)\b", entry)]
+    kinds = {"u32": INT32, "u64": INT64, "f32": FLOAT32, "u64 .ptr": POINTER}
+    return [kinds.get(kind) for kind in re.findall(r"\.param\s+\.(\w+(?: \.ptr)?)", entry)]
 
 
 def flat(nested: tuple) -> list:

@@ -5,6 +5,7 @@ Prints a line per launch that differs, and how many were compared.
 """
 
 import ctypes
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -40,7 +41,8 @@ def bring(value):
 
 
 def recorded(launch, plan, given) -> str:
-    sizes = [*launch.parameters, 8, 8]  # and two pointers to scratch memory
+    sizes = [4 if kind in (_host.INT32, _host.FLOAT32) else 8 for kind in launch.parameters]
+    sizes += [8] * _host.SCRATCH
     cuda.expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
     _launch.run(plan, *given)
     return cuda.recorded().decode()
@@ -84,6 +86,11 @@ def refused(plan, *given):
     if len(asked) != 1:
         print("a hook is passed by")
     plan.launch = theirs
+    again = dataclasses.replace(plan)
+    again.device = DEVICE
+    _launch.run(again, *(3 if isinstance(value, float) else value for value in given))
+    if again.handle or not any(isinstance(value, float) for value in given):
+        print("an integer in a float's place is laid out as a float")
     cuda.break_()
     try:
         _launch.run(plan, *given)

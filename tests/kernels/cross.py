@@ -71,7 +71,7 @@ class Launch:
     constants: tuple
     divisible: tuple
     options: tuple
-    parameters: tuple  # bytes of each, as _host lays them out
+    parameters: tuple  # the kind of each, as _host lays them out
 
     @classmethod
     def of(cls, plan: Plan) -> "Launch":
@@ -89,7 +89,7 @@ class Launch:
             signature.append((params[i].name, "constexpr"))
             constants.append(((i,), options.pop(params[i].name)))
         options = tuple(sorted(options.items()))
-        parameters = tuple(_host.BYTES[kind] for kind, _ in _host.parameters(plan))
+        parameters = tuple(kind for kind, _ in _host.parameters(plan))
         return cls(name, tuple(signature), tuple(constants), tuple(divisible), options, parameters)
 
     def compile(self, arch: int | str):

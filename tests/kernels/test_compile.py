@@ -43,9 +43,9 @@ def check(launch: cross.Launch, arch: int | str) -> str:
             found.append(f"spills: {resources}")
         if any(op in compiled.asm["ptx"] for op in FP64):
             found.append("fp64 arithmetic")
-        *parameters, a, b = _host.declared(compiled.asm["ptx"])
-        if (tuple(parameters), a, b) != (launch.parameters, 8, 8):  # and two pointers to scratch memory
-            found.append(f"parameters of {parameters} bytes, expected {launch.parameters}")
+        declared, expected = _host.declared(compiled.asm["ptx"]), [*launch.parameters, *[_host.POINTER] * _host.SCRATCH]
+        if declared != expected:
+            found.append(f"parameters of kinds {declared}, expected {expected}")
     return f"{arch} {launch}: {'; '.join(found)}" if found else ""
 
 
