@@ -13,7 +13,8 @@ from torch import nn
 
 from . import _stats, sharding, traced
 from .ops import dora as dora_op
-from .ops.linear import TENSORS, Adapter, Projection, plainly
+from .ops._boundary import TENSORS, plainly
+from .ops.linear import Adapter, Projection
 from .ops.lora import lora_projections, projected
 from .ops.node import AGAIN, CHANGED, COPY, FORWARD_MODE, again, followed, has_tangent
 from .ops.validation import DTYPES

@@ -17,9 +17,9 @@ from torch import nn
 
 from .. import _stats
 from ..layers import adapters_of
+from ..ops._boundary import no_autocast
 from ..ops.head import Head
 from ..ops.logprob import with_stats
-from ..ops.lora_impl import no_autocast
 from . import peft as _peft
 
 try:

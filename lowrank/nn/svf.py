@@ -20,8 +20,8 @@ from ..factors import (
     weight_checksum,
     weight_shape,
 )
+from ..ops._boundary import no_autocast
 from ..ops.dropout import row_blocks
-from ..ops.lora_impl import no_autocast
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
 from ..ops.node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow
 from ..ops.svf import MODES, cheapest, column_scales, svf_projection

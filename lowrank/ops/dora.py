@@ -19,9 +19,8 @@ import torch
 
 from .. import _stats
 from . import dora_impl, dropout
+from ._boundary import as_shaped, autocast_dtype, is_plain
 from .linear import Adapter, Projection
-from .lora import autocast_dtype, is_plain
-from .lora_impl import as_shaped
 from .node import (
     AGAIN,
     DIFFERENTIABLE,

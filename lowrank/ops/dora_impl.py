@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .. import bits
 from . import dropout, eager
+from ._boundary import dense, no_autocast, rows_of
 from ._dispatch import dora_products
-from .lora_impl import dense, dropper, may_overflow, no_autocast, rows_of
+from .lora_impl import dropper, may_overflow
 
 
 def norm(weight, A, B, start=None) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import _stats
 from . import kl_impl
+from ._boundary import autocast_dtype, is_plain
 from .head import CHUNK_BYTES, SCHEMA, Head, as_arguments
 from .logprob import differentiated, spread
-from .lora import autocast_dtype, is_plain
 from .node import AGAIN, FORWARD_MODE, again, followed, has_tangent, must_follow
 from .validation import check_chunk_bytes, check_heads
 

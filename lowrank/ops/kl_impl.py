@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from ._boundary import no_autocast
 from .head import Gradients, Products, chunks, row_passes
 from .logprob_impl import plain_logits, row_sum, transform
-from .lora_impl import no_autocast
 
 
 def forward(*arguments):

@@ -16,26 +16,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _native, _stats
 from . import dropout, eager, lora_impl
+from ._boundary import TENSORS, all_plainly, as_shaped, dense, rows_of
 from ._choice import choice
 from ._dispatch import outlasts_host, thin_products
 from .eager import add_product_
-from .lora_impl import add_base, as_shaped, dense, may_overflow, rows_of
+from .lora_impl import add_base, may_overflow
 from .node import DIFFERENTIABLE, alive, hand_over, must_follow, recall, remember
 
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _NUMBERS = frozenset((float, int))
-TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _INFINITY = float("inf")
-_is_compiling = torch.compiler.is_compiling
-_interpreter, _is_tracing = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
 _linear, _unsafe_view = torch.nn.functional.linear, torch.ops.aten._unsafe_view.default
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_modes, _is_batched = torch._C._len_torch_dispatch_stack, torch._C._functorch.is_legacy_batchedtensor
-
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
 # On a CPU alone.  weights: none, or one per projection.  starts: biases or a base output, or none at all.  factors: A and B of
@@ -100,35 +95,6 @@ class _Call(NamedTuple):
     short: bool  # without masks and without a base that goes first, in PyTorch
 
 
-def plainly(x) -> bool:
-    """Whether nobody but autograd looks into a call with x: no tracer, transform, dispatch mode or tensor subclass."""
-    return (
-        type(x) in TENSORS
-        and not _is_compiling()
-        and _interpreter() is None
-        and forward_ad._current_level < 0
-        and not _modes()
-        and not _is_tracing()
-        and not x.is_meta
-    )
-
-
-def _plainly_all(dys) -> bool:
-    """Whether all gradients are there, and nobody looks into what is made of them."""
-    if (
-        torch.is_grad_enabled()
-        or _is_compiling()
-        or _interpreter() is not None
-        or forward_ad._current_level >= 0
-        or _modes()
-    ):
-        return False
-    for dy in dys:  # noqa: SIM110 (a generator costs host time in every backward)
-        if type(dy) is not torch.Tensor or dy.is_meta or _is_batched(dy):
-            return False
-    return True
-
-
 def beside(x: Tensor, projections: tuple[Projection, ...]) -> bool:
     """Whether the projections' tensors are no subclasses and on x's device."""
     device = x.device
@@ -145,7 +111,7 @@ def beside(x: Tensor, projections: tuple[Projection, ...]) -> bool:
 def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = False) -> tuple[Tensor, ...] | None:
     """One [..., N] per projection, or None where ops/lora.py is to answer, or to say what does not fit.
 
-    x: :func:`plainly`, and its projections' tensors :func:`beside` it.
+    x: :func:`_boundary.plainly`, and its projections' tensors :func:`beside` it.
     """
     dtype, device, shape = x.dtype, x.device, x.shape
     if dtype not in _FLOATS or len(shape) == 0 or x.numel() == 0:
@@ -282,7 +248,7 @@ class _Linears(torch.autograd.Function):
         weights, As, Bs, keeps = saved[:cut], saved[cut : cut + n], saved[cut + n : cut + 2 * n], saved[cut + 2 * n :]
         factors = list(chain.from_iterable(zip(As, Bs, strict=True)))
         rest = call, dys, x, S, factors, keeps, weights, needs[5]
-        grads = _backward(*rest) if _plainly_all(dys) else _backward_of_some(*rest, ctx.layers)
+        grads = _backward(*rest) if all_plainly(dys) else _backward_of_some(*rest, ctx.layers)
         return None, None, None, None, None, grads[0], dys[0] if needs[6] else None, *grads[1:]
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import _stats
 from . import logprob_impl
+from ._boundary import autocast_dtype, is_plain
 from .head import CHUNK_BYTES, SCHEMA, Head, as_arguments
-from .lora import autocast_dtype, is_plain
 from .node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow
 from .validation import check_head, check_logprob
 

@@ -9,8 +9,8 @@ The row passes are kernels/logprob.py on a GPU and Eager elsewhere.
 import torch
 from torch import Tensor
 
+from ._boundary import no_autocast
 from .head import Gradients, Products, chunks, row_passes
-from .lora_impl import no_autocast
 
 FAR = -1e4  # exp of this is 0, and it times 0 is 0, which −inf is not
 

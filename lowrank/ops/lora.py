@@ -18,8 +18,8 @@ import torch
 
 from .. import _stats
 from . import dropout, lora_impl
-from .linear import Adapter, Projection, beside, linears, plainly
-from .lora_impl import as_shaped
+from ._boundary import as_shaped, autocast_dtype, is_plain, plainly
+from .linear import Adapter, Projection, beside, linears
 from .node import (
     AGAIN,
     DIFFERENTIABLE,
@@ -300,19 +300,6 @@ def _backward(dys: list[torch.Tensor | None], *rest):
     return run(dys, *rest)
 
 
-def is_plain(t: torch.Tensor) -> bool:
-    """Whether nobody looks at ops: then their bodies are called directly, which saves 35 us of boxing lists per call and
-    backward (measured).  Tracing, meta and fake tensors, dispatch modes and torch.func see the op.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or type(t) not in (torch.Tensor, torch.nn.Parameter)
-        or t.is_meta
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
 _lib.impl("lora_linears", lora_impl.forward, "CompositeExplicitAutograd")
 _lib.impl("lora_linears_backward", lora_impl.backward, "CompositeExplicitAutograd")
 
@@ -356,11 +343,3 @@ def _(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, mask
     grads += [factor.new_empty(factor.shape) for factor in (*As, *Bs)]
     grads += [None if dy is None else dy.new_empty(dy.shape[1], dtype=wide) for dy in owners]
     return [grad for grad, need in zip(grads, needs, strict=True) if need]
-
-
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype autocast wants here, or None.  Like torch's own rule it leaves fp64 alone."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)

@@ -4,13 +4,12 @@ The thin products are ops/eager.py's or kernels/thin.py's, which offer the same 
 big GEMM is always torch's.  Argument names and the order of the gradients are those of the schemas in ops/lora.py.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from .. import bits
 from . import dropout
+from ._boundary import dense, no_autocast, plus, rows_of
 from ._dispatch import thin_products
 from .eager import add_product_, times
 
@@ -214,39 +213,10 @@ def differentiable(
         return [grad for grad, need in zip([dX, *dW, *db, *dA, *dB, *dlb], needs, strict=True) if need]
 
 
-def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a + b, where None is nothing."""
-    return b if a is None else a if b is None else a + b
-
-
 def dropper(keeps: list[Tensor], columns: int):
     """drop(t [M,columns], mask): t, 0 where the mask's keep bit is 0; mask -1 is no mask."""
     masks = [bits.unpack(keep.reshape(-1), (keep.shape[0], 32 * keep.shape[1]))[:, :columns] for keep in keeps]
     return lambda t, mask: t if mask < 0 else torch.where(masks[mask], t, 0)
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Dtypes are explicit below; the context is entered only where autocast would interfere."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return x if x.dtype is dtype else x.to(dtype)
-
-
-def as_shaped(y: Tensor, shape: torch.Size) -> Tensor:
-    """y [M,N], which nobody else has, in the leading shape of x's ``shape``.  Like F.linear's result it is no view: callers may
-    add to it in place, and FSDP2's hook on a unit's output survives that only where the output is no view.
-    """
-    return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
-
-
-def dense(dy: Tensor) -> Tensor:
-    """A gradient with the strides a GEMM takes: ``y.sum().backward()`` hands over strides of 0."""
-    return dy if 1 in dy.stride() and 0 not in dy.stride() else dy.contiguous()
 
 
 def _on_device(scalings, scaling_tensors, device: torch.device | None) -> tuple[list[float], list[Tensor | None]]:

@@ -17,8 +17,7 @@ import torch
 from .. import _stats
 from ..svd import SVDFactors
 from . import svf_impl
-from .lora import autocast_dtype, is_plain
-from .lora_impl import as_shaped
+from ._boundary import as_shaped, autocast_dtype, is_plain
 from .materialize import materialize
 from .node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow
 from .validation import check_svf

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import dropout, eager
+from ._boundary import dense, no_autocast, plus, rows_of
 from ._dispatch import svf_products
-from .lora_impl import dense, may_overflow, no_autocast, plus, rows_of
+from .lora_impl import may_overflow
 
 
 def forward(x, weight, bias, base, A, B, scales, mix, dtype, thin_dtype):

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from lowrank.ops import _choice, linear, lora
+from lowrank.ops import _boundary, _choice, linear, lora
 from lowrank.ops._choice import choice, forced
 from lowrank.ops.linear import Adapter, Projection
 
@@ -198,10 +198,10 @@ def test_what_is_not_plain_is_left_to_the_general_form(form):
         for what, other in others.items():
             assert linear.linears(x, (other,)) is None, what
         assert linear.linears(x[:0], (projection,)) is None
-    assert not linear.plainly(x.to("meta"))
-    assert not linear.plainly(torch.nn.utils.rnn.pack_sequence([x]))
+    assert not _boundary.plainly(x.to("meta"))
+    assert not _boundary.plainly(torch.nn.utils.rnn.pack_sequence([x]))
     with torch.utils._python_dispatch.TorchDispatchMode():
-        assert not linear.plainly(x)
+        assert not _boundary.plainly(x)
 
 
 def test_a_forward_and_its_backward_take_the_same_form():
