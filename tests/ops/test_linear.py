@@ -65,7 +65,7 @@ def run(call, x, projections, leaves, **options):
     torch.manual_seed(3)
     ys = call(x, projections, **options)
     assert ys is not None, "not plain"
-    dys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).to(y.dtype) for i, y in enumerate(ys)]
+    dys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).to(y) for i, y in enumerate(ys)]
     return [*ys, *torch.autograd.grad(ys, leaves, dys)]
 
 
@@ -228,3 +228,34 @@ def test_a_weight_written_to_before_backward_is_torchs_own_error(form):
     projections[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [3, 2048])
+@pytest.mark.parametrize("case", ["alone", "bias", "base", "dropout", "frozen x"])
+def test_the_general_forms_bits_on_a_gpu(case, rows):
+    """Rows that a node of C++ answers in GEMMs, and rows for kernels; after the second call by planned launches."""
+    device = torch.device("cuda")
+    for dtype, factor_dtype in itertools.product((torch.float32, torch.bfloat16, torch.float16), (None, torch.float32)):
+        Ns = [1024] if case == "base" else [1024, 512, 8]
+        x, projections, leaves = made((rows, 2048), Ns, 16, dtype, factor_dtype or dtype, **CASES[case])
+        with torch.no_grad():
+            moved = {id(t): t.detach().to(device).requires_grad_(t.requires_grad) for t in leaves}
+
+        def there(t, moved=moved):
+            return None if t is None else moved[id(t)] if id(t) in moved else t.detach().to(device)
+
+        given = tuple(
+            Projection(
+                there(weight), there(bias), tuple(a._replace(A=there(a.A), B=there(a.B)) for a in adapters), there(base)
+            )
+            for weight, bias, adapters, base, _, _ in projections
+        )
+        call = there(x), given, [moved[id(t)] for t in leaves]
+        for _ in range(3):
+            assert_same_bits(run(linear.linears, *call), run(lora.general, *call))
+        with forced("eager"):
+            python = run(linear.linears, *call)
+            assert_same_bits(python, run(lora.general, *call))
+        if rows == 3 and case != "dropout" and (factor_dtype or dtype) is dtype and choice(device).node:
+            assert_same_bits(run(linear.linears, *call), python)
