@@ -49,7 +49,10 @@ def why_not(plan, compiled) -> str | None:
     ptx = getattr(compiled, "asm", {}).get("ptx")
     if ptx is None:
         return "not compiled for an NVIDIA GPU"
-    metadata = compiled.metadata
+    metadata = getattr(compiled, "metadata", None)
+    read = (getattr(compiled, "function", None), *(getattr(metadata, name, None) for name in ("num_warps", "shared")))
+    if not all(isinstance(value, int) for value in read):
+        return "Triton keeps the function, or what it is launched with, elsewhere"
     for name, plain in (("num_ctas", 1), ("launch_cooperative_grid", False), ("launch_pdl", False)):
         if getattr(metadata, name, plain) != plain:
             return f"{name} is {getattr(metadata, name)}"
@@ -80,7 +83,7 @@ def parameters(plan) -> list[tuple[int, int]]:
 @functools.lru_cache(1024)
 def declared(ptx: str) -> list[int]:
     """The kind of each parameter of the kernel."""
-    entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)[1]
+    entry = "".join(re.findall(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL))
     kinds = {"u32": INT32, "u64": INT64, "f32": FLOAT32, "u64 .ptr": POINTER}
     return [kinds.get(kind) for kind in re.findall(r"\.param\s+\.(\w+(?: \.ptr)?)", entry)]
 

@@ -102,12 +102,16 @@ def refused(plan, *given):
         num_ctas=2, launch_pdl=True, launch_cooperative_grid=True, global_scratch_size=8, profile_scratch_size=8
     )
     for name, value in (needs | dict(shared=(228 << 10) + 1)).items():
-        needy = SimpleNamespace(asm=compiled.asm, metadata=compiled.metadata._replace(**{name: value}))
-        if _host.register(plan, needy):
+        metadata = compiled.metadata._replace(**{name: value})
+        if _host.register(plan, SimpleNamespace(asm=compiled.asm, metadata=metadata, function=1)):
             print(f"{name} = {value} is not refused")
     more = compiled.asm["ptx"].replace(".param .u64", ".param .u64 .ptr .global .align 8 one_more,\n.param .u64", 1)
-    if _host.register(plan, SimpleNamespace(asm=dict(ptx=more), metadata=compiled.metadata)):
+    if _host.register(plan, SimpleNamespace(asm=dict(ptx=more), metadata=compiled.metadata, function=1)):
         print("a parameter more is not refused")
+    if not _host.register(plan, SimpleNamespace(asm=compiled.asm, metadata=compiled.metadata, function=1)):
+        print("what is as expected is refused")
+    if _host.register(plan, SimpleNamespace(asm=compiled.asm, metadata=compiled.metadata)):
+        print("a kernel without its function is not refused")
 
 
 if __name__ == "__main__":
