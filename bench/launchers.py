@@ -1,9 +1,10 @@
-"""What the launchers themselves cost the host: the four thin products of a layer as an H100 would plan them, launching nothing.
+"""What the launchers cost the host: the four thin products of a layer in bf16, one adapter of rank 16, M = K = N.
 
     python bench/launchers.py [--size 1024] [--dropout]
 
-Tensors are on the CPU, and what a launcher allocates is counted, out of memory that malloc already has; the last step, Triton's
-``kernel[grid](...)``, is left out.  Microseconds, median over rounds that take turns.
+Without a GPU, the launchers alone, as an H100 would have them planned: tensors are on the CPU, what a launcher allocates is
+counted, out of memory that malloc already has, and the last step, Triton's ``kernel[grid](...)``, is left out.  On a GPU, with
+their launches, through Triton's launcher and through csrc/plan_cuda.cpp.  Microseconds, median over rounds that take turns.
 """
 
 import argparse
@@ -37,11 +38,11 @@ def imagine_h100() -> None:
             setattr(module, name, Nothing())
 
 
-def calls(size: int, dropout: bool, r: int = 16, thin=thin) -> dict:
-    """By name, of one adapter in bf16 over M = K = N = ``size``."""
+def calls(size: int, dropout: bool, device: str = "cpu", r: int = 16, thin=thin) -> dict:
+    """By name."""
 
     def new(*shape, dtype=torch.bfloat16):
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     x, dY, dX, S, dS = new(size, size), new(size, size), new(size, size), new(size, r), new(size, r)
     A, B, seeds, keep = new(r, size), new(size, r), new(1, dtype=torch.int64), new(size, size // 32, dtype=torch.int32)
@@ -55,12 +56,27 @@ def calls(size: int, dropout: bool, r: int = 16, thin=thin) -> dict:
     }
 
 
+def by_triton(call):
+    """The same, launched by Triton."""
+
+    def through(hooked=_launch._hooked):
+        _launch._hooked = lambda: True
+        try:
+            call()
+        finally:
+            _launch._hooked = hooked
+
+    return through
+
+
 def timed(calls: dict, rounds: int = 60, each: int = 50) -> dict[str, float]:
     """Microseconds of a call."""
     times = {name: [] for name in calls}
     gc.disable()
     for _ in range(rounds):
         for name, call in calls.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(each):
                 call()
@@ -74,11 +90,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--dropout", action="store_true")
     args = parser.parse_args(argv)
-    imagine_h100()
-    times = timed(calls(args.size, args.dropout))
-    for name, us in times.items():
-        print(f"{name:8} {us:6.1f} us")
-    print(f"layer    {sum(times.values()):6.1f} us")
+    if not torch.cuda.is_available():
+        imagine_h100()
+        launchers = calls(args.size, args.dropout)
+        columns = {"planned": launchers}
+    else:
+        launchers = calls(args.size, args.dropout, "cuda")
+        columns = {"through Triton": {name: by_triton(call) for name, call in launchers.items()}, "csrc/": launchers}
+    for of in columns.values():
+        for call in of.values():
+            call()
+    times = timed({(column, name): call for column, of in columns.items() for name, call in of.items()})
+    print(" " * 8, *(f"{column:>16}" for column in columns))
+    for name in launchers:
+        print(f"{name:8}", *(f"{times[column, name]:13.1f} us" for column in columns))
+    print("layer   ", *(f"{sum(times[column, name] for name in launchers):13.1f} us" for column in columns))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ was checked.  No kernels here, no policy.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,10 +70,7 @@ class Layout(NamedTuple):
 
     @property
     def numel(self) -> int:
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return numel
+        return math.prod(self.shape)
 
     @property
     def contiguous(self) -> bool:
@@ -131,19 +129,14 @@ def run(plan: Plan, *given) -> None:
     """Launch on the current stream; ``given``: as plan.given has them."""
     if plan.several and torch.cuda.current_device() != plan.device.index:
         with torch.cuda.device(plan.device):
-            _run(plan, given)
-    else:
-        _run(plan, given)
-
-
-def _run(plan: Plan, given: tuple) -> None:
-    if plan.handle and not _hooked():
+            run(plan, *given)
+    elif plan.handle and not _hooked():
         leaves = flat(given)
         _host.launch(plan.handle, leaves[: plan.tensors], leaves[plan.tensors :])
-        return
-    compiled = plan.launch(*given, *plan.integers, **plan.constants)
-    if compiled is not plan.compiled:
-        plan.compiled, plan.handle = compiled, _host.register(plan, compiled)
+    else:
+        compiled = plan.launch(*given, *plan.integers, **plan.constants)
+        if compiled is not plan.compiled:
+            plan.compiled, plan.handle = compiled, _host.register(plan, compiled)
 
 
 def _hooked() -> bool:

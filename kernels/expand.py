@@ -180,12 +180,14 @@ def _apart(start, bias):
 
 
 @planned
-def plan_new(S: Layout, Bs: tuple[Layout, ...], dtype: torch.dtype, *more, **options) -> Plan | None:
-    """Of :func:`expand`: Y is new, and S one matrix.  ``more``, ``options``: plan's from scale_tensors on."""
+def plan_new(
+    S: Layout, Bs: tuple[Layout, ...], dtype: torch.dtype, *more, **options
+) -> tuple[tuple[int, int], Plan | None]:
+    """Of :func:`expand`, whose S is one matrix: Y's shape, and the plan.  ``more``, ``options``: as plan has them."""
     if S.shape[1] != sum(B.shape[1] for B in Bs):
         raise ValueError(f"expand: S {list(S.shape)} does not fit B {[list(B.shape) for B in Bs]}")
     Y = Layout.new((S.shape[0], Bs[0].shape[0]), dtype, S.device)
-    return plan(Y, S.split([B.shape[1] for B in Bs]), Bs, *more, **options)
+    return Y.shape, plan(Y, S.split([B.shape[1] for B in Bs]), Bs, *more, **options)
 
 
 def expand(
@@ -208,11 +210,11 @@ def expand(
     Raises: ValueError before anything is launched (see _launch.check).
     """
     n = len(Bs)
-    p = plan_new(
+    shape, p = plan_new(
         layout(S), layouts(Bs), dtype, layouts(scale_tensors), layout(start), (None,) * n, layout(mix), layout(gain),
         layout(bias), layout(base), torch.get_float32_matmul_precision(), config,
     )  # fmt: skip
-    Y = S.new_empty((S.shape[0], Bs[0].shape[0]), dtype=dtype)
+    Y = S.new_empty(shape, dtype=dtype)
     parts = (S,) if n == 1 else S.split([B.shape[1] for B in Bs], 1)
     execute(p, Y, parts, Bs, scales, scale_tensors, start, (None,) * n, mix, gain, bias, base)
     return Y

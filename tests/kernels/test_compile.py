@@ -151,5 +151,5 @@ def test_a_spilling_config_is_seen():
     S, B = cross.layout(8192, 128, dtype=domain.FP32), cross.layout(4096, 128, dtype=domain.FP32)
     config, gpu = expand.Config(128, 256, 4, 2), cross.gpu(90, SMS)
     of_S = (None,), None, (None,), None, None, None, None
-    plan = expand.plan_new(S, (B,), domain.FP32, *of_S, "highest", config, gpu)
+    _, plan = expand.plan_new(S, (B,), domain.FP32, *of_S, "highest", config, gpu)
     assert "spills" in check(cross.Launch.of(plan), 90)
