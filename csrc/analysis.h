@@ -9,7 +9,7 @@
 // Floor: bytes.  16 bits: 4 an element for diff_stats and for each pass of topk_mask over a pair.
 #pragma once
 
-#include "dtype.h"
+#include "splitmix64.h"
 
 namespace lowrank {
 
@@ -95,13 +95,8 @@ LOWRANK_HD uint32_t score_key(typename T::Bits before, typename T::Bits after) {
   return magnitude(x);
 }
 
-// SplitMix64 (Steele, Lea and Flood 2014): number ``index`` of the sequence that starts at ``seed``.
-LOWRANK_HD uint64_t hash_of(uint64_t seed, uint64_t index) {
-  uint64_t z = seed + (index + 1) * 0x9E3779B97F4A7C15;
-  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
-  z = (z ^ z >> 27) * 0x94D049BB133111EB;
-  return z ^ z >> 31;
-}
+// Number ``index`` of the sequence that starts at ``seed``.
+LOWRANK_HD uint64_t hash_of(uint64_t seed, uint64_t index) { return splitmix64(seed + (index + 1) * GOLDEN_GAMMA); }
 
 LOWRANK_HD int digit(uint64_t bits, const SelectTask& t) { return int(bits >> t.shift & ((1u << (t.above - t.shift)) - 1)); }
 

@@ -13,7 +13,7 @@
 // Floor: bytes.  Bitmap, heads, index and values once; the tensor where it changed (a pass over both, from old and new).
 #pragma once
 
-#include "dtype.h"
+#include "splitmix64.h"
 
 namespace lowrank {
 
@@ -210,13 +210,8 @@ LOWRANK_HD void delta_mark(const Delta& d, int64_t block) {
   each_stored(d, block, [&](int i, int) { changed[i / 8] |= uint8_t(1 << i % 8); });
 }
 
-// SplitMix64's mixer (Steele et al. 2014) of an element's place and bits.
-LOWRANK_HD uint64_t delta_hash(uint64_t place, uint64_t bits) {
-  uint64_t x = (place + 1) * 0x9E3779B97F4A7C15 + bits;
-  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
-  x = (x ^ x >> 27) * 0x94D049BB133111EB;
-  return x ^ x >> 31;
-}
+// SplitMix64's mixer of an element's place and bits.
+LOWRANK_HD uint64_t delta_hash(uint64_t place, uint64_t bits) { return splitmix64((place + 1) * GOLDEN_GAMMA + bits); }
 
 }  // namespace
 }  // namespace lowrank

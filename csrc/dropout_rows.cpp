@@ -4,6 +4,7 @@
 #endif
 
 #include "dropout.h"
+#include "splitmix64.h"
 
 namespace lowrank {
 namespace {
@@ -19,16 +20,10 @@ struct Fp64 {
   static Bits round(double x) { return bit_cast<Bits>(x); }
 };
 
-// The keep bits of 32 elements: eight outputs of SplitMix64 (Steele, Lea, Flood 2014), each of four decisions of 16 bits.
+// The keep bits of 32 elements: eight numbers, each of four decisions of 16 bits.
 inline uint32_t draw_word(uint64_t place, int16_t threshold) {
-  constexpr uint64_t STEP = 0x9E3779B97F4A7C15;
   alignas(64) uint64_t z[8];
-  for (int i = 0; i < 8; ++i) {
-    uint64_t x = place + i * STEP;
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
-    x = (x ^ x >> 27) * 0x94D049BB133111EB;
-    z[i] = x ^ x >> 31;
-  }
+  for (int i = 0; i < 8; ++i) z[i] = splitmix64(place + i * GOLDEN_GAMMA);
 #if defined(__AVX512BW__)
   return _mm512_cmpge_epi16_mask(_mm512_load_si512(z), _mm512_set1_epi16(threshold));
 #elif defined(__AVX2__)
@@ -138,11 +133,11 @@ DropoutApply LOWRANK_NAME(dropout_apply, ISA);
 
 void LOWRANK_NAME(dropout_draw, ISA)(const Dropout& d, const Draw& draw, int64_t first, int64_t last) {
   for (int64_t m = first; m < last; ++m) {
-    const uint64_t row = draw.seed + uint64_t(draw.first_row + m) * uint64_t(8 * draw.words) * 0x9E3779B97F4A7C15;
+    const uint64_t row = draw.seed + uint64_t(draw.first_row + m) * uint64_t(8 * draw.words) * GOLDEN_GAMMA;
     uint32_t* const keep = d.keep + m * d.keep_stride;
     each_row(d, m, [&](int64_t w) {
       const uint32_t bits =
-          draw.cut == 65536 ? 0 : draw_word(row + uint64_t(8 * w) * 0x9E3779B97F4A7C15, int16_t(draw.cut - 32768));
+          draw.cut == 65536 ? 0 : draw_word(row + uint64_t(8 * w) * GOLDEN_GAMMA, int16_t(draw.cut - 32768));
       return keep[w] = bits;
     });
   }
