@@ -89,8 +89,8 @@ def swap_layers(
         layer.__dict__[COPY] = layer in copied
         if layer in copied:
             layer.__dict__.pop(CHANGED, None)
-    for group in _siblings.find(model, set(layers).__contains__) if siblings else ():
-        together = _siblings.Siblings(group, shared_mask)
+    for group, between in _siblings.find(model, set(layers).__contains__) if siblings else ():
+        together = _siblings.Siblings([*group, *between], shared_mask)
         for layer in group:
             layer.__dict__[GROUP] = together
     return len(layers)

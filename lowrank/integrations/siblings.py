@@ -23,9 +23,18 @@ from ..layers import thread
 from ..ops.linear import Projection
 from ..ops.lora import lora_projections
 
-# Children of one module that are called with one tensor, as transformers names them.
+# Layers within one module that are called with one tensor, as transformers names them.
 NAMES = (
     ("q_proj", "k_proj", "v_proj"),
+    # the delta rule's attentions: Kimi Linear in both its codes, GLM-5, Bailing hybrid, OLMo hybrid
+    (
+        *("q_proj", "k_proj", "v_proj", "f_a_proj", "forget_gate.f_a_proj", "forget_gate.f_proj"),
+        *("b_proj", "a_proj", "g_a_proj", "g_proj"),
+    ),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),  # Qwen3.5
+    ("in_proj_qkvz", "in_proj_ba"),  # Qwen3-Next
+    ("q_a_proj", "kv_a_proj_with_mqa"),  # MLA: DeepSeek and those after it
+    ("q_proj", "kv_a_proj_with_mqa"),
     ("query", "key", "value"),
     ("query_proj", "key_proj", "value_proj"),
     ("q_lin", "k_lin", "v_lin"),
@@ -34,6 +43,8 @@ NAMES = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
+# What such a module calls with another tensor before it has called all of them.
+_BETWEEN = ("q_b_proj", "q_gate_proj", "f_b_proj", "forget_gate.f_b_proj")
 # Cross-attention feeds q and k/v from two tensors.
 _CROSS = ("cross", "encoder_attn", "encdec", "enc_dec")
 _PATIENCE = 8  # results that nobody took beyond those taken, after which a warning says what they cost
@@ -59,7 +70,10 @@ class _Kept(threading.local):
 
 
 class Siblings:
-    """The layers of one group and what the last call in each thread made for those not called yet."""
+    """The layers of one group and what the last call in each thread made for those not called yet.
+
+    Those called in between are among ``layers`` too, so that their calls are waited for, but have no group: they compute alone.
+    """
 
     def __init__(self, layers: list[nn.Module], shared_mask: bool):
         self.layers, self.shared_mask = layers, shared_mask
@@ -133,17 +147,22 @@ class Siblings:
             )
 
 
-def find(model: nn.Module, is_member) -> list[list[nn.Module]]:
-    """The groups of ``model``: children of one module with :data:`NAMES`, for which ``is_member`` holds."""
-    groups = []
+def find(model: nn.Module, is_member) -> list[tuple[list[nn.Module], list[nn.Module]]]:
+    """(a group of ``model``, the layers called in between) for each: :data:`NAMES` within one module for which ``is_member``
+    holds.  A layer is in one group, the one of which most are there.
+    """
+    layers = {path: module for path, module in model.named_modules(remove_duplicate=False) if is_member(module)}
+    groups, taken = [], set()
     for path, module in model.named_modules():
         if any(word in path.lower() for word in _CROSS) or getattr(module, "is_cross_attention", False):
             continue
-        children = dict(module.named_children())
-        for names in NAMES:
-            group = [children[name] for name in names if name in children and is_member(children[name])]
+        prefix = f"{path}." if path else ""
+        *found, between = ([layers[prefix + n] for n in names if prefix + n in layers] for names in (*NAMES, _BETWEEN))
+        for group in sorted(found, key=len, reverse=True):
+            group = [layer for layer in dict.fromkeys(group) if layer not in taken]
             if len(group) > 1 and len({layer.in_features for layer in group}) == 1:
-                groups.append(group)
+                groups.append((group, between))
+                taken.update(group)
     return groups
 
 

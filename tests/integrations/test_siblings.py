@@ -494,6 +494,96 @@ def test_cross_attention_is_no_group(calls):
     torch.testing.assert_close(ours, model(input_ids=ids, decoder_input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 
 
+# Model, configuration beside what all have, and the groups of its first layers: names, which the model calls with one tensor.
+SIZES = dict(vocab_size=100, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4)
+LINEAR = dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=1, linear_num_value_heads=1)
+MLA = dict(kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, first_k_dense_replace=1)
+KIMI = dict(linear_head_dim=16, linear_num_heads=1, mlp_layer_types=["dense"], num_local_experts=4, pad_token_id=0)
+TODAY = {
+    "Qwen3.5": (
+        ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM"),
+        dict(LINEAR, layer_types=["linear_attention"]),
+        ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"],
+    ),
+    "Qwen3-Next": (
+        ("Qwen3NextConfig", "Qwen3NextForCausalLM"),
+        dict(LINEAR, layer_types=["linear_attention"], mlp_only_layers=[0]),
+        ["in_proj_qkvz", "in_proj_ba"],
+    ),
+    "DeepSeek-V3": (
+        ("DeepseekV3Config", "DeepseekV3ForCausalLM"),
+        dict(MLA, q_lora_rank=24),
+        ["q_a_proj", "kv_a_proj_with_mqa"],
+    ),
+    "DeepSeek-V3 without q_a_proj": (
+        ("DeepseekV3Config", "DeepseekV3ForCausalLM"),
+        dict(MLA, q_lora_rank=None),
+        ["q_proj", "kv_a_proj_with_mqa"],
+    ),
+    "Kimi Linear": (
+        ("KimiLinearConfig", "KimiLinearForCausalLM"),
+        dict(KIMI, layer_types=["linear_attention"]),
+        ["q_proj", "k_proj", "v_proj", "f_a_proj", "b_proj", "g_a_proj"],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("error:lowrank computes")
+@pytest.mark.parametrize("targets", ["the attention's linears", "those alone"])
+@pytest.mark.parametrize("which", TODAY)
+def test_todays_models(which, targets, calls):
+    """One head each where a projection has an output per head: some are 1 or 2 wide."""
+    transformers = pytest.importorskip("transformers")
+    (config, model), more, group = TODAY[which]
+    if not hasattr(transformers, config):
+        pytest.skip(f"transformers {transformers.__version__} has no {config}")
+    torch.manual_seed(0)
+    model = getattr(transformers, model)(getattr(transformers, config)(**SIZES, num_hidden_layers=1, **more))
+    linears = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and "_attn." in n]
+    model = patch(peft_llama(model=model, target_modules=group if targets == "those alone" else linears))
+    ours = step(model, use_cache=False)
+    assert [n for n in calls if n > 1] == [len(group)]
+    assert lowrank.stats(model)["shared"] == len(group) - 1
+    assert lowrank.stats(model)["fallback"] == {}
+    unpatch(model)
+    agree(ours, step(model, use_cache=False))
+
+
+class Block(torch.nn.Module):
+    def __init__(self, **widths):
+        super().__init__()
+        for name, width in widths.items():
+            self.add_module(name, torch.nn.Linear(width, 8))
+
+
+@pytest.mark.parametrize(
+    ("block", "want"),
+    [
+        (dict(q_proj=8, v_proj=8), ["q_proj v_proj"]),
+        (dict(q_proj=8, k_proj=8, v_proj=8, b_proj=8), ["q_proj k_proj v_proj b_proj"]),
+        (dict(q_proj=8, k_proj=8, v_proj=8, b_proj=4), ["q_proj k_proj v_proj"]),
+        (dict(q_proj=8, kv_a_proj_with_mqa=8, k_proj=8), ["q_proj k_proj"]),
+        (dict(q_proj=8, kv_a_proj_with_mqa=8, q_a_proj=8), ["q_a_proj kv_a_proj_with_mqa"]),
+        (dict(g_proj=8, gate_proj=8, up_proj=8), ["gate_proj up_proj"]),
+        (dict(in_proj_b=8, in_proj_a=8, gate_proj=8, up_proj=8), ["in_proj_b in_proj_a", "gate_proj up_proj"]),
+    ],
+    ids=str,
+)
+def test_a_layer_is_in_the_group_of_which_most_are_there(block, want):
+    model = torch.nn.Sequential(Block(**block))
+    names = {layer: name for name, layer in model[0].named_children()}
+    found = [group for group, _ in siblings.find(model, names.__contains__)]
+    assert [" ".join(names[layer] for layer in group) for group in found] == want
+
+
+def test_a_layer_of_two_modules_is_in_one_group():
+    model = torch.nn.ModuleList([Block(q_proj=8, k_proj=8), Block(v_proj=8, q_proj=8)])
+    model[1].q_proj = model[0].q_proj
+    model[0].v_proj = model[0].k_proj
+    found = [group for group, _ in siblings.find(model, lambda layer: isinstance(layer, torch.nn.Linear))]
+    assert found == [[model[0].q_proj, model[0].k_proj]]
+
+
 def test_compile_fullgraph():
     attention, x = block()
     torch._dynamo.reset()
