@@ -3,8 +3,8 @@
 x [M, K], A_j [R_j, K] (any strides) -> S [M, R_0 + R_1 + ...] in the thin dtype, keeps int32 [M, ceil(K / 32)].
 drop_j() zeroes and does not scale; scale_j is a float, times a 0-d tensor or one scale per column.  With x = dY and A = Bᵀ
 this is the backward's dS.  fp32 accumulation, one rounding.  x is read once for all adapters whose padded ranks sum
-to at most WIDTH; the masks are drawn while the next block of x is on its way.  Few rows: K is split over programs, fp32
-partials, summed in a fixed order.
+to at most WIDTH; the masks are drawn while the next block of x is on its way, or read where they are given.  Few rows: K is
+split over programs, fp32 partials, summed in a fixed order.
 Floor: M K itemsize bytes (+ M K / 8 per mask); 15.6 us at 8192 x 4096 in bf16 at 4.3 TB/s.
 Eager form: lowrank/ops/eager.py.  Benchmark: bench/registry.py.
 """
@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops.dropout import are_drawn
 from . import _reduce
 from ._launch import (
     DTYPES,
@@ -95,6 +96,14 @@ def _shrink_kernel(
         for j in tl.static_range(len(a_ptrs)):
             if MASKS[j] < 0:
                 dropped = x
+            elif (j == 0 or MASKS[j] != MASKS[j - 1]) and seeds_ptr is None:
+                offs_b = k // 8 + tl.arange(0, BLOCK_K // 8)
+                bits = tl.load(
+                    keep_ptrs[j].to(tl.pointer_type(tl.uint8)) + offs_m[:, None] * (4 * row_words) + offs_b[None, :],
+                    mask=mask_m[:, None] & (offs_b < 4 * row_words)[None, :],
+                    other=0,
+                )
+                dropped = tl.where(unpack(bits.to(tl.int32), BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
             elif j == 0 or MASKS[j] != MASKS[j - 1]:
                 base = offs_m.to(tl.uint64) * (8 * row_words) * 0x9E3779B97F4A7C15
                 base += tl.load(seeds_ptr + MASKS[j]).to(tl.uint64)
@@ -163,6 +172,7 @@ def plan(
     gpu: GPU | None = None,
 ) -> Shrink:
     """Of :func:`shrink`; ``out``: None where it is allocated."""
+    drawn = are_drawn(seeds)
     (M, K), ranks = x.shape, [A.shape[0] for A in As]
     check("shrink", x, dtype, As, ranks)
     if any(A.shape != (rank, K) for A, rank in zip(As, ranks, strict=True)):
@@ -175,7 +185,9 @@ def plan(
     if len(thresholds) > 1:  # each mask takes registers
         width = {"same": WIDTH if gpu.arch in WGMMA else 64, "split": 64, "fp32": 32}[how]
     words = M, triton.cdiv(K, 32)
-    keep = Layout.new(words, torch.int32, x.device)
+    if drawn and (seeds.shape != (len(thresholds), *words) or not seeds.contiguous):
+        raise ValueError(f"shrink: expected contiguous keep bits {[len(thresholds), *words]}, got {list(seeds.shape)}")
+    keep = Layout.new(words, torch.int32, x.device)._replace(aligned=not drawn)
     S = out or Layout.new((M, sum(ranks)), dtype, x.device)
     parts, found, column = S.split(ranks), [], 0
     for mine in batches(ranks, width) if M else ():
@@ -189,7 +201,10 @@ def plan(
         launch = Plan(
             _shrink_kernel,
             (triton.cdiv(M, c.block_m) * r_blocks, splits),
-            (x, As[mine], to, tuple(keep if m >= 0 else None for m in ms), seeds, scale_tensors[mine], (float,) * n),
+            (
+                x, As[mine], to, tuple(keep if m >= 0 else None for m in ms), None if drawn else seeds,
+                scale_tensors[mine], (float,) * n,
+            ),
             (
                 tuple(rs), tuple(_in_upper_half(thresholds[m]) if m >= 0 else 0 for m in ms), M, K, k_split,
                 x.strides[0], tuple(A.strides[0] for A in As[mine]), tuple(A.strides[1] for A in As[mine]),
@@ -223,7 +238,8 @@ def shrink(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(S, keeps).  masks[j]: the index of adapter j's mask in ``thresholds`` (of 65536, below which an element is dropped)
-    and ``seeds`` (int64), or -1.  ``out``: S, where it exists already.
+    and ``seeds`` (int64), or -1.  ``seeds`` may be the keep bits, int32 [n, M, ceil(K / 32)]: they are read, and none are
+    returned.  ``out``: S, where it exists already.
 
     Raises: ValueError before anything is launched (see _launch.check).
     """
@@ -234,8 +250,11 @@ def shrink(
         torch.get_float32_matmul_precision(), config,
     )  # fmt: skip
     S = x.new_empty(p.S, dtype=dtype) if out is None else out
-    keeps = [x.new_empty(p.words, dtype=torch.int32) for _ in thresholds]
-    execute(p, x, As, S, masks, keeps, seeds, scales or (1.0,) * n, scale_tensors)
+    if are_drawn(seeds):
+        keeps, given, seeds = [], seeds.unbind(), None
+    else:
+        keeps = given = [x.new_empty(p.words, dtype=torch.int32) for _ in thresholds]
+    execute(p, x, As, S, masks, given, seeds, scales or (1.0,) * n, scale_tensors)
     return S, keeps
 
 

@@ -13,10 +13,11 @@ from torch import nn
 
 from . import _stats, sharding, traced
 from .ops import dora as dora_op
+from .ops import dropout
 from .ops._boundary import TENSORS, plainly
 from .ops.linear import Adapter, Projection
 from .ops.lora import lora_projections, projected
-from .ops.node import AGAIN, CHANGED, COPY, FORWARD_MODE, again, followed, has_tangent
+from .ops.node import AGAIN, CHANGED, COPY, FORWARD_MODE, TORCH_MASKS, again, followed, has_tangent
 from .ops.validation import DTYPES
 
 # in a layer's __dict__
@@ -74,9 +75,11 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
         base = self.base_layer
         if not _is_plain_linear(base, x):
             _stats.ran_fused(self)
-            return lora_projections(x, (_projected(self, None, None, adapters, _call(base, x)),))[0]
-        projection = _projected(self, base.weight, base.bias, adapters)
-        group = None if compiling else self.__dict__.get(GROUP)  # its counts would be guards
+            y = _call(base, x)
+            return lora_projections(x, (_projected(self, None, None, _drawn(self, adapters, x), y),))[0]
+        alone = compiling or _draws_as_torch(self, adapters)  # compiling: its counts would be guards
+        projection = _projected(self, base.weight, base.bias, _drawn(self, adapters, x))
+        group = None if alone else self.__dict__.get(GROUP)
         y = None if group is None else group.call(self, x, projection, _projection, made)
         _stats.ran_fused(self, shared=made is not None and y is not None)
         return lora_projections(x, (projection,))[0] if y is None else y
@@ -151,6 +154,8 @@ def _plain(layer, x) -> Projection | None:
                 return None
         hooks = drop.__dict__
         p = hooks["p"] if type(drop) is nn.Dropout and hooks["training"] else 0.0
+        if p and state.get(TORCH_MASKS, False):
+            return None
         A, (B, lora_bias) = A._parameters["weight"], B._parameters.values()
         if (
             type(A) not in TENSORS
@@ -208,9 +213,10 @@ def _inside_units(layer, x, adapters) -> torch.Tensor:
             whole.append(adapter._replace(A=A.weight, B=B.weight, bias=B.bias))
         base = layer.base_layer
         if _is_plain_linear(base, x) and _is_whole(base.weight):
-            projection = _projected(layer, base.weight, base.bias, tuple(whole))
+            projection = _projected(layer, base.weight, base.bias, _drawn(layer, whole, x))
         else:
-            projection = _projected(layer, None, None, tuple(whole), _call(base, x))
+            y = _call(base, x)
+            projection = _projected(layer, None, None, _drawn(layer, whole, x), y)
         return lora_projections(x, (projection,))[0]
 
     units = [module for pair in factors for module in pair if sharding.is_unit(module, x)]
@@ -230,7 +236,7 @@ def _projection(layer, x) -> Projection | None:
     if not _is_plain_linear(base, x):
         return None
     adapters, reason = adapters_of(layer, x, (), {})
-    if not adapters or reason is not None or layer.__dict__.get(CHANGED):
+    if not adapters or reason is not None or layer.__dict__.get(CHANGED) or _draws_as_torch(layer, adapters):
         return None
     return _projected(layer, base.weight, base.bias, adapters)
 
@@ -238,6 +244,28 @@ def _projection(layer, x) -> Projection | None:
 def _projected(layer, weight, bias, adapters, base=None) -> Projection:
     known = None if torch.compiler.is_compiling() else layer  # which layer it is would be a guard
     return Projection(weight, bias, adapters, base, known, layer.__dict__.get(COPY, False))
+
+
+def _draws_as_torch(layer, adapters) -> bool:
+    """Whether there is dropout, whose masks are to be nn.Dropout's own."""
+    return layer.__dict__.get(TORCH_MASKS, False) and any(adapter.dropout_p for adapter in adapters)
+
+
+def _drawn(layer, adapters, x) -> tuple[Adapter, ...]:
+    """The adapters; if torch is to draw their masks, with them: one after the other, of x as PEFT casts it for each."""
+    adapters = tuple(adapters)
+    if not _draws_as_torch(layer, adapters):
+        return adapters
+    casts = getattr(layer, "cast_input_dtype_enabled", True)
+    if type(layer).__name__ in _QUANTISED and torch.is_autocast_enabled():
+        casts = False
+    found = []
+    for adapter in adapters:
+        A, p = adapter.A, adapter.dropout_p
+        x = x.to(A.dtype) if casts else x
+        fits = x.shape[-1:] == A.shape[-1:]  # else the op is to say what does not
+        found.append(adapter._replace(dropout_p=dropout.as_torch(x, p)) if p and fits else adapter)
+    return tuple(found)
 
 
 def _dora(layer) -> str | None:
@@ -266,8 +294,9 @@ def _why_no_dora(layer, name: str, adapter: Adapter, x: torch.Tensor) -> str | N
 
 def _run_dora(layer, name: str, adapter: Adapter, x: torch.Tensor, base_dropout: bool) -> torch.Tensor:
     base, vector = layer.base_layer, layer.lora_magnitude_vector[name]
-    A, B, scaling, _, p = adapter
-    p = p if layer.training else 0.0  # PEFT asks the layer here, not its dropout
+    if not layer.training:  # PEFT asks the layer here, not its dropout
+        adapter = adapter._replace(dropout_p=0.0)
+    ((A, B, scaling, _, p),) = _drawn(layer, (adapter,), x)
     cache, key = _norms_of(vector), f"weight-norm-{name}"
     known = None if torch.compiler.is_compiling() else layer
     return dora_op.of_layer(
@@ -342,6 +371,7 @@ def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[
 
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
+_QUANTISED = ("Linear4bit", "Linear8bitLt")  # PEFT's layers that leave the cast to autocast
 _FLOATS, _NUMBERS = frozenset(DTYPES), frozenset((float, int))
 _has_any_global_hook = torch.nn.modules.module._has_any_global_hook
 WRITTEN = "the input is changed in place after the call: copy_inputs would save a copy of it"

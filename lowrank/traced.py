@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ._stats import _FUSED, _traced
 from ._version import __version__
 from .ops.lora import traced_linear
-from .ops.node import CHANGED, COPY, followed
+from .ops.node import CHANGED, COPY, TORCH_MASKS, followed
 from .ops.validation import DTYPES
 
 # an attribute of a module is one more thing to trace
@@ -61,6 +61,8 @@ def forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
             return None
         scaling_tensor, scaling = scaling, 1.0
     p = drop.p if type(drop) is _Dropout and drop.training else 0.0
+    if p and getattr(layer, TORCH_MASKS, False):
+        return None
     _traced(_FUSED)
     copy = getattr(layer, COPY, False)
     return traced_linear(x, W, bias, A, B, lora_bias, scaling, scaling_tensor, p, copy, __version__)

@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import _stats
 from ..layers import BASE_DROPOUT, GROUP, fused
-from ..ops.node import CHANGED, COPY, NAME
+from ..ops.node import CHANGED, COPY, NAME, TORCH_MASKS
 from . import siblings as _siblings
 
 try:
@@ -31,6 +31,7 @@ def patch(
     shared_mask: bool = False,
     dora_base_dropout: bool = True,
     copy_inputs: bool | Sequence[str] = False,
+    dropout_stream: str = "lowrank",
 ) -> nn.Module | None:
     """Run PEFT's LoRA layers on lowrank: those of ``model``, or every one of the process, made before or after.
 
@@ -45,13 +46,19 @@ def patch(
         copy_inputs: for one model, the layers whose input the model changes in place after it has called them, by name or
             by the end of it, as target_modules has them; True for all.  They save a copy for backward.  Without it the
             backward that finds such an input raises, and that layer is PEFT's own from then on.
+        dropout_stream: whose dropout masks.  "lowrank": a function of a seed, drawn in the pass over x.  "torch", for one
+            model: nn.Dropout's own, so that a run follows the unpatched one step by step, at the price of a pass that draws
+            them, and of siblings that compute alone where there is dropout.
 
     Raises: TypeError if ``model`` is no module or ``copy_inputs`` no list of names; ValueError if it holds no LoRA layer that
-        lowrank covers, or none of a name in ``copy_inputs``.
+        lowrank covers, or none of a name in ``copy_inputs``, and for another ``dropout_stream``.
     """
     _check_copy_inputs(copy_inputs)
+    _check_dropout_stream(dropout_stream, shared_mask)
     if model is None and copy_inputs:
         raise ValueError("copy_inputs: expected a model beside it, got none")
+    if model is None and dropout_stream == "torch":
+        raise ValueError("dropout_stream='torch': expected a model beside it, got none")
     if model is None:
         for cls in _covered():
             if cls not in _originals:
@@ -60,8 +67,8 @@ def patch(
         return None
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    options = dict(shared_mask=shared_mask, dora_base_dropout=dora_base_dropout, copy_inputs=copy_inputs)
-    if not swap_layers(model, siblings=siblings, **options):
+    options = dict(dora_base_dropout=dora_base_dropout, copy_inputs=copy_inputs, dropout_stream=dropout_stream)
+    if not swap_layers(model, siblings=siblings, shared_mask=shared_mask, **options):
         raise ValueError("model: found no LoRA layer to patch; call this after get_peft_model")
     return model
 
@@ -73,8 +80,10 @@ def swap_layers(
     shared_mask: bool = False,
     dora_base_dropout: bool = True,
     copy_inputs: bool | Sequence[str] = False,
+    dropout_stream: str = "lowrank",
 ) -> int:
     """:func:`patch` for one model, where having nothing to patch is no mistake.  Returns how many layers are patched."""
+    _check_dropout_stream(dropout_stream, shared_mask)
     twins = {cls: _twin(cls) for cls in _covered()}
     layers: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -87,6 +96,7 @@ def swap_layers(
         layer.__dict__[BASE_DROPOUT] = dora_base_dropout
         layer.__dict__[NAME] = name
         layer.__dict__[COPY] = layer in copied
+        layer.__dict__[TORCH_MASKS] = dropout_stream == "torch"
         if layer in copied:
             layer.__dict__.pop(CHANGED, None)
     for group, between in _siblings.find(model, set(layers).__contains__) if siblings else ():
@@ -110,7 +120,7 @@ def unpatch(model: nn.Module | None = None) -> nn.Module | None:
         if type(layer) in _twins.values():
             layer.__class__ = type(layer).__mro__[1]
             _leave(layer)
-            for key in (BASE_DROPOUT, NAME, COPY):
+            for key in (BASE_DROPOUT, NAME, COPY, TORCH_MASKS):
                 layer.__dict__.pop(key, None)
     return model
 
@@ -137,6 +147,15 @@ def _check_copy_inputs(copy_inputs) -> None:
     names = () if isinstance(copy_inputs, bool) else copy_inputs
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) and n for n in names):
         raise TypeError(f"copy_inputs: expected True, False or a list of layer names, got {copy_inputs!r}")
+
+
+def _check_dropout_stream(dropout_stream, shared_mask: bool) -> None:
+    if dropout_stream not in ("lowrank", "torch"):
+        raise ValueError(f"dropout_stream: expected 'lowrank' or 'torch', got {dropout_stream!r}")
+    if dropout_stream == "torch" and shared_mask:
+        raise ValueError(
+            "shared_mask: expected False beside dropout_stream='torch', whose layers draw a mask each, got True"
+        )
 
 
 def _copied(layers: dict[nn.Module, list[str]], copy_inputs: bool | Sequence[str]) -> set[nn.Module]:

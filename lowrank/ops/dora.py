@@ -39,6 +39,7 @@ from .validation import check_dora, check_projection
 _lib = torch.library.Library("lowrank", "FRAGMENT")
 _lib.define("dora_norm(Tensor weight, Tensor A, Tensor B, ScalarType? start=None) -> Tensor")
 # B and gain in fp32 or wider, with every scale; twice: drop(x) under the gain and x Wᵀ beside it.  dtype: the big GEMM's.
+# seed may be the mask, drawn already (dropout.are_drawn), and then keeps is empty.
 _lib.define(
     "dora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor gain, float p, Tensor? seed, bool twice,"
     " ScalarType dtype) -> (Tensor y, Tensor S, Tensor v, Tensor[] keeps)"
@@ -139,13 +140,17 @@ def of_layer(
         if cache is not None:
             cache[key] = norm
     g = magnitude.to(wide) / norm
-    twice, kept = base_dropout and dropout.threshold(dropout_p) > 0, dropout.keep_scale(dropout_p)
+    drawn = dropout_p if isinstance(dropout_p, dropout.Drawn) else None
+    dropout_p = dropout.drawable(dropout_p) if drawn is None else drawn.p
+    twice, kept = base_dropout and dropout_p > 0, dropout.keep_scale(dropout_p)
     B = lora_B * (g * (scaling * kept)).unsqueeze(1)
     gain = (g - 1) * kept if twice else g
     if reason is not None:
         _stats.op_fell_back(reason)
         return dora_impl.formula(x, weight, bias, lora_A, B, gain, dropout_p, twice, dtype)
-    seed = dropout.draw_seeds(1, x.device) if dropout.threshold(dropout_p) else None
+    seed = dropout.draw_seeds(1, x.device) if dropout_p and drawn is None else None
+    if drawn is not None:
+        seed = drawn.keep.unsqueeze(0)
     spec = _Spec(dropout_p, twice, dtype)
     tensors = (x, weight, bias, lora_A, B, gain)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -167,6 +172,7 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, layers, seed, x, weight, bias, A, B, gain):
         y, S, v, keeps = _forward(spec, seed, x, weight, bias, A, B, gain)
+        keeps = seed.unbind() if dropout.are_drawn(seed) else keeps
         _, _, _, need_x, _, _, need_A, need_B, need_gain = ctx.needs_input_grad
         keep_x = need_A or (need_x and (need_B or need_gain))  # beside a frozen A for second derivatives alone
         ctx.spec, ctx.x_shape = spec, x.shape
@@ -216,7 +222,8 @@ def _(weight, A, B, start=None):
 def _(x, weight, bias, A, B, gain, p, seed, twice, dtype):
     M, K = math.prod(x.shape[:-1]), x.shape[-1]  # Size.numel() would make a dynamic batch static
     y, v = (x.new_empty((M, weight.shape[0]), dtype=dtype) for _ in range(2))
-    words = [x.new_empty((M, (K + 31) // 32), dtype=torch.int32)] if dropout.threshold(p) else []
+    drawn = seed is None or dropout.are_drawn(seed)
+    words = [] if drawn else [x.new_empty((M, (K + 31) // 32), dtype=torch.int32)]
     return y, x.new_empty((M, A.shape[0]), dtype=B.dtype), v, words
 
 

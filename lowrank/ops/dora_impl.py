@@ -60,17 +60,17 @@ def _torch_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def forward(x, weight, bias, A, B, gain, p, seed, twice, dtype):
-    """(y [M,N], S [M,r], v [M,N], [keep bits] under dropout)."""
+    """(y [M,N], S [M,r], v [M,N], [keep bits] where they are drawn here)."""
     with no_autocast(x.device):
         weight, b = weight.to(dtype), None if bias is None else bias.to(dtype)
         base = torch.nn.functional.linear(x.to(dtype), weight, b).reshape(-1, weight.shape[0])
         x = rows_of(x, dtype)
-        products, cut = dora_products(x, A, B.dtype), dropout.threshold(p)
-        masks, cuts = ([0], [cut]) if cut else ([-1], [])
+        products = dora_products(x, A, B.dtype)
+        masks, cuts = ([-1], []) if seed is None else ([0], [dropout.threshold(p)])
         S, keeps = products.shrink(x, [A.to(B.dtype)], B.dtype, masks, cuts, seed)
         if not twice:
             return products.expand(S, B, None, gain - 1, bias, base), S, base, keeps
-        v = products.drop(x, keeps[0]) @ weight.mT
+        v = products.drop(x, keeps[0] if keeps else seed[0]) @ weight.mT
         return products.expand(S, B, v, gain, None, base), S, v, keeps
 
 

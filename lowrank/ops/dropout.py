@@ -3,13 +3,17 @@
 SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators") on the element's index: no state
 to save, no host synchronisation, safe under checkpointing and CUDA graphs.  Each 64-bit output decides four elements by
 comparing 16 bits with a threshold, so p is exact to 2**-17 (7.6e-6).  The stream differs from nn.Dropout's; the
-distribution is the same.
+distribution is the same.  Or the decisions are nn.Dropout's own (:func:`as_torch`), drawn before the pass that needs them.
 """
 
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
+from .. import bits
+from ._boundary import is_plain
 from ._choice import choice
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -37,10 +41,53 @@ def threshold(p: float) -> int:
     return round(p * 65536)
 
 
+def drawable(p: float) -> float:
+    """The p that the 16-bit threshold stands for."""
+    return threshold(p) / 65536
+
+
 def keep_scale(p: float) -> float:
-    """1 / (1 - p) for the p that the 16-bit threshold stands for; 0 at p = 1, where nothing is kept."""
-    dropped = threshold(p)
-    return 65536 / (65536 - dropped) if dropped < 65536 else 0.0
+    """1 / (1 - p); 0 at p = 1, where nothing is kept."""
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+class Drawn(NamedTuple):
+    """Dropout that is drawn already: p, and the mask's keep bits, int32 [M, ceil(K / 32)]."""
+
+    p: float
+    keep: torch.Tensor
+
+
+def as_torch(x: torch.Tensor, p: float) -> Drawn:
+    """What nn.Dropout in training decides for x [..., K], by torch's own generator and with what that leaves of it."""
+    x = x.detach()
+    if p == 1 or x.numel() == 0:  # where F.dropout draws nothing
+        mask = torch.zeros_like(x, dtype=torch.bool)
+    elif x.is_cpu:
+        mask = torch.empty_like(x).bernoulli_(1 - p) != 0
+    else:  # where it depends on x's strides and alignment
+        mask = torch.native_dropout(x, p, True)[1]
+    return Drawn(p, (_pack_rows if is_plain(x) else torch.ops.lowrank.dropout_pack.default)(mask))
+
+
+def are_drawn(seeds: torch.Tensor | None) -> bool:
+    """Whether ``seeds`` are no int64 [n] to draw n masks from, but the masks' keep bits, int32 [n, M, ceil(K / 32)]."""
+    return seeds is not None and seeds.dtype is torch.int32
+
+
+def _pack_rows(mask: torch.Tensor) -> torch.Tensor:
+    M, K = math.prod(mask.shape[:-1]), mask.shape[-1]
+    return bits.pack(torch.nn.functional.pad(mask.reshape(M, K), (0, -K % 32))).view(M, -(-K // 32))
+
+
+# Nothing is drawn in it: compilers take two calls of an op that they do not know for one.
+_lib.define("dropout_pack(Tensor mask) -> Tensor")
+_lib.impl("dropout_pack", _pack_rows, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lowrank::dropout_pack", lib=_lib)
+def _(mask):
+    return mask.new_empty((math.prod(mask.shape[:-1]), (mask.shape[-1] + 31) // 32), dtype=torch.int32)
 
 
 def draw(seed: torch.Tensor, rows: int, columns: int, cut: int) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -23,7 +23,10 @@ from . import dropout
 def shrink(
     x: Tensor, As: list[Tensor], dtype: torch.dtype, masks: list[int], thresholds: list[int], seeds: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """S in ``dtype``, and int32 [M, ceil(K/32)] keep bits per entry of ``thresholds`` (of 65536) and ``seeds`` (int64)."""
+    """S in ``dtype``, and int32 [M, ceil(K/32)] keep bits per entry of ``thresholds`` (of 65536) and ``seeds`` (int64).
+
+    ``seeds`` may be the bits themselves (:func:`dropout.are_drawn`): then they alone say what is kept, and none are returned.
+    """
     if not thresholds:
         return _shrink(x, _joined(As, dtype, 0)), []
     keeps: list[Tensor] = [None] * len(thresholds)
@@ -32,10 +35,12 @@ def shrink(
         A = _joined([As[j] for j in group], dtype, 0)
         if mask < 0:
             part = _shrink(x, A)
+        elif dropout.are_drawn(seeds):
+            part = _shrink_kept(x, A, seeds[mask])
         else:
             part, keeps[mask] = _shrink_dropped(x, A, seeds[mask], thresholds[mask])
         _spread(part, parts, group, As, 0, 1)
-    return _joined(parts, dtype, 1), keeps
+    return _joined(parts, dtype, 1), [] if dropout.are_drawn(seeds) else keeps
 
 
 def expand(
@@ -175,6 +180,22 @@ def _shrink_dropped(x: Tensor, A: Tensor, seed: Tensor, threshold: int) -> tuple
         kept = torch.empty_like(block, memory_format=torch.contiguous_format) if kept is None else kept[: len(block)]
         S[rows] = _times(dropout.apply(block, mask, out=kept), A.mT)
     return S, keep
+
+
+def _shrink_kept(x: Tensor, A: Tensor, keep: Tensor) -> Tensor:
+    M = x.shape[0]
+    S, kept, native = A.new_empty((M, A.shape[0])), None, dropout.in_one_pass(x)
+    x = x if x.stride(1) == 1 or not native else x.contiguous()
+    for rows in dropout.row_blocks(M, 32 * keep.shape[1], x.device):
+        block = x[rows]
+        kept = block.new_empty(block.shape, dtype=A.dtype) if kept is None else kept[: len(block)]
+        if native:
+            dropout.apply_(block, keep[rows], kept, False)
+        else:
+            mask = bits.unpack(keep[rows].reshape(-1), (len(block), 32 * keep.shape[1]))
+            dropout.apply(block.to(A.dtype, memory_format=torch.contiguous_format), mask, out=kept)
+        S[rows] = _times(kept, A.mT)
+    return S
 
 
 def _x_pass(

@@ -64,7 +64,7 @@ class Adapter(NamedTuple):
     B: Tensor
     scaling: float | Tensor = 1.0
     bias: Tensor | None = None
-    dropout_p: float = 0.0
+    dropout_p: float | dropout.Drawn = 0.0
 
 
 class Projection(NamedTuple):
@@ -181,6 +181,7 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
             continue
         if type(p) not in _NUMBERS or not 0 < p <= 1 or (cut := dropout.threshold(p)) == 0:
             return None
+        p = dropout.drawable(p)
         if shared_mask and p in ps:
             masks.append(ps.index(p))
         else:

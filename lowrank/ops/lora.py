@@ -37,8 +37,9 @@ from .validation import check_projection
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
 # Adapters are listed projection by projection; counts[i] says how many projection i has.  masks[j] is the index, in ps,
-# seeds and keeps, of the dropout mask of adapter j, or -1.  S holds all adapters' columns.  dtype is that of the big GEMM,
-# thin_dtype that of the thin products.
+# seeds and keeps, of the dropout mask of adapter j, or -1.  seeds may hold the masks, drawn already (dropout.are_drawn), and
+# then there are no keeps beside them.  S holds all adapters' columns.  dtype is that of the big GEMM, thin_dtype that of the
+# thin products.
 _lib.define(
     "lora_linears(Tensor x, Tensor?[] weights, Tensor?[] biases, Tensor?[] bases, Tensor[] As, Tensor[] Bs,"
     " Tensor?[] lora_biases, Tensor?[] scaling_tensors, float[] scalings, int[] counts, int[] masks, float[] ps,"
@@ -155,7 +156,7 @@ def general(
     dtype = thin_dtype = autocast or x.dtype
     copy = False
     weights, biases, bases, counts = [], [], [], []
-    As, Bs, lora_biases, scaling_tensors, scalings, masks, ps = [], [], [], [], [], [], []
+    As, Bs, lora_biases, scaling_tensors, scalings, masks, ps, drawn = [], [], [], [], [], [], [], []
     for projection in projections:
         check_projection(x, projection, autocast is not None)
         copy |= projection.copy
@@ -172,7 +173,11 @@ def general(
             scalings.append(1.0 if is_tensor else scaling)
             if autocast is None and not (A.dtype is B.dtype is thin_dtype):
                 thin_dtype = torch.promote_types(thin_dtype, torch.promote_types(A.dtype, B.dtype))
-            if dropout.threshold(p) == 0:
+            if isinstance(p, dropout.Drawn):  # all with dropout are, or none
+                masks.append(len(ps))
+                ps.append(p.p)
+                drawn.append(p.keep)
+            elif (p := dropout.drawable(p)) == 0:
                 masks.append(-1)
             elif shared_mask and p in ps:
                 masks.append(ps.index(p))
@@ -188,7 +193,7 @@ def general(
                 scalings, counts, masks, ps, dtype, thin_dtype,
             )
         )  # fmt: skip
-    seeds = dropout.draw_seeds(len(ps), x.device) if ps else None
+    seeds = torch.stack(drawn) if drawn else dropout.draw_seeds(len(ps), x.device) if ps else None
     spec = _Spec(tuple(counts), tuple(scalings), tuple(masks), tuple(ps), dtype, thin_dtype)
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         x = to_save(x, copy)
@@ -235,6 +240,7 @@ class _LoRALinears(torch.autograd.Function):
             x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
             spec.scalings, spec.counts, spec.masks, spec.ps, seeds, spec.dtype, spec.thin_dtype,
         )  # fmt: skip
+        keeps = seeds.unbind() if dropout.are_drawn(seeds) else keeps
         _, _, need_x, _, *needs = ctx.needs_input_grad
         n, a = len(weights), len(As)
         need_W, need_A, need_B = any(needs[:n]), any(needs[3 * n : 3 * n + a]), any(needs[3 * n + a : 3 * n + 2 * a])
@@ -328,7 +334,8 @@ def _(
         for weight, base in zip(weights, bases, strict=True)
     ]
     S = x.new_empty((M, sum(A.shape[0] for A in As)), dtype=thin_dtype)
-    return ys, S, [x.new_empty((M, (K + 31) // 32), dtype=torch.int32) for _ in ps]
+    keeps = [] if dropout.are_drawn(seeds) else [x.new_empty((M, (K + 31) // 32), dtype=torch.int32) for _ in ps]
+    return ys, S, keeps
 
 
 @torch.library.register_fake("lowrank::lora_linears_backward", lib=_lib)

@@ -13,6 +13,7 @@ DIFFERENTIABLE = "create_graph, or a batched or dual gradient: backward in diffe
 # in a LoRA layer's __dict__
 NAME = "_lowrank_name"  # what patch(model) found it as
 COPY = "_lowrank_copies_input"  # True: what it saves is a copy
+TORCH_MASKS = "_lowrank_torch_masks"  # True: its dropout's masks are nn.Dropout's own
 CHANGED = "_lowrank_input_was_changed"  # True: a backward found its input written to
 
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from .dropout import Drawn
 from .node import followed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -58,7 +59,7 @@ def _check_adapter(adapter, N: int, K: int, x: torch.Tensor) -> None:
         raise TypeError(f"scaling: expected a float or a 0-d tensor, got {type(scaling).__name__}")
     elif not _is_finite(scaling):
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
-    if not isinstance(p, (float, int)) or not 0 <= p <= 1:
+    if not isinstance(p, Drawn) and (not isinstance(p, (float, int)) or not 0 <= p <= 1):
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {p!r}")
 
 

@@ -228,7 +228,9 @@ def test_dropout_by_pefts_formula_with_the_mask_it_drew(base_dropout, monkeypatc
     layer = layers(dora_llama(lora_dropout=p))[0].train()
     keep = next(dropout.draw(torch.tensor(11), 15, 64, dropout.threshold(p)))[1][:, :64].view(x.shape)
     monkeypatch.setattr(dropout, "draw_seeds", lambda n, device: torch.tensor([11]))
-    monkeypatch.setattr(nn.Dropout, "forward", lambda self, t: torch.where(keep, t, 0) * dropout.keep_scale(p))
+    monkeypatch.setattr(
+        nn.Dropout, "forward", lambda self, t: torch.where(keep, t, 0) * dropout.keep_scale(dropout.drawable(p))
+    )
     leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
     dy = torch.randn(3, 5, 64)
 

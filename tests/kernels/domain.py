@@ -40,6 +40,9 @@ def lora(gpu: GPU, dtype, thin_dtype, M, ranks, shape=SHAPE):
     for masks in ((-1,) * n, (0,) * n, tuple(range(n))):
         m = max(masks) + 1
         yield shrink.plan(x, As, thin_dtype, masks, (6554,) * m, seeds, none, None, gpu=gpu)
+        if m == 1:
+            drawn = layout(1, *keep.shape, dtype=torch.int32)
+            yield shrink.plan(x, As, thin_dtype, masks, (6554,), drawn, none, None, gpu=gpu)
         yield x_pass.plan(x, dS, As, needed, x, masks, (keep,) * m, False, gpu=gpu)
         yield x_pass.plan(None, dS, As, unneeded, x, masks, (keep,) * m, False, gpu=gpu)
         if (dtype, thin_dtype) == (FP16, FP32):

@@ -49,6 +49,10 @@ def test_against_fp64(M, K, _, ranks, dtype, thin_dtype, dropped):
     _, eager_keeps = eager.shrink(x, As, thin_dtype, masks, cuts, seeds)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(keeps, eager_keeps, strict=True))
     within([S], [oracle(x, As, masks, keeps)], [oracle(*absolutes(x, As), masks, keeps)], ["S"])
+    if dropped:  # the masks given
+        given, none = shrink(x, As, thin_dtype, masks, cuts, torch.stack(keeps))
+        assert torch.equal(given, S)
+        assert none == []
 
 
 @pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
@@ -132,6 +136,7 @@ def test_empty():
         (dict(As=[torch.ones(2, 4, device="meta")]), "tensors on"),
         (dict(x=torch.ones(8, 4).half(), dtype=torch.bfloat16), "thin products in torch.bfloat16 over torch.float16"),
         (dict(masks=[0]), "masks"),
+        (dict(masks=[0], thresholds=[1], seeds=torch.zeros(1, 8, 2, dtype=torch.int32)), r"keep bits \[1, 8, 1\]"),
     ],
 )
 def test_refuses_before_anything_is_launched(change, message):

@@ -113,7 +113,7 @@ def kept(monkeypatch, M, K, p):
     seeds = torch.tensor([1234567])
     monkeypatch.setattr(dropout, "draw_seeds", lambda n, device: seeds)
     keep = torch.cat([m for _, m in dropout.draw(seeds[0], M, K, dropout.threshold(p))])[:, :K]
-    return dict(keep=keep, inv_keep=dropout.keep_scale(p))
+    return dict(keep=keep, inv_keep=dropout.keep_scale(dropout.drawable(p)))
 
 
 @pytest.mark.parametrize("base_dropout", [True, False])

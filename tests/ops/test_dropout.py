@@ -58,6 +58,41 @@ def test_zero_and_one():
     assert dropout.keep_scale(0.5) == 2.0
 
 
+def test_what_is_kept_is_scaled_for_the_p_that_is_drawn():
+    assert dropout.drawable(0.1) == 6554 / 65536
+    assert dropout.drawable(1e-6) == 0
+    assert all(dropout.keep_scale(cut / 65536) == 65536 / (65536 - cut) for cut in range(65536))
+
+
+X = {
+    "dense": lambda: torch.ones(6, 5, 70),
+    "transposed": lambda: torch.ones(5, 6, 70).transpose(0, 1),
+    "last dim first": lambda: torch.ones(70, 6).mT,
+    "a slice": lambda: torch.ones(6, 5, 128)[..., ::2],
+    "a vector": lambda: torch.ones(64),
+    "nothing": lambda: torch.ones(0, 70),
+    "no columns": lambda: torch.ones(3, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("which", X)
+def test_as_torch_is_torchs(which, p, dtype):
+    x = X[which]().to(dtype)
+    M, K = x.numel() // max(x.shape[-1], 1) if x.numel() else len(x), x.shape[-1]
+    torch.manual_seed(3)
+    want, state = torch.nn.functional.dropout(x, p) != 0, torch.get_rng_state()
+    torch.manual_seed(3)
+    drawn = dropout.as_torch(x, p)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert drawn.p == p
+    assert drawn.keep.shape == (M, -(-K // 32))
+    kept = bits.unpack(drawn.keep.reshape(-1), (M, 32 * drawn.keep.shape[1]))
+    assert torch.equal(kept[:, :K], want.reshape(M, K))
+    assert not kept[:, K:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_apply_zeroes_even_nan_and_inf(dtype):
     t = torch.randn(6, 40, dtype=dtype)

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
+from lowrank import bits
 from lowrank.ops import dropout
 from lowrank.testing import DRAWS, assert_within
 
@@ -149,6 +150,23 @@ def as_right(name, draw, autocast=contextlib.nullcontext, unit=None):
 def test_numbers(name, dtype, device):
     torch.set_float32_matmul_precision("highest")
     as_right(name, lambda seed: leaves(name, dtype, device, seed))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)], ids=str)
+def test_masks_as_torch_draws_them(order, start, dtype, device):
+    """A GPU's depend on dtype, strides and alignment."""
+    x = torch.ones(1 + 6 * 50 * 72, dtype=dtype, device=device)[start:][: 6 * 50 * 72].view(6, 50, 72).permute(order)
+    state = torch.cuda.get_rng_state if device == "cuda" else torch.get_rng_state
+    torch.manual_seed(3)
+    want, after = torch.nn.functional.dropout(x, 0.1) != 0, state()
+    torch.manual_seed(3)
+    keep = dropout.as_torch(x, 0.1).keep
+    assert torch.equal(state(), after)
+    kept = bits.unpack(keep.reshape(-1), (keep.shape[0], 32 * keep.shape[1]))[:, : x.shape[-1]]
+    assert torch.equal(kept, want.reshape(kept.shape))
 
 
 @gpu

@@ -110,7 +110,7 @@ def test_dropout_with_the_mask_it_drew(dtype, adapter, monkeypatch):
     seeds = torch.tensor([1234567])
     monkeypatch.setattr("lowrank.ops.dropout.draw_seeds", lambda n, device: seeds)
     keep = torch.cat([m for _, m in lowrank.ops.dropout.draw(seeds[0], M, K, lowrank.ops.dropout.threshold(p))])[:, :K]
-    inv_keep = lowrank.ops.dropout.keep_scale(p)
+    inv_keep = lowrank.ops.dropout.keep_scale(lowrank.ops.dropout.drawable(p))
 
     def ours(x, W, A, B, b, lb):
         return lowrank.lora_linear(x, W, A, B, 0.7, bias=b, lora_bias=lb, dropout_p=p)
