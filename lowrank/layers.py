@@ -156,7 +156,7 @@ def _plain(layer, x) -> Projection | None:
         p = hooks["p"] if type(drop) is nn.Dropout and hooks["training"] else 0.0
         if p and state.get(TORCH_MASKS, False):
             return None
-        A, (B, lora_bias) = A._parameters["weight"], B._parameters.values()
+        A, B, lora_bias = A._parameters["weight"], B._parameters["weight"], B._parameters["bias"]
         if (
             type(A) not in TENSORS
             or type(B) not in TENSORS

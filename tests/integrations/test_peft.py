@@ -301,6 +301,26 @@ def test_a_tensor_subclass_as_a_factor_falls_back():
         model(IDS)
 
 
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("what", ["in another order", "beside another", "in the dict"])
+def test_parameters_of_a_factor_are_told_by_name(what, lora_bias):
+    model = peft_llama(target_modules=["q_proj"], lora_bias=lora_bias)
+    for layer in model.modules():
+        if isinstance(layer, PeftLinear):
+            B = layer.lora_B["default"]
+            if what == "in another order":  # what pruning and parametrizations leave once they are removed
+                weight = B.weight
+                del B.weight
+                B.weight = weight
+            elif what == "beside another":
+                B.register_parameter("another", nn.Parameter(torch.ones(1)))
+            else:
+                B.__dict__["weight"] = B._parameters.pop("weight")
+    theirs = step(model)
+    with lowrank.strict():
+        agree(step(patch(model)), theirs)
+
+
 def test_disabled_casting_keeps_its_meaning():
     model = patch(peft_llama(torch.bfloat16))
     with disable_input_dtype_casting(model):
