@@ -13,7 +13,10 @@
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
+
+#include <cstring>
 
 #include "linear.h"
 
@@ -91,7 +94,7 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
     for (size_t i = n + 1; i < made.size(); ++i) saved.push_back(plain(made[i]));
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    // x is alive as long as the node holds it, and so where its version is asked for; where it is recomputed it is not held
+    // x's version is asked for as long as the node holds x: not once a backward has let go of it, nor where it is recomputed
     std::vector<int64_t> rest{reinterpret_cast<int64_t>(x.unsafeGetTensorImpl()), int64_t(x._version()), x.requires_grad(),
                               base && base->requires_grad(), int64_t(call.dtype), int64_t(call.thin),
                               int64_t(call.cuts.size()), call.recomputed};
@@ -112,18 +115,19 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
     const size_t n = dys.size(), cuts = rest[6];
     const std::vector<double> scales(all.begin(), all.begin() + n), numbers(all.begin() + n, all.end());
     const std::vector<int64_t> masks(rest.begin() + 8, rest.begin() + 8 + n), layers(rest.begin() + 8 + n, rest.end());
-    const bool recomputed = rest[7];
+    const bool recomputed = rest[7], named = !layers.empty();
     static const auto refuse =
         c10::Dispatcher::singleton().findSchemaOrThrow("lowrank::input_was_changed", "").typed<void(c10::ArrayRef<int64_t>)>();
     variable_list saved;
     try {
       saved = ctx->get_saved_variables();
-    } catch (const c10::Error&) {
+    } catch (const c10::Error& error) {
+      const bool held = !std::strstr(error.what_without_backtrace(), torch::autograd::ERR_BACKWARD_TWICE);
       const auto* x = reinterpret_cast<const at::TensorImpl*>(rest[0]);
-      if (!recomputed && x->version_counter().current_version() != rest[1]) refuse.call(layers);
+      if (held && named && !recomputed && x->version_counter().current_version() != rest[1]) refuse.call(layers);
       throw;
     }
-    if (recomputed && saved[0]._version() != rest[1]) refuse.call(layers);
+    if (named && recomputed && saved[0]._version() != rest[1]) refuse.call(layers);
     const at::TensorList tensors(saved);
     const size_t given = tensors.size() - 2 - 2 * n - cuts;
     const at::TensorList weights = tensors.slice(2, given), keeps = tensors.slice(2 + given + 2 * n);

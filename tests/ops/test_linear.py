@@ -6,9 +6,11 @@ import itertools
 import pytest
 import torch
 
+from lowrank import _stats
 from lowrank.ops import _boundary, _choice, linear, lora
 from lowrank.ops._choice import choice, forced
 from lowrank.ops.linear import Adapter, Projection
+from lowrank.ops.node import CHANGED
 
 CPU = torch.device("cpu")
 SHAPES = [
@@ -226,6 +228,38 @@ def test_a_weight_written_to_before_backward_is_torchs_own_error(form):
     with FORMS[form]():
         (y,) = linear.linears(x, projections)
     projections[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_backward_is_torchs_own_error(form, gone):
+    """Whatever was written to x since the first, and where x is gone and other tensors are in its place."""
+    x, (projection,), _ = made((4, 10), [6], 2, torch.float32, torch.float32)
+    layer = torch.nn.Linear(1, 1)
+    _stats.ran_fused(layer)
+    x = x * 1
+    with FORMS[form]():
+        (y,) = linear.linears(x, (projection._replace(layer=layer),))
+    loss = y.sum()
+    loss.backward()
+    if gone:
+        del x
+        others = [torch.zeros(4, 10).add_(1).add_(1) for _ in range(100)]
+    else:
+        others = [x.detach().add_(1)]
+    with pytest.raises(RuntimeError, match="through the graph a second time"):
+        loss.backward()
+    assert CHANGED not in layer.__dict__, others
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_input_written_to_without_a_layer_is_torchs_own_error(form):
+    x, projections, _ = made((4, 10), [6], 2, torch.float32, torch.float32, need_x=False)
+    with FORMS[form]():
+        (y,) = linear.linears(x, projections)
+    x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
