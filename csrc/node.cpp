@@ -94,10 +94,12 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
     for (size_t i = n + 1; i < made.size(); ++i) saved.push_back(plain(made[i]));
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    // x's version is asked for as long as the node holds x: not once a backward has let go of it, nor where it is recomputed
-    std::vector<int64_t> rest{reinterpret_cast<int64_t>(x.unsafeGetTensorImpl()), int64_t(x._version()), x.requires_grad(),
-                              base && base->requires_grad(), int64_t(call.dtype), int64_t(call.thin),
-                              int64_t(call.cuts.size()), call.recomputed};
+    // x's version is asked for as long as the node holds x: not once a backward has let go of it, nor where it is recomputed.
+    // Apart, and not in a list, whose items compiled autograd takes for constants.
+    ctx->saved_data["x"] = reinterpret_cast<int64_t>(x.unsafeGetTensorImpl());
+    ctx->saved_data["version"] = int64_t(x._version());
+    std::vector<int64_t> rest{x.requires_grad(),      base && base->requires_grad(), int64_t(call.dtype),
+                              int64_t(call.thin), int64_t(call.cuts.size()),     call.recomputed};
     rest.insert(rest.end(), call.masks.begin(), call.masks.end());
     rest.insert(rest.end(), call.layers.begin(), call.layers.end());
     ctx->saved_data["rest"] = std::move(rest);
@@ -110,12 +112,13 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
     const std::vector<int64_t> rest = ctx->saved_data["rest"].toIntVector();
     const std::vector<double> all = ctx->saved_data["numbers"].toDoubleVector();
-    const bool need_x = rest[2], need_base = rest[3];
-    const auto dtype = at::ScalarType(rest[4]), thin = at::ScalarType(rest[5]);
-    const size_t n = dys.size(), cuts = rest[6];
+    const bool need_x = rest[0], need_base = rest[1], recomputed = rest[5];
+    const auto dtype = at::ScalarType(rest[2]), thin = at::ScalarType(rest[3]);
+    const size_t n = dys.size(), cuts = rest[4];
     const std::vector<double> scales(all.begin(), all.begin() + n), numbers(all.begin() + n, all.end());
-    const std::vector<int64_t> masks(rest.begin() + 8, rest.begin() + 8 + n), layers(rest.begin() + 8 + n, rest.end());
-    const bool recomputed = rest[7], named = !layers.empty();
+    const std::vector<int64_t> masks(rest.begin() + 6, rest.begin() + 6 + n), layers(rest.begin() + 6 + n, rest.end());
+    const bool named = !layers.empty();
+    const int64_t version = ctx->saved_data["version"].toInt();
     static const auto refuse =
         c10::Dispatcher::singleton().findSchemaOrThrow("lowrank::input_was_changed", "").typed<void(c10::ArrayRef<int64_t>)>();
     variable_list saved;
@@ -123,11 +126,11 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
       saved = ctx->get_saved_variables();
     } catch (const c10::Error& error) {
       const bool held = !std::strstr(error.what_without_backtrace(), torch::autograd::ERR_BACKWARD_TWICE);
-      const auto* x = reinterpret_cast<const at::TensorImpl*>(rest[0]);
-      if (held && named && !recomputed && x->version_counter().current_version() != rest[1]) refuse.call(layers);
+      const auto* x = reinterpret_cast<const at::TensorImpl*>(ctx->saved_data["x"].toInt());
+      if (held && named && !recomputed && x->version_counter().current_version() != version) refuse.call(layers);
       throw;
     }
-    if (named && recomputed && saved[0]._version() != rest[1]) refuse.call(layers);
+    if (named && recomputed && saved[0]._version() != version) refuse.call(layers);
     const at::TensorList tensors(saved);
     const size_t given = tensors.size() - 2 - 2 * n - cuts;
     const at::TensorList weights = tensors.slice(2, given), keeps = tensors.slice(2 + given + 2 * n);

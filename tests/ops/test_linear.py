@@ -264,32 +264,52 @@ def test_an_input_written_to_without_a_layer_is_torchs_own_error(form):
         y.sum().backward()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [3, 2048])
-@pytest.mark.parametrize("case", ["alone", "bias", "base", "dropout", "frozen x"])
-def test_the_general_forms_bits_on_a_gpu(case, rows):
+
+                leaf.grad = None
+                there(weight), there(bias), tuple(a._replace(A=there(a.A), B=there(a.B)) for a in adapters), there(base)
+                y.sum().backward()
+            (y,) = linear.linears(x * 1, projections)
+            )
+            Projection(
+            assert_same_bits([t.grad for t in (x, *leaves)], theirs)
+            assert_same_bits(python, run(lora.general, *call))
+            assert_same_bits(run(linear.linears, *call), python)
+            assert_same_bits(run(linear.linears, *call), run(lora.general, *call))
+            for leaf in leaves:
+            for weight, bias, adapters, base, _, _ in projections
+            moved = {id(t): t.detach().to(device).requires_grad_(t.requires_grad) for t in leaves}
+            python = run(linear.linears, *call)
+            return None if t is None else moved[id(t)] if id(t) in moved else t.detach().to(device)
+            theirs = torch.autograd.grad(y.sum(), [x, *leaves])
+            torch.manual_seed(3)
+            with compiled_autograd._enable(torch.compile(backend="eager")):
+        )
+        Ns = [1024] if case == "base" else [1024, 512, 8]
+        call = there(x), given, [moved[id(t)] for t in leaves]
+        def there(t, moved=moved):
+        for _ in range(3):
+        for x in xs:
+        given = tuple(
+        if rows == 3 and case != "dropout" and (factor_dtype or dtype) is dtype and choice(device).node:
+        pytest.skip("Dynamo follows no interpreter")
+        with forced("eager"):
+        with torch.no_grad():
+        x, projections, leaves = made((rows, 2048), Ns, 16, dtype, factor_dtype or dtype, **CASES[case])
     """Rows that a node of C++ answers in GEMMs, and rows for kernels; after the second call by planned launches."""
+    _, projections, leaves = made((4, 10), [6], 2, torch.float32, torch.float32, p=0.5, need_x=False)
+    assert counters["compiled_autograd"]["captures"] <= 2  # the first, and one whose sizes and numbers may change
+    counters.clear()
     device = torch.device("cuda")
     for dtype, factor_dtype in itertools.product((torch.float32, torch.bfloat16, torch.float16), (None, torch.float32)):
-        Ns = [1024] if case == "base" else [1024, 512, 8]
-        x, projections, leaves = made((rows, 2048), Ns, 16, dtype, factor_dtype or dtype, **CASES[case])
-        with torch.no_grad():
-            moved = {id(t): t.detach().to(device).requires_grad_(t.requires_grad) for t in leaves}
-
-        def there(t, moved=moved):
-            return None if t is None else moved[id(t)] if id(t) in moved else t.detach().to(device)
-
-        given = tuple(
-            Projection(
-                there(weight), there(bias), tuple(a._replace(A=there(a.A), B=there(a.B)) for a in adapters), there(base)
-            )
-            for weight, bias, adapters, base, _, _ in projections
-        )
-        call = there(x), given, [moved[id(t)] for t in leaves]
-        for _ in range(3):
-            assert_same_bits(run(linear.linears, *call), run(lora.general, *call))
-        with forced("eager"):
-            python = run(linear.linears, *call)
-            assert_same_bits(python, run(lora.general, *call))
-        if rows == 3 and case != "dropout" and (factor_dtype or dtype) is dtype and choice(device).node:
-            assert_same_bits(run(linear.linears, *call), python)
+    from torch._dynamo import compiled_autograd
+    from torch._dynamo.utils import counters
+    if form == "kernels":
+    torch._dynamo.reset()
+    with FORMS[form]():
+    xs = [torch.randn(4, 10, requires_grad=True) for _ in range(4)]
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["alone", "bias", "base", "dropout", "frozen x"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [3, 2048])
+def test_compiled_autograd_captures_once_for_every_input(form):
+def test_the_general_forms_bits_on_a_gpu(case, rows):
