@@ -49,23 +49,24 @@ struct Call {
   at::ScalarType dtype, thin;
 };
 
-// Whether all gradients are there, and nobody looks into what is made of them.
-static bool is_plain(const variable_list& dys) {
+// Whether t is its own memory and no more: not sparse, no wrapper, nothing lazy.
+static bool is_ordinary(const at::Tensor& t) {
   using c10::DispatchKey;
   using c10::DispatchKeySet;
+  const DispatchKeySet beside =
+      c10::autograd_dispatch_keyset_with_ADInplaceOrView | DispatchKeySet({DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
+  const DispatchKeySet keys = t.key_set() - beside;
+  return keys == DispatchKeySet(DispatchKey::CPU) || keys == DispatchKeySet(DispatchKey::CUDA);
+}
+
+// Whether all gradients are there, and nobody looks into what is made of them.
+static bool is_plain(const variable_list& dys) {
   if (at::GradMode::is_enabled() || c10::impl::dispatch_mode_enabled() ||
-      c10::impl::tls_local_dispatch_key_set().included_.has(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+      c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
       torch::autograd::ForwardADLevel::try_get_by_idx(0)) {
     return false;
   }
-  const DispatchKeySet beside =
-      c10::autograd_dispatch_keyset_with_ADInplaceOrView | DispatchKeySet({DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
-  for (const at::Tensor& dy : dys) {
-    if (!dy.defined()) return false;
-    const DispatchKeySet keys = dy.key_set() - beside;
-    if (keys != DispatchKeySet(DispatchKey::CPU) && keys != DispatchKeySet(DispatchKey::CUDA)) return false;
-  }
-  return true;
+  return std::all_of(dys.begin(), dys.end(), [](const at::Tensor& dy) { return dy.defined() && is_ordinary(dy); });
 }
 
 // The ys, S and the bits.
@@ -194,7 +195,8 @@ static std::vector<T> listed(PyObject* list, const Convert& convert) {
   return found;
 }
 
-// linears(x, weights, starts, factors, scales, numbers, masks, cuts, seeds, dtype, thin_dtype, layers, recomputed) -> tuple of ys
+// linears(x, weights, starts, factors, scales, numbers, masks, cuts, seeds, dtype, thin_dtype, layers, recomputed) -> tuple of ys,
+// or None where a tensor is not ordinary
 static PyObject* linears(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 13, "linears: expected 13 arguments, got ", count);
@@ -203,6 +205,7 @@ static PyObject* linears(PyObject*, PyObject* const* arguments, Py_ssize_t count
   const auto number = [](PyObject* t) { return PyFloat_AsDouble(t); };
   const auto integer = [](PyObject* t) { return int64_t(PyLong_AsLongLong(t)); };
   const auto address = [](PyObject* t) { return reinterpret_cast<int64_t>(t); };
+  const at::Tensor& x = THPVariable_Unpack(arguments[0]);
   const auto factors = listed<at::Tensor>(arguments[3], tensor);
   const Call call{listed<at::Tensor>(arguments[1], tensor),
                   listed<std::optional<at::Tensor>>(arguments[2], optional),
@@ -215,10 +218,15 @@ static PyObject* linears(PyObject*, PyObject* const* arguments, Py_ssize_t count
                   arguments[12] == Py_True,
                   reinterpret_cast<THPDtype*>(arguments[9])->scalar_type,
                   reinterpret_cast<THPDtype*>(arguments[10])->scalar_type};
+  const auto ordinary = [](const std::optional<at::Tensor>& t) { return !t || is_ordinary(*t); };
+  if (!is_ordinary(x) || !std::all_of(call.weights.begin(), call.weights.end(), is_ordinary) ||
+      !std::all_of(call.starts.begin(), call.starts.end(), ordinary) || !std::all_of(factors.begin(), factors.end(), is_ordinary)) {
+    Py_RETURN_NONE;
+  }
   variable_list ys;
   {
     const pybind11::gil_scoped_release released;
-    ys = run(THPVariable_Unpack(arguments[0]), call, factors);
+    ys = run(x, call, factors);
   }
   PyObject* const found = PyTuple_New(ys.size());
   for (size_t i = 0; i < ys.size(); ++i) PyTuple_SET_ITEM(found, i, THPVariable_Wrap(std::move(ys[i])));

@@ -207,7 +207,7 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
         hooks = _hooks(True) if grad else None
         recomputed = hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
         if hooks is None or recomputed:
-            return _native.node().linears(
+            ys = _native.node().linears(
                 x,
                 weights,
                 starts,
@@ -222,6 +222,10 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
                 layers,
                 recomputed,
             )
+            if ys is not None:  # as where a tensor is sparse, or a wrapper that torch.func left behind
+                return ys
+    if native and (not x.is_cpu or any(t.layout is not torch.strided for t in (x, *weights))):
+        call = call._replace(native=False)  # the one call outside a node of C++ is a CPU's
     if not grad:
         return _forward(call, weights, starts, seeds, x, factors)[0]
     return _apply(call, layers, weights, starts, seeds, x, projections[0].base, *map(_unwrap_if_dead, factors))
