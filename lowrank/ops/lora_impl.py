@@ -32,7 +32,7 @@ def forward(
             weight, base = weights[i], bases[i]
             constants = [] if biases[i] is None else [biases[i]]
             if counts[i] and weight is not None and may_overflow(dtype, thin_dtype):
-                base, weight = torch.nn.functional.linear(x, weight.to(dtype), *constants), None
+                base, weight = torch.nn.functional.linear(x, weight.to(dtype), *[b.to(dtype) for b in constants]), None
                 constants = []
             constants += [
                 times(lora_biases[j].to(thin_dtype), scalings[j], scaling_tensors[j])
@@ -44,6 +44,7 @@ def forward(
             start = sum(constants[1:], constants[0]) if constants else None
             several = start is not None or counts[i] > 1  # their sum may overflow where none of them does
             if counts[i] and weight is not None and may_overflow(dtype, thin_dtype, several):
+                start = None if start is None else start.to(dtype)
                 start, weight = torch.nn.functional.linear(x, weight.to(dtype), start), None
             out_dtype = dtype if base is None else base.dtype
             if counts[i]:

@@ -139,12 +139,12 @@ def test_blocks_of_what_is_widened(form):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast(form, p):
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, to in itertools.product((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
         given = made((3, 5, 32), [24, 16], 4, dtype, torch.float32, bias=True, p=p)
-        with FORMS[form](), torch.autocast("cpu", torch.bfloat16):
+        with FORMS[form](), torch.autocast("cpu", to):
             ours = run(linear.linears, *given)
             assert_same_bits(ours, run(lora.general, *given))
-        assert ours[0].dtype is torch.bfloat16
+        assert ours[0].dtype is to
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -298,6 +298,43 @@ def test_an_input_written_to_without_a_layer_is_torchs_own_error(form):
     """Rows that a node of C++ answers in GEMMs, and rows for kernels; after the second call by planned launches."""
     _, projections, leaves = made((4, 10), [6], 2, torch.float32, torch.float32, p=0.5, need_x=False)
     assert counters["compiled_autograd"]["captures"] <= 2  # the first, and one whose sizes and numbers may change
+
+
+def left_behind(t):
+    """t as a function that torch.func transformed had it."""
+    kept = []
+    torch.func.grad(lambda t: kept.append(t) or t.sum())(t.detach())
+    return kept[0]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_that_are_not_ordinary_are_left_to_what_knows_them(form, p):
+    if form == "kernels":
+        pytest.skip("a CPU's")
+    x, (projection,), _ = made((4, 10), [6], 2, torch.float32, torch.float32, p=p, need_x=False)
+    (adapter,) = projection.adapters
+    A = left_behind(adapter.A).requires_grad_()
+    cases = {
+        "a sparse weight": (x, projection._replace(weight=projection.weight.to_sparse_csr())),
+        "a wrapper as x": (left_behind(x), projection),
+        "a wrapper as a weight": (x, projection._replace(weight=left_behind(projection.weight))),
+        "a wrapper as a factor": (x, projection._replace(adapters=(adapter._replace(A=A),))),
+        "a negated base": (x, projection._replace(weight=None, base=torch._neg_view(torch.randn(4, 6)))),
+    }
+    if p == 0:
+        cases["a sparse x"] = x.to_sparse(), projection
+    elif form != "python":  # its masks view x
+        cases["a negated x"] = torch._neg_view(x), projection
+    for what, given in cases.items():
+        x, projection = given
+        for grad in (True, False):
+            pairs = []
+            for call in (lora.lora_projections, lora.general):
+                torch.manual_seed(3)
+                with FORMS[form](), torch.set_grad_enabled(grad):
+
 
                     (y,) = call(x, (projection,))
                     pairs.append([y, *(torch.autograd.grad(y.sum(), [adapter.B]) if grad else ())])
