@@ -264,39 +264,29 @@ def test_an_input_written_to_without_a_layer_is_torchs_own_error(form):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_autograd_captures_once_for_every_input(form):
+    if form == "kernels":
+        pytest.skip("Dynamo follows no interpreter")
+    from torch._dynamo import compiled_autograd
+    from torch._dynamo.utils import counters
 
-                leaf.grad = None
-                there(weight), there(bias), tuple(a._replace(A=there(a.A), B=there(a.B)) for a in adapters), there(base)
-                y.sum().backward()
+    _, projections, leaves = made((4, 10), [6], 2, torch.float32, torch.float32, p=0.5, need_x=False)
+    xs = [torch.randn(4, 10, requires_grad=True) for _ in range(4)]
+    torch._dynamo.reset()
+    counters.clear()
+    with FORMS[form]():
+        for x in xs:
+            torch.manual_seed(3)
             (y,) = linear.linears(x * 1, projections)
-            )
-            Projection(
-            assert_same_bits([t.grad for t in (x, *leaves)], theirs)
-            assert_same_bits(python, run(lora.general, *call))
-            assert_same_bits(run(linear.linears, *call), python)
-            assert_same_bits(run(linear.linears, *call), run(lora.general, *call))
-            for leaf in leaves:
-            for weight, bias, adapters, base, _, _ in projections
-            moved = {id(t): t.detach().to(device).requires_grad_(t.requires_grad) for t in leaves}
-            python = run(linear.linears, *call)
-            return None if t is None else moved[id(t)] if id(t) in moved else t.detach().to(device)
             theirs = torch.autograd.grad(y.sum(), [x, *leaves])
             torch.manual_seed(3)
+            (y,) = linear.linears(x * 1, projections)
             with compiled_autograd._enable(torch.compile(backend="eager")):
-        )
-        Ns = [1024] if case == "base" else [1024, 512, 8]
-        call = there(x), given, [moved[id(t)] for t in leaves]
-        def there(t, moved=moved):
-        for _ in range(3):
-        for x in xs:
-        given = tuple(
-        if rows == 3 and case != "dropout" and (factor_dtype or dtype) is dtype and choice(device).node:
-        pytest.skip("Dynamo follows no interpreter")
-        with forced("eager"):
-        with torch.no_grad():
-        x, projections, leaves = made((rows, 2048), Ns, 16, dtype, factor_dtype or dtype, **CASES[case])
-    """Rows that a node of C++ answers in GEMMs, and rows for kernels; after the second call by planned launches."""
-    _, projections, leaves = made((4, 10), [6], 2, torch.float32, torch.float32, p=0.5, need_x=False)
+                y.sum().backward()
+            assert_same_bits([t.grad for t in (x, *leaves)], theirs)
+            for leaf in leaves:
+                leaf.grad = None
     assert counters["compiled_autograd"]["captures"] <= 2  # the first, and one whose sizes and numbers may change
 
 
@@ -334,61 +324,50 @@ def test_tensors_that_are_not_ordinary_are_left_to_what_knows_them(form, p):
             for call in (lora.lora_projections, lora.general):
                 torch.manual_seed(3)
                 with FORMS[form](), torch.set_grad_enabled(grad):
-
-
                     (y,) = call(x, (projection,))
                     pairs.append([y, *(torch.autograd.grad(y.sum(), [adapter.B]) if grad else ())])
-                torch.manual_seed(3)
-                torch.testing.assert_close(ours, theirs, msg=lambda m, what=what: f"{what}: {m}")
-                with FORMS[form](), torch.set_grad_enabled(grad):
-            for call in (lora.lora_projections, lora.general):
             for ours, theirs in zip(*pairs, strict=True):
-            pairs = []
-        "a negated base": (x, projection._replace(weight=None, base=torch._neg_view(torch.randn(4, 6)))),
-        "a sparse weight": (x, projection._replace(weight=projection.weight.to_sparse_csr())),
-        "a wrapper as a factor": (x, projection._replace(adapters=(adapter._replace(A=A),))),
-        "a wrapper as a weight": (x, projection._replace(weight=left_behind(projection.weight))),
-        "a wrapper as x": (left_behind(x), projection),
-        cases["a negated x"] = torch._neg_view(x), projection
-        cases["a sparse x"] = x.to_sparse(), projection
-        for grad in (True, False):
-        ours = run(linear.linears, *given)
-        pytest.skip("a CPU's")
-        x, projection = given
-    """No node of C++ under them, and no one call outside of it."""
-    """t as a function that torch.func transformed had it."""
-    (adapter,) = projection.adapters
-    A = left_behind(adapter.A).requires_grad_()
-    A, B = (t.detach().cuda().requires_grad_() for t in (adapter.A, adapter.B))
-    assert_same_bits(ours, run(linear.linears, *given))
-    cases = {
-    counters.clear()
-    device = torch.device("cuda")
-    elif form != "python":  # its masks view x
-    for dtype, factor_dtype in itertools.product((torch.float32, torch.bfloat16, torch.float16), (None, torch.float32)):
-    for what, given in cases.items():
-    from torch._dynamo import compiled_autograd
-    from torch._dynamo.utils import counters
-    given = x.cuda(), (Projection(projection.weight.cuda(), None, (adapter._replace(A=A, B=B),)),), [A, B]
-    if form == "kernels":
-    if p == 0:
-    kept = []
-    return kept[0]
-    torch._dynamo.reset()
-    torch.func.grad(lambda t: kept.append(t) or t.sum())(t.detach())
-    with FORMS[form]():
-    with torch.autograd.graph.save_on_cpu():
-    x, (projection,), _ = made((3, 64), [32], 4, torch.float32, torch.float32, need_x=False)
-    x, (projection,), _ = made((4, 10), [6], 2, torch.float32, torch.float32, p=p, need_x=False)
-    xs = [torch.randn(4, 10, requires_grad=True) for _ in range(4)]
-    }
+                torch.testing.assert_close(ours, theirs, msg=lambda m, what=what: f"{what}: {m}")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["alone", "bias", "base", "dropout", "frozen x"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("rows", [3, 2048])
-def left_behind(t):
-def test_compiled_autograd_captures_once_for_every_input(form):
 def test_saved_tensors_hooks_on_a_gpu():
-def test_tensors_that_are_not_ordinary_are_left_to_what_knows_them(form, p):
+    """No node of C++ under them, and no one call outside of it."""
+    x, (projection,), _ = made((3, 64), [32], 4, torch.float32, torch.float32, need_x=False)
+    (adapter,) = projection.adapters
+    A, B = (t.detach().cuda().requires_grad_() for t in (adapter.A, adapter.B))
+    given = x.cuda(), (Projection(projection.weight.cuda(), None, (adapter._replace(A=A, B=B),)),), [A, B]
+    with torch.autograd.graph.save_on_cpu():
+        ours = run(linear.linears, *given)
+    assert_same_bits(ours, run(linear.linears, *given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [3, 2048])
+@pytest.mark.parametrize("case", ["alone", "bias", "base", "dropout", "frozen x"])
 def test_the_general_forms_bits_on_a_gpu(case, rows):
+    """Rows that a node of C++ answers in GEMMs, and rows for kernels; after the second call by planned launches."""
+    device = torch.device("cuda")
+    for dtype, factor_dtype in itertools.product((torch.float32, torch.bfloat16, torch.float16), (None, torch.float32)):
+        Ns = [1024] if case == "base" else [1024, 512, 8]
+        x, projections, leaves = made((rows, 2048), Ns, 16, dtype, factor_dtype or dtype, **CASES[case])
+        with torch.no_grad():
+            moved = {id(t): t.detach().to(device).requires_grad_(t.requires_grad) for t in leaves}
+
+        def there(t, moved=moved):
+            return None if t is None else moved[id(t)] if id(t) in moved else t.detach().to(device)
+
+        given = tuple(
+            Projection(
+                there(weight), there(bias), tuple(a._replace(A=there(a.A), B=there(a.B)) for a in adapters), there(base)
+            )
+            for weight, bias, adapters, base, _, _ in projections
+        )
+        call = there(x), given, [moved[id(t)] for t in leaves]
+        for _ in range(3):
+            assert_same_bits(run(linear.linears, *call), run(lora.general, *call))
+        with forced("eager"):
+            python = run(linear.linears, *call)
+            assert_same_bits(python, run(lora.general, *call))
+        if rows == 3 and case != "dropout" and (factor_dtype or dtype) is dtype and choice(device).node:
+            assert_same_bits(run(linear.linears, *call), python)
