@@ -39,6 +39,7 @@ def main(args: argparse.Namespace) -> int:
         ("environment", (f"{name}={os.environ.get(name, '(not set)')}" for name in ENVIRONMENT)),
         ("backends", _backends()),
         ("native libraries", _native_libraries()),
+        ("vocabulary heads in bf16", _heads()),
         ("self-check, relative error against fp64", _self_check()),
         ("missing", _missing()),
         ("warnings", _traps()),
@@ -105,6 +106,19 @@ def _native_libraries() -> Iterator[str]:
     for library in _native.LIBRARIES:
         reason = _native.why_not(library)
         yield f"{library:8}{'loaded' if reason is None else f'not there, PyTorch does its work: {reason}'}"
+
+
+def _heads() -> Iterator[str]:
+    import torch
+
+    from .ops import mixed
+
+    for device in _torch_devices():
+        try:
+            reason = mixed.why_not(device, torch.bfloat16)
+        except ValueError as error:
+            reason = str(error)
+        yield f"{device}: {'multiplied as they are' if reason is None else f'widened to fp32: {reason}'}"
 
 
 def _self_check() -> Iterator[str]:

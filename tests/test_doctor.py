@@ -49,6 +49,15 @@ def test_native_libraries(report, monkeypatch):
     ]
 
 
+def test_how_heads_are_multiplied(report, monkeypatch):
+    from lowrank.ops import mixed
+
+    monkeypatch.setattr(mixed, "why_not", lambda device, dtype: None)
+    assert "cpu: multiplied as they are" in section(report(), "vocabulary heads in bf16")
+    monkeypatch.setattr(mixed, "why_not", lambda device, dtype: f"no {dtype} here")
+    assert "cpu: widened to fp32: no torch.bfloat16 here" in section(report(), "vocabulary heads in bf16")
+
+
 def test_a_backend_that_does_not_exist_is_reported_not_raised(report, environment):
     environment.setenv("LOWRANK_BACKEND", "abacus")
     output = report()

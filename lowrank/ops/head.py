@@ -1,7 +1,7 @@
 """A vocabulary head and its products, a few rows at a time: logits in fp32, and the gradients of what made them.
 
-GEMMs give fp32 from 16-bit operands: cuBLAS's on a GPU; on a CPU blocks of the head are widened, one at a time.  The logits'
-gradient meets the GEMMs in the operands' dtype on a GPU, in fp32 on a CPU.
+GEMMs give fp32 from 16-bit operands (mixed.py), which the logits' gradient meets in their dtype.  On a CPU without such GEMMs
+blocks of the head are widened, one at a time, and that gradient is fp32; for LoRA's factors and the bias it is on every CPU.
 """
 
 from typing import NamedTuple
@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import mixed
 from ._choice import backend
-from .eager import add_product_
+from .mixed import add_product, mm
 
-BLOCK_BYTES = 1 << 24  # of the head in fp32 at a time, on a CPU
+BLOCK_BYTES = 1 << 24  # of a head that is widened, in fp32 at a time
 CHUNK_BYTES = 1 << 28
 # how an op takes a head.  inv_temperature: fp32 [T], or None.  numbers: LoRA's scaling, 1 / temperature, logit_scale, softcap
 SCHEMA = (
@@ -69,6 +70,7 @@ class Products:
         self.A, self.B = (None if t is None else t.to(self.wide) for t in (A, B))
         self.inv_t, (self.scaling, self.inv_temperature, self.logit_scale, self.softcap) = inv_t, numbers
         self.batch_invariant = batch_invariant
+        self.mixed = mixed.takes(hidden.device, dtype)
         self.dz_dtype = dtype if hidden.device.type == "cuda" else self.wide
 
     def rows(self, at: slice) -> Tensor:
@@ -88,43 +90,44 @@ class Products:
             return logits(h, self.weight, self.bias, t, self.B), t
         z = h.new_empty((C, self.weight.shape[0]), dtype=self.wide)
         t = None if self.A is None else h.new_empty((C, self.A.shape[0]), dtype=self.wide)
-        # copies of rows, because a GEMM may sum otherwise from another alignment
+        # copies of rows, because BLAS may sum otherwise from another alignment
         parts = [(slice(i, i + 1), h[i : i + 1].clone()) for i in range(C)] if alone else [(slice(0, C), h)]
         started = self.bias is not None or t is not None
         for at, part in parts:
             if t is not None:
-                t[at] = one = self.scaling * _mm(part, self.A.mT, self.wide)
+                t[at] = one = self.scaling * mm(part, self.A.mT, self.wide)
                 if alone:  # into memory of its own, for the same reason
                     z[at] = one @ self.B.mT
                 else:
                     torch.mm(one, self.B.mT, out=z)
             if self.bias is not None:
                 z[at] = self.bias if t is None else z[at] + self.bias
+        alone = alone and not (self.mixed and h.device.type == "cpu")  # whose rows do not know of each other
         for block, W in self._blocks():
+            if not alone:
+                add_product(z[:, block], h, W.mT, started)
+                continue
             for at, part in parts:
-                if alone:
-                    product = _mm(part, W.mT, self.wide)
-                    z[at, block] = z[at, block] + product if started else product
-                else:
-                    _add_product(z[:, block], part, W.mT, started)
+                product = mm(part, W.mT, self.wide)
+                z[at, block] = z[at, block] + product if started else product
         return z, t
 
     def times_weight(self, dz: Tensor, start: Tensor | None) -> Tensor:
         """dz W + start, fp32 [C, H]; start is overwritten."""
         out = dz.new_empty((dz.shape[0], self.weight.shape[1]), dtype=self.wide) if start is None else start
         for i, (block, W) in enumerate(self._blocks()):
-            _add_product(out, dz[:, block], W, start is not None or i > 0)
+            add_product(out, dz[:, block], W, start is not None or i > 0)
         return out
 
     def _blocks(self):
         """(slice of the vocabulary, those rows of the head in a dtype the GEMMs take)."""
         V, H = self.weight.shape
         rows = V
-        if self.weight.dtype is not self.wide and self.weight.device.type != "cuda":
+        if self.weight.dtype is not self.wide and not self.mixed:
             rows = max(1, BLOCK_BYTES // (H * self.wide.itemsize))
         for first in range(0, V, rows):
             at = slice(first, min(first + rows, V))
-            yield at, self.weight[at] if rows == V and _mixed(self.weight, self.wide) else self.weight[at].to(self.wide)
+            yield at, self.weight[at] if self.mixed else self.weight[at].to(self.wide)
 
 
 class Gradients:
@@ -144,41 +147,21 @@ class Gradients:
         products = self.products
         wide, A, u = products.wide, products.A, None
         if self.dA is not None or (self.dh is not None and A is not None):
-            u = products.scaling * _mm(dz, products.B, wide)
+            u = products.scaling * mm(dz, products.B, wide)
         if self.dA is not None:
-            self.dA += _mm(u.mT, h, wide)
-        if self.dh is not None:
-            self.dh[at] = products.times_weight(dz, None if u is None else _mm(u, A, wide))
-        if self.dW is not None:
-            _add_product(self.dW, dz.mT, h, True)
+            self.dA += mm(u.mT, h, wide)
         if self.db is not None:
             self.db += dz.sum(0, dtype=wide)
         if self.dB is not None:
-            self.dB += _mm(dz.mT, t, wide)
+            self.dB += mm(dz.mT, t, wide)
+        if products.mixed:
+            dz = dz.to(products.dtype)
+        if self.dh is not None:
+            self.dh[at] = products.times_weight(dz, None if u is None else mm(u, A, wide))
+        if self.dW is not None:
+            add_product(self.dW, dz.mT, h, True)
 
     def found(self) -> list[Tensor]:
         """In their tensors' dtypes."""
         grads = self.dh, self.dW, self.db, self.dA, self.dB
         return [g.to(t.dtype) for g, t, need in zip(grads, self.like, self.needs, strict=True) if need]
-
-
-def _mm(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """a @ b in fp32; either may be 16-bit."""
-    if a.dtype is b.dtype and _mixed(a, wide):
-        return torch.mm(a, b, out_dtype=wide)
-    return a.to(wide) @ b.to(wide)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, started: bool) -> None:
-    """out = a @ b in fp32, added to what is there if ``started``."""
-    if a.dtype is b.dtype and _mixed(a, out.dtype):
-        torch.addmm(out, a, b, beta=float(started), out_dtype=out.dtype, out=out)
-    elif started:
-        add_product_(out, a.to(out.dtype), b.to(out.dtype))
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def _mixed(t: Tensor, wide: torch.dtype) -> bool:
-    """Whether cuBLAS gives fp32 from operands like this one."""
-    return t.device.type == "cuda" and t.dtype is not wide

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
-from lowrank.ops import head
+from lowrank.ops import head, mixed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MEAN = 16, 40, 127, 8
@@ -104,6 +104,13 @@ def compare(draw, **options):
 def test_forward_and_every_gradient(shape, dtype, lora):
     lora = {None: None, "same": dtype, "fp32": torch.float32}[lora]
     (compare if shape == MEAN else bounded)(lambda: tensors(*shape, dtype, lora))
+
+
+@pytest.mark.parametrize("lora", [None, torch.bfloat16, torch.float32], ids=str)
+def test_where_a_head_in_bf16_is_widened(lora, monkeypatch):
+    """As on a CPU without bf16 units."""
+    monkeypatch.setattr(mixed, "takes", lambda device, dtype: False)
+    compare(lambda: tensors(*MEAN, torch.bfloat16, lora))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
