@@ -15,6 +15,7 @@ from .mixed import add_product, mm
 
 BLOCK_BYTES = 1 << 24  # of a head that is widened, in fp32 at a time
 CHUNK_BYTES = 1 << 28
+PASS_BYTES = 1 << 20  # of logits that PyTorch's passes run over while they are in a core's cache
 # how an op takes a head.  inv_temperature: fp32 [T], or None.  numbers: LoRA's scaling, 1 / temperature, logit_scale, softcap
 SCHEMA = (
     "Tensor {0}hidden, Tensor {0}weight, Tensor? {0}bias, Tensor? {0}A, Tensor? {0}B, Tensor? {0}inv_temperature,"
@@ -50,6 +51,18 @@ def chunks(T: int, V: int, chunk_bytes: int, per_logit: int):
     """Slices of rows whose logits take no more than ``chunk_bytes``; at least one row."""
     rows = max(1, chunk_bytes // (per_logit * V))
     return (slice(first, min(first + rows, T)) for first in range(0, T, rows))
+
+
+def cached(z: Tensor):
+    """Slices of a chunk's rows, a few for every thread at a time, so that passes over them find them in its cache."""
+    rows = max(2, PASS_BYTES * torch.get_num_threads() // (z.shape[1] * z.element_size()))
+    return (slice(first, min(first + rows, len(z))) for first in range(0, len(z), rows))
+
+
+def scales_of(scales: tuple, at: slice) -> tuple:
+    """Those rows' of :meth:`Products.scales`."""
+    inv_t, *others = scales
+    return inv_t[at] if isinstance(inv_t, Tensor) else inv_t, *others
 
 
 def row_passes(kernel: str, eager, device: torch.device, wide: torch.dtype):

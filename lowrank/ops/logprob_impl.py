@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._boundary import no_autocast
-from .head import Gradients, Products, chunks, row_passes
+from .head import Gradients, Products, cached, chunks, row_passes, scales_of
 
 FAR = -1e4  # exp of this is 0, and it times 0 is 0, which −inf is not
 
@@ -89,7 +89,7 @@ def _without(h: Tensor, ignored: Tensor) -> Tensor:
 
 
 class Eager:
-    """The two passes over a chunk's logits in PyTorch, in place on z."""
+    """The two passes over a chunk's logits in PyTorch, in place on z, and a few rows at a time."""
 
     @staticmethod
     def per_logit(dtype: torch.dtype, softcap: float) -> int:
@@ -99,32 +99,45 @@ class Eager:
     @staticmethod
     def forward(z, targets, ignore_index, scales, logp, entropy, stats) -> None:
         """z [C, V] → logp, entropy [C] and stats [3, C]."""
-        transform(z, scales)
-        inside = (targets >= 0) & (targets < z.shape[1])
-        largest = z.amax(1)
-        z -= largest[:, None]
-        chosen = z.gather(1, torch.where(inside, targets, 0)[:, None])[:, 0]
-        e = z.exp()
-        total = row_sum(e)
-        mean = row_sum(e.mul_(z.clamp_min_(FAR))) / total
-        lse = total.log()
-        stats[0], stats[1], stats[2] = largest, lse, mean
-        ignored = targets == ignore_index
-        logp.copy_(torch.where(inside, chosen - lse, torch.nan).masked_fill(ignored, 0))
-        entropy.copy_((lse - mean).masked_fill(ignored, 0))
+        for at in cached(z):
+            _forward(z[at], targets[at], ignore_index, scales_of(scales, at), logp[at], entropy[at], stats[:, at])
 
     @staticmethod
     def backward(z, targets, ignore_index, scales, stats, dlogp, dentropy, dtype) -> Tensor:
         """z [C, V] → the gradient of the GEMM's result, in ``dtype``; z is overwritten."""
-        inside = (targets >= 0) & (targets < z.shape[1]) & (targets != ignore_index)
-        slope = transform(z, scales, slope=True)
-        largest, lse, mean = stats[:, :, None]
-        g, h = (torch.where(inside, grad, 0)[:, None] for grad in (dlogp, dentropy))
-        z -= largest
-        p = (z - lse).exp_()
-        z = z.clamp_min_(FAR).sub_(mean).mul_(-h).sub_(g).mul_(p)
-        z.scatter_add_(1, torch.where(inside, targets, 0)[:, None], g)
-        return z.mul_(slope).masked_fill_(~inside[:, None], 0).to(dtype)
+        for at in cached(z):
+            _backward(z[at], targets[at], ignore_index, scales_of(scales, at), stats[:, at], dlogp[at], dentropy[at])
+        return z.to(dtype)
+
+
+def _forward(z, targets, ignore_index, scales, logp, entropy, stats) -> None:
+    transform(z, scales)
+    inside = (targets >= 0) & (targets < z.shape[1])
+    largest = z.amax(1)
+    z -= largest[:, None]
+    chosen = z.gather(1, torch.where(inside, targets, 0)[:, None])[:, 0]
+    e = z.exp()
+    total = row_sum(e)
+    mean = row_sum(e.mul_(z.clamp_min_(FAR))) / total
+    lse = total.log()
+    stats[0], stats[1], stats[2] = largest, lse, mean
+    ignored = targets == ignore_index
+    logp.copy_(torch.where(inside, chosen - lse, torch.nan).masked_fill(ignored, 0))
+    entropy.copy_((lse - mean).masked_fill(ignored, 0))
+
+
+def _backward(z, targets, ignore_index, scales, stats, dlogp, dentropy) -> None:
+    inside = (targets >= 0) & (targets < z.shape[1]) & (targets != ignore_index)
+    slope = transform(z, scales, slope=True)
+    largest, lse, mean = stats[:, :, None]
+    g, h = (torch.where(inside, grad, 0)[:, None] for grad in (dlogp, dentropy))
+    z -= largest
+    p = (z - lse).exp_()
+    z.clamp_min_(FAR).sub_(mean).mul_(-h).sub_(g).mul_(p)
+    z.scatter_add_(1, torch.where(inside, targets, 0)[:, None], g)
+    if isinstance(slope, Tensor) or slope != 1:
+        z *= slope
+    z.masked_fill_(~inside[:, None], 0)
 
 
 def row_sum(t: Tensor) -> Tensor:
@@ -137,8 +150,9 @@ def transform(z: Tensor, scales, slope: bool = False):
     inv_t, logit_scale, softcap = scales
     inv_t = inv_t[:, None] if isinstance(inv_t, Tensor) else inv_t
     if not softcap:
-        z *= logit_scale
-        z *= inv_t
+        for factor in (logit_scale, inv_t):
+            if isinstance(factor, Tensor) or factor != 1:
+                z *= factor
         return logit_scale * inv_t if slope else None
     z.mul_(logit_scale / softcap).tanh_()
     found = (z * z).neg_().add_(1).mul_(logit_scale * inv_t) if slope else None
