@@ -34,7 +34,7 @@ struct Matrix {
   const uint16_t* at(int64_t i, int64_t j) const { return data + i * stride[0] + j * stride[1]; }
 };
 
-constexpr int64_t MR = 6, NR = 64, KC = 256, MC = 192, NC = 512;
+constexpr int64_t MR = 6, NR = 64, KC = 256, MC = 192, NC = 640;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -45,6 +45,9 @@ inline uint32_t pair(uint16_t low, uint16_t high) { return low | uint32_t(high) 
 // out[k / 2][PANEL] = the pairs (k, k + 1) of n of PANEL lines; zeros beyond.  Strides: between lines, along k.
 template <int64_t PANEL>
 void pack_some(const uint16_t* in, int64_t line, int64_t along, int64_t n, int64_t K, uint32_t* out) {
+  if (n == PANEL && along == 1)
+    for (; K > 1; K -= 2, in += 2, out += PANEL)
+      for (int64_t i = 0; i < PANEL; ++i) memcpy(out + i, in + i * line, 4);
   for (int64_t k = 0; k < K; k += 2, out += PANEL) {
     const uint16_t* const first = in + k * along;
     for (int64_t i = 0; i < PANEL; ++i)
@@ -210,10 +213,11 @@ void mixed_mm_(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
   if (K == 0 && !add)
     for (int64_t m = 0; m < M; ++m) std::fill_n(to + m * stride, N, 0.0f);
   if (M == 0 || N == 0 || K == 0) return;
-  // a few blocks to a thread: rows first, since packing columns is what takes time
-  const int64_t wanted = 3 * torch::stable::get_num_threads();
-  const int64_t columns = even(N, NR, NC, std::min<int64_t>(wanted, ceil_div(N, 4 * NR))), across = ceil_div(N, columns);
-  const int64_t rows = even(M, MR, MC, ceil_div(wanted, across)), down = ceil_div(M, rows);
+  // a few blocks to a thread, by rows before columns: a block packs its rows and its columns, and columns are packed faster
+  const int64_t threads = torch::stable::get_num_threads(), wanted = threads == 1 ? 1 : 3 * threads;
+  const int64_t natural = ceil_div(N, even(N, NR, NC, 1));
+  const int64_t rows = even(M, MR, MC, std::min(ceil_div(wanted, natural), ceil_div(M, 8 * MR))), down = ceil_div(M, rows);
+  const int64_t columns = even(N, NR, NC, ceil_div(wanted, down)), across = ceil_div(N, columns);
   torch::stable::parallel_for(0, across * down, 1, [&](int64_t first, int64_t last) {
     const auto words = std::make_unique<uint32_t[]>(rows * KC / 2 + NR * KC / 2 + 16);
     auto* const panel = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(words.get()) + 63) / 64 * 64);

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
-from lowrank.ops import head, mixed
+from lowrank.ops import head, logprob_impl, mixed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MEAN = 16, 40, 127, 8
@@ -337,6 +337,19 @@ def test_no_logits_of_all_rows_and_no_gradient_of_a_frozen_head(dtype, softcap, 
     assert (V, H) not in seen.shapes
     assert W.grad is None
     assert h.grad is not None
+
+
+def test_only_a_cpu_without_bf16_units_widens_a_head(monkeypatch):
+    monkeypatch.setattr(head, "BLOCK_BYTES", 8192)
+    T, H, V = 8, 24, 1031
+    (h, W, *_), targets = tensors(T, H, V, 3, torch.bfloat16)
+    call = (h, W, None, None, None, None, [1.0, 1.0, 1.0, 0.0], targets, -100, 1 << 28, False, torch.bfloat16)
+    with torch.no_grad():
+        _, _, stats = logprob_impl.forward(*call)
+        with Watch(()) as seen:
+            logprob_impl.backward(torch.ones(T), torch.ones(T), stats, *call, [True, False, False, False, False])
+    assert (T, V) in seen.shapes
+    assert ((8192 // (4 * H), H) in seen.shapes) != mixed.takes(h.device, h.dtype)
 
 
 def test_only_what_is_needed():
