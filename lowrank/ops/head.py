@@ -15,7 +15,7 @@ from .mixed import add_product, mm
 
 BLOCK_BYTES = 1 << 24  # of a head that is widened, in fp32 at a time
 CHUNK_BYTES = 1 << 28
-PASS_BYTES = 1 << 20  # of logits that PyTorch's passes run over while they are in a core's cache
+PASS_BYTES = 1 << 23  # of logits that PyTorch's passes run over while they are in cache
 # how an op takes a head.  inv_temperature: fp32 [T], or None.  numbers: LoRA's scaling, 1 / temperature, logit_scale, softcap
 SCHEMA = (
     "Tensor {0}hidden, Tensor {0}weight, Tensor? {0}bias, Tensor? {0}A, Tensor? {0}B, Tensor? {0}inv_temperature,"
@@ -54,8 +54,8 @@ def chunks(T: int, V: int, chunk_bytes: int, per_logit: int):
 
 
 def cached(z: Tensor):
-    """Slices of a chunk's rows, a few for every thread at a time, so that passes over them find them in its cache."""
-    rows = max(2, PASS_BYTES * torch.get_num_threads() // (z.shape[1] * z.element_size()))
+    """Slices of a chunk's rows, a few at a time, so that passes over them find them in cache."""
+    rows = max(2, PASS_BYTES // (z.shape[1] * z.element_size()))
     return (slice(first, min(first + rows, len(z))) for first in range(0, len(z), rows))
 
 
