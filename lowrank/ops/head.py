@@ -15,7 +15,7 @@ from .mixed import add_product, mm
 
 BLOCK_BYTES = 1 << 24  # of a head that is widened, in fp32 at a time
 CHUNK_BYTES = 1 << 28
-PASS_BYTES = 1 << 23  # of logits that PyTorch's passes run over while they are in cache
+PASS_BYTES = 1 << 24  # of logits that PyTorch's passes run over while they are in cache
 # how an op takes a head.  inv_temperature: fp32 [T], or None.  numbers: LoRA's scaling, 1 / temperature, logit_scale, softcap
 SCHEMA = (
     "Tensor {0}hidden, Tensor {0}weight, Tensor? {0}bias, Tensor? {0}A, Tensor? {0}B, Tensor? {0}inv_temperature,"
