@@ -3,6 +3,7 @@
 
 #ifdef LOWRANK_ATEN  // any device's; the stable ABI has a CPU's alone
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #else
@@ -44,6 +45,10 @@ inline Tensor columns_of(const Tensor& t, int64_t first, int64_t count) {
 
 // Contiguous memory on like's device that nobody has written to.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+#ifdef LOWRANK_ATEN  // where there is no memory, torch's own error
+  const auto options = torch::aot_inductor::tensor_handle_to_tensor_pointer(like.get())->options().dtype(dtype);
+  return Tensor(torch::aot_inductor::new_tensor_handle(at::empty(sizes, options)));
+#else
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
   const auto device = like.device();
@@ -52,6 +57,7 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, Scala
       sizes.size(), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &handle));
   return Tensor(handle);
+#endif
 }
 
 inline void copy(const Tensor& to, const Tensor& from) {

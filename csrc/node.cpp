@@ -218,6 +218,7 @@ static PyObject* linears(PyObject*, PyObject* const* arguments, Py_ssize_t count
                   arguments[12] == Py_True,
                   reinterpret_cast<THPDtype*>(arguments[9])->scalar_type,
                   reinterpret_cast<THPDtype*>(arguments[10])->scalar_type};
+  if (PyErr_Occurred()) throw python_error();  // of a number that is too large
   const auto ordinary = [](const std::optional<at::Tensor>& t) { return !t || is_ordinary(*t); };
   if (!is_ordinary(x) || !std::all_of(call.weights.begin(), call.weights.end(), is_ordinary) ||
       !std::all_of(call.starts.begin(), call.starts.end(), ordinary) || !std::all_of(factors.begin(), factors.end(), is_ordinary)) {

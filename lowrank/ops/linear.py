@@ -144,7 +144,8 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
                 if bias.shape != size[:1] or bias.dtype not in _FLOATS or (grad and bias.requires_grad):
                     return None
         elif (
-            base.dtype is not dtype
+            type(base) not in TENSORS
+            or base.dtype is not dtype
             or (size := base.shape)[:-1] != shape[:-1]
             or len(projections) > 1
             or bias is not None

@@ -193,6 +193,7 @@ def test_what_is_not_plain_is_left_to_the_general_form(form):
         "another dtype": projection._replace(weight=projection.weight.bfloat16()),
         "another shape": projection._replace(weight=projection.weight[:, 1:]),
         "a scaling that is no number": projection._replace(adapters=(adapter._replace(scaling=float("nan")),)),
+        "an output that is no tensor": projection._replace(weight=None, base=(torch.randn(4, 6),)),
         "a probability that is none": projection._replace(adapters=(adapter._replace(dropout_p=1.5),)),
     }
     with FORMS[form]():
@@ -328,6 +329,25 @@ def test_tensors_that_are_not_ordinary_are_left_to_what_knows_them(form, p):
                     pairs.append([y, *(torch.autograd.grad(y.sum(), [adapter.B]) if grad else ())])
             for ours, theirs in zip(*pairs, strict=True):
                 torch.testing.assert_close(ours, theirs, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_number_that_is_too_large_is_an_error(form):
+    x, (projection,), _ = made((4, 10), [6], 2, torch.float32, torch.float32)
+    (adapter,) = projection.adapters
+    large = projection._replace(adapters=(adapter._replace(scaling=10**400),))
+    with FORMS[form](), pytest.raises((OverflowError, RuntimeError)):
+        linear.linears(x, (large,))
+
+
+def test_where_there_is_no_memory_the_node_raises_torchs_own_error(capfd):
+    if "node" not in FORMS:
+        pytest.skip("the one call's has torch's stable ABI between")
+    _, projections, _ = made((4, 10), [6], 2, torch.float32, torch.float32)
+    x = torch.randn(1, 10).expand(2**50, 10)
+    with pytest.raises(RuntimeError, match=r"^\[enforce fail.*can't allocate memory"):
+        linear.linears(x, projections)
+    assert "Exception" not in capfd.readouterr().err
 
 
 @pytest.mark.gpu
