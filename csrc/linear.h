@@ -129,8 +129,7 @@ inline Tensors plain_linears(const Tensor& input, const Tensors& weights, const 
                              ScalarType thin) {
   const std::vector<Projection> projections = projections_of(factors, scales);
   const std::vector<Group> groups = groups_of(masks);
-  Tensor x = cast(as_rows(input), dtype);
-  if (!cuts.empty() && x.stride(1) != 1) x = packed(x);
+  const Tensor x = cast(as_rows(input), dtype), whole_rows = cuts.empty() || x.stride(1) == 1 ? x : packed(x);
   const int64_t M = x.size(0);
   Tensors ys, keeps;
   for (size_t j = 0; j < cuts.size(); ++j) keeps.push_back(empty(x, {M, (x.size(1) + 31) / 32}, ScalarType::Int));
@@ -143,7 +142,7 @@ inline Tensors plain_linears(const Tensor& input, const Tensors& weights, const 
     const int64_t j = group.mask;
     const Tensor part =
         j < 0 ? shrink(x, A)
-              : shrink_dropped(x, A, static_cast<const int64_t*>(seeds->data_ptr())[j], cuts[j], keeps[j]);
+              : shrink_dropped(whole_rows, A, static_cast<const int64_t*>(seeds->data_ptr())[j], cuts[j], keeps[j]);
     if (groups.size() == 1) {
       whole = part;
       break;

@@ -64,9 +64,11 @@ inline void copy(const Tensor& to, const Tensor& from) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
 }
 
+// In t's order of dims, as Tensor.to: a GEMM's last bit depends on it.
 inline Tensor cast(const Tensor& t, ScalarType dtype) {
   if (t.scalar_type() == dtype) return t;
-  Tensor out = empty(t, {t.size(0), t.size(1)}, dtype);
+  const bool turned = t.stride(0) > 0 && t.stride(0) < t.stride(1);
+  Tensor out = turned ? transposed(empty(t, {t.size(1), t.size(0)}, dtype)) : empty(t, {t.size(0), t.size(1)}, dtype);
   copy(out, t);
   return out;
 }
