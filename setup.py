@@ -160,7 +160,7 @@ def extensions() -> list[Extension]:
         if reason is None:
             sources = [str(path.relative_to(CSRC.parent)) for path in sorted(CSRC.iterdir()) if path.suffix != ".md"]
             found.append(Extension(f"lowrank._C_{library}", sources, py_limited_api=True, optional=not required))
-        elif required and library != "cuda":
+        elif required and library == "cpu":
             raise SystemExit(f"lowrank/_C_{library} {reason}")
         else:
             print(f"lowrank/_C_{library} is left out: it {reason}", file=sys.stderr)

@@ -35,15 +35,17 @@ assert any(why in str(w.message) for w in said), [str(w.message) for w in said]
 TXT
 "$work/env/bin/lowrank" doctor >doctor.txt
 grep -q "pip install -v --force-reinstall --no-deps" doctor.txt
-echo "== the native ops in PyTorch"
+echo "== the native ops, and a plain LoRA linear, in PyTorch"
 cd "$work/source"
 OMP_NUM_THREADS=1 "$python" -m pytest -q -n 2 -p no:cacheprovider -m "not slow" \
-    tests/test_optim.py tests/test_analysis.py tests/test_delta.py tests/ops/test_materialize.py tests/ops/test_fold.py
+    tests/test_optim.py tests/test_analysis.py tests/test_delta.py tests/ops/test_materialize.py tests/ops/test_fold.py \
+    tests/ops/test_linear.py
 
 echo "== an environment that has torch: pip install ."
 LOWRANK_REQUIRE_NATIVE=1 "${install[@]}" --force-reinstall --no-deps "$work/source"
 cd "$work/elsewhere"
-"$python" -c "from lowrank import _native; assert _native.why_not('cpu') is None, _native.why_not('cpu'); print('C++ built and loaded')"
+"$python" -c "from lowrank import _native; assert _native.why_not('cpu') is None, _native.why_not('cpu'); \
+    print('C++ built and loaded; the node:', _native.why_not('node') or 'too')"
 
 for version in 3.10 3.11 3.12 3.13 3.14; do
     other=
