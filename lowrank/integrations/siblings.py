@@ -23,9 +23,12 @@ from ..layers import thread
 from ..ops.linear import Projection
 from ..ops.lora import lora_projections
 
-# Layers within one module that are called with one tensor, as transformers names them.
+# Layers within one module that are called with one tensor, as transformers names them.  Of groups as large the first counts:
+# in Bailing hybrid's MLA g_proj is called long after q_proj.
 NAMES = (
     ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),  # MLA: DeepSeek and those after it
+    ("q_proj", "kv_a_proj_with_mqa"),
     # the delta rule's attentions: Kimi Linear in both its codes, GLM-5, Bailing hybrid, OLMo hybrid
     (
         *("q_proj", "k_proj", "v_proj", "f_a_proj", "forget_gate.f_a_proj", "forget_gate.f_proj"),
@@ -33,8 +36,6 @@ NAMES = (
     ),
     ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),  # Qwen3.5
     ("in_proj_qkvz", "in_proj_ba"),  # Qwen3-Next
-    ("q_a_proj", "kv_a_proj_with_mqa"),  # MLA: DeepSeek and those after it
-    ("q_proj", "kv_a_proj_with_mqa"),
     ("query", "key", "value"),
     ("query_proj", "key_proj", "value_proj"),
     ("q_lin", "k_lin", "v_lin"),
@@ -149,7 +150,7 @@ class Siblings:
 
 def find(model: nn.Module, is_member) -> list[tuple[list[nn.Module], list[nn.Module]]]:
     """(a group of ``model``, the layers called in between) for each: :data:`NAMES` within one module for which ``is_member``
-    holds.  A layer is in one group, the one of which most are there.
+    holds.  A layer is in one group: the one of which most are there, or the first of those.
     """
     layers = {path: module for path, module in model.named_modules(remove_duplicate=False) if is_member(module)}
     groups, taken = [], set()

@@ -564,6 +564,7 @@ class Block(torch.nn.Module):
         (dict(q_proj=8, k_proj=8, v_proj=8, b_proj=4), ["q_proj k_proj v_proj"]),
         (dict(q_proj=8, kv_a_proj_with_mqa=8, k_proj=8), ["q_proj k_proj"]),
         (dict(q_proj=8, kv_a_proj_with_mqa=8, q_a_proj=8), ["q_a_proj kv_a_proj_with_mqa"]),
+        (dict(q_proj=8, kv_a_proj_with_mqa=8, g_proj=8), ["q_proj kv_a_proj_with_mqa"]),
         (dict(g_proj=8, gate_proj=8, up_proj=8), ["gate_proj up_proj"]),
         (dict(in_proj_b=8, in_proj_a=8, gate_proj=8, up_proj=8), ["in_proj_b in_proj_a", "gate_proj up_proj"]),
     ],
