@@ -15,6 +15,7 @@ from right import in_the_mean
 
 import lowrank
 from lowrank.integrations.peft import patch, unpatch
+from lowrank.ops import dropout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = dict(r=8, lora_alpha=12, init_lora_weights=False)
@@ -94,6 +95,35 @@ def test_4bit_dropout_and_the_base_is_left_alone():
         assert torch.equal(layer(x), first)
         assert not torch.equal(layer(x), first)
     assert torch.equal(layer.base_layer.weight.data, before)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_4bit_dropout_as_torch_draws_it(autocast, monkeypatch):
+    """Over 4 bits PEFT leaves x's cast to CUDA's autocast where that is on: its dropout sees x as it came."""
+    layer, x, seen = four_bit(lora_dropout=0.5), torch.randn(3, 128, dtype=torch.bfloat16, device=DEVICE), []
+    layer.lora_A.float(), layer.lora_B.float()
+    model = nn.Sequential(layer)
+
+    def drawn_for(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda x, *args: seen.append(x.dtype) or original(x, *args))
+        torch.manual_seed(1)
+        y = model(x).float()
+        monkeypatch.undo()
+        return y
+
+    before = torch.is_autocast_enabled("cuda")
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        torch.set_autocast_enabled("cuda", autocast)
+        try:
+            want = drawn_for(nn.functional, "dropout")
+            patch(model, dropout_stream="torch")
+            with lowrank.strict():
+                got = drawn_for(dropout, "as_torch")
+        finally:
+            torch.set_autocast_enabled("cuda", before)
+    assert seen == [torch.bfloat16 if autocast else torch.float32] * 2
+    assert (got - want).norm() < 0.03 * want.norm()  # another mask: a third of it
 
 
 def test_8bit_where_it_runs():
