@@ -126,7 +126,7 @@ def _plain(layer, x) -> Projection | None:
     __getattr__ is what costs; nothing about a module is remembered between calls, during which all of it may change.
     """
     state, device, dtype = layer.__dict__, x.device, x.dtype
-    if _has_any_global_hook() or dtype not in _FLOATS:
+    if _has_any_global_hook() or dtype not in _FLOATS or x.is_meta:
         return None
     try:
         if state["_disable_adapters"] or state["merged_adapters"] or CHANGED in state:

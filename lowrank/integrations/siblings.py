@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..layers import thread
+from ..ops._boundary import autocast_dtype
 from ..ops.linear import Projection
 from ..ops.lora import lora_projections
 
@@ -171,7 +172,10 @@ def _modes(x: torch.Tensor) -> tuple:
     """Everything beside its arguments that a call's result depends on."""
     kind = "cpu" if x.is_cpu else x.device.type
     stream = torch.cuda.current_stream(x.device).cuda_stream if kind == "cuda" else None
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if kind == "cpu":
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    else:  # devices that know no autocast
+        autocast = autocast_dtype(x)
     at = x.data_ptr() if type(x) is torch.Tensor else None  # x.data = ... is no new version
     return x._version, at, x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, stream
 
