@@ -45,7 +45,7 @@ NUMERIC = (
     "bnb",
     "compiled",
 )
-NUMERIC += ("dora", "hub", "peft", "proxy_tuning", "siblings", "trainer", "trl", "registry")
+NUMERIC += ("dora", "dropout_stream", "hub", "peft", "proxy_tuning", "siblings", "trainer", "trl", "registry")
 
 
 class _Environment:

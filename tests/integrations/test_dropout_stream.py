@@ -1,5 +1,6 @@
 """patch(model, dropout_stream="torch"): nn.Dropout's masks, drawn where PEFT draws them, and all that follows from them."""
 
+import contextlib
 import copy
 import pickle
 
@@ -14,6 +15,7 @@ import lowrank
 from lowrank import _stats
 from lowrank.integrations.peft import patch, unpatch
 from lowrank.ops import dropout
+from lowrank.ops._choice import forced
 
 KEY = "_lowrank_torch_masks"
 
@@ -125,18 +127,23 @@ INPUTS = {
 }
 
 
+@pytest.mark.parametrize("backend", [None, "eager"])
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("which", INPUTS)
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=str)
-def test_every_layout_of_x(which, config, cast):
-    """In fp64, where a factor of 1 / (1 - p) for the p of 16 bits would show.  cast: the adapters are wider than x."""
+def test_every_layout_of_x(which, config, cast, backend):
+    """In fp64, where a factor of 1 / (1 - p) for the p of 16 bits would show.  cast: the adapters are wider than x.
+
+    backend: without csrc/.
+    """
     theirs = layer(**config)
     x = INPUTS[which]().double()
     if cast:
         theirs.base_layer.float()
         x = x.float()
     want, state = run(theirs, x)
-    got, our_state = run(patch(copy.deepcopy(theirs), dropout_stream="torch"), x)
+    with forced(backend) if backend else contextlib.nullcontext():
+        got, our_state = run(patch(copy.deepcopy(theirs), dropout_stream="torch"), x)
     assert torch.equal(our_state, state)
     torch.testing.assert_close(got, want, rtol=1e-9 if not cast else 1e-4, atol=1e-9 if not cast else 1e-4)
 
