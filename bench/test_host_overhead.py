@@ -20,9 +20,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import lowrank
 from lowrank.integrations.peft import patch
-from lowrank.timing import device_name
+from lowrank.timing import device_name, frames
 
 # dtype of the base, whether adapters are fp32 (as PEFT makes them), dropout, names of the linears
 CASES = {
@@ -82,22 +81,6 @@ def passes(module: nn.Module, x: torch.Tensor, dy: torch.Tensor | None) -> dict[
             module(x)
 
     return {"forward + backward": both, "without grad": alone}
-
-
-def frames(call: Callable[[], object]) -> tuple[int, int]:
-    """Python frames that one call enters: lowrank's, and all."""
-    ours, seen = str(Path(lowrank.__file__).parent), []
-
-    def profile(frame, event, _):
-        if event == "call":
-            seen.append(frame.f_code.co_filename.startswith(ours))
-
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return sum(seen), len(seen)
 
 
 def compared(theirs: Callable, ours: Callable, rounds: int, seconds: float) -> dict[str, object]:

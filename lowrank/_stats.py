@@ -10,9 +10,8 @@ from torch import nn
 
 _FUSED, _SHARED = "", "\0shared"  # no reasons
 _all = Counter()
-_by_layer: dict[
-    int, tuple[weakref.ref, Counter]
-] = {}  # by id, while the layer lives: a WeakKeyDictionary costs 1 us a call
+# by id, while the layer lives: a WeakKeyDictionary costs two more frames a call
+_by_layer: dict[int, tuple[weakref.ref, Counter]] = {}
 _warned: set[str] = set()
 _strict = False
 

@@ -1,10 +1,12 @@
 """Paired timing: every candidate once per round, in turn, so that a machine whose speed drifts drifts for all of them.
 
-Also what a time is compared with: this device's own copy and matrix rates, and the memory of one call.
+Also what a time is compared with: this device's own copy and matrix rates, the memory of one call, and its Python frames, which
+no machine changes.
 """
 
 import contextlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +64,22 @@ def peak_memory(call: Callable[[int], object], device: torch.device) -> int | No
     torch.cuda.synchronize(device)
     del result
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def frames(call: Callable[[], object]) -> tuple[int, int]:
+    """Python frames that one call enters: of lowrank's functions, and all."""
+    ours, seen = str(Path(__file__).parent), []
+
+    def profile(frame, event, _):
+        if event == "call":
+            seen.append(frame.f_code.co_filename.startswith(ours))
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return sum(seen), len(seen)
 
 
 def copy_rate(device: torch.device, size: int | None = None) -> float:

@@ -7,7 +7,7 @@ bias and autocast, over a weight or over the output of a module (:func:`linears`
 ops/lora.py's general form, which gives the same bits where both can answer.
 
 One call has four forms, of the same bits: through kernels/thin.py; through ops/eager.py; eager's operations without its
-functions (_short_forward); and those in one call of csrc/linear.h, under this node or under that of csrc/node.cpp.
+functions (linear_eager.py); and those in one call of csrc/linear.h, under this node or under that of csrc/node.cpp.
 """
 
 import weakref
@@ -18,18 +18,16 @@ import torch
 from torch import Tensor
 
 from .. import _native, _stats
-from . import dropout, eager, lora_impl
+from . import dropout, eager, linear_eager, lora_impl
 from ._boundary import TENSORS, all_plainly, as_shaped, dense, rows_of
 from ._choice import choice
 from ._dispatch import outlasts_host, thin_products
-from .eager import add_product_
 from .lora_impl import add_base, may_overflow
 from .node import DIFFERENTIABLE, alive, hand_over, must_follow, recall, remember
 
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _NUMBERS = frozenset((float, int))
 _INFINITY = float("inf")
-_linear, _unsafe_view = torch.nn.functional.linear, torch.ops.aten._unsafe_view.default
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
@@ -273,8 +271,8 @@ def _forward(call, weights, starts, seeds, x, factors):
         with torch.autocast(x.device.type, enabled=False):
             return _forward(call, weights, starts, seeds, x, factors)
     shape, As, Bs, n = x.shape, factors[::2], factors[1::2], len(scales)
-    if call.short and (thin_dtype is dtype or _is_small(x, Bs)):
-        return _short_forward(call, weights, starts, x, As, Bs)
+    if call.short and (thin_dtype is dtype or linear_eager.is_small(x, Bs)):
+        return linear_eager.forward(call, weights, starts, x, As, Bs)
     x = rows_of(x, dtype)
     thin = _thin(x, weights or [None] * n, starts if not weights else [None] * n, As, Bs, call)
     S, keeps = thin.shrink(x, As, thin_dtype, masks, cuts, seeds)
@@ -300,8 +298,8 @@ def _backward(call, dys, x, S, factors, keeps, weights, need_x):
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _backward(call, dys, x, S, factors, keeps, weights, need_x)
-    if call.short and (thin_dtype is dtype or _is_small(x, factors[1::2])):
-        return _short_backward(call, dys, x, S, factors[::2], factors[1::2], weights, need_x)
+    if call.short and (thin_dtype is dtype or linear_eager.is_small(x, factors[1::2])):
+        return linear_eager.backward(call, dys, x, S, factors[::2], factors[1::2], weights, need_x)
     shape, As, Bs, x = x.shape, factors[::2], factors[1::2], rows_of(x, dtype)
     dys = [dense(rows_of(dy, dy.dtype)) for dy in dys]
     thin = _thin(x, [None] * len(dys), dys, As, Bs, call)
@@ -318,112 +316,6 @@ def _backward(call, dys, x, S, factors, keeps, weights, need_x):
     if need_x and not base_first and weights:
         add_base(dX, dys, weights, True)
     return [None if dX is None else dX.view(shape), *chain.from_iterable(zip(dAs, dBs, strict=True))]
-
-
-def _is_small(x, Bs) -> bool:
-    """Whether ops/eager.py widens x and every dY as one block."""
-    K = x.shape[-1]
-    return x.numel() // K * (max(K, *[B.shape[0] for B in Bs], 0) + 31) <= 1 << 20
-
-
-def _nothing(like: Tensor) -> Tensor:
-    """What addmm starts from under beta = 0, which does not read it."""
-    key = like.dtype, like.device
-    found = _nothings.get(key)
-    if found is None:
-        with torch.inference_mode(False):
-            found = _nothings[key] = like.new_zeros(1)
-    return found
-
-
-_nothings: dict[tuple, Tensor] = {}
-
-
-def _short_forward(call, weights, starts, x, As, Bs):
-    """ops/eager.py's operations without its functions: on a host that is what a small call costs."""
-    dtype, thin_dtype, scales, shape = call.dtype, call.thin_dtype, call.scales, x.shape
-    if len(shape) != 2:
-        x = x.reshape(-1, shape[-1])
-    if x.dtype is not dtype:
-        x = x.to(dtype)
-    same, halves = thin_dtype is dtype, thin_dtype.itemsize == 2
-    A = As[0] if len(As) == 1 else torch.cat(As)
-    if A.dtype is not thin_dtype:
-        A = A.to(thin_dtype)
-    wide = x if same else x.to(thin_dtype)
-    S = torch.mm(A, wide.mT).mT.contiguous() if halves else _linear(wide, A)
-    nothing = _nothing(S)
-    part, first, ys = S, 0, []
-    for i, B in enumerate(Bs):
-        if len(Bs) > 1:
-            part, first = S[:, first : first + B.shape[1]], first + B.shape[1]
-        if B.dtype is not thin_dtype:
-            B = B.to(thin_dtype)
-        start, scale = starts[i] if starts else None, scales[i]
-        if start is not None:
-            start = start if start.dim() == 1 else start.reshape(x.shape[0], start.shape[-1])
-            y = torch.addmm(start if start.dtype is thin_dtype else start.to(thin_dtype), part, B.mT, alpha=scale)
-        elif scale == 1.0:
-            y = _linear(part, B)
-        else:
-            y = torch.addmm(nothing, part, B.mT, beta=0, alpha=scale)
-        if not same:
-            y = y.to(dtype)
-        if weights:
-            weight = weights[i]
-            y.addmm_(x, (weight if weight.dtype is dtype else weight.to(dtype)).mT)
-        ys.append(y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.shape[1])))
-    return tuple(ys), S, ()
-
-
-def _short_backward(call, dys, x, S, As, Bs, weights, need_x):
-    dtype, thin_dtype, scales, shape = call.dtype, call.thin_dtype, call.scales, x.shape
-    if len(shape) != 2:
-        x = x.reshape(-1, shape[-1])
-    if x.dtype is not dtype:
-        x = x.to(dtype)
-    same, halves, n = thin_dtype is dtype, thin_dtype.itemsize == 2, len(As)
-    part, first, rows, dSs, dBs, nothing = S, 0, [], [], [], _nothing(S)
-    for dy, factor, scale in zip(dys, Bs, scales, strict=True):
-        if dy.dim() != 2:
-            dy = dy.reshape(-1, dy.shape[-1])
-        strides = dy.stride()
-        if 1 not in strides or 0 in strides:
-            dy = dy.contiguous()
-        rows.append(dy)
-        B = factor if factor.dtype is thin_dtype else factor.to(thin_dtype)
-        if n > 1:
-            part, first = S[:, first : first + B.shape[1]], first + B.shape[1]
-        wide = dy if same else dy.to(thin_dtype)
-        left, right = (B.mT, wide.mT) if halves else (wide, B)
-        dS = torch.mm(left, right) if scale == 1.0 else torch.addmm(nothing, left, right, beta=0, alpha=scale)
-        if halves:
-            dS = dS.mT.contiguous()
-        if not same:
-            dB = B.new_zeros(B.shape).addmm_(wide.mT, part, alpha=scale)
-        elif scale == 1.0:
-            dB = torch.mm(part.mT, wide).mT.contiguous()
-        else:
-            dB = torch.addmm(nothing, part.mT, wide, beta=0, alpha=scale).mT.contiguous()
-        dSs.append(dS)
-        dBs.append(dB if dB.dtype is factor.dtype else dB.to(factor.dtype))
-    dS, A = (dSs[0], As[0]) if n == 1 else (torch.cat(dSs, 1), torch.cat(As))
-    dA = torch.mm(dS.mT, x if same else x.to(thin_dtype))
-    dX = None
-    if need_x:
-        dX = torch.mm(dS, A if A.dtype is thin_dtype else A.to(thin_dtype))
-        if not same:
-            dX = dX.to(dtype)
-        for dy, weight in zip(rows, weights, strict=bool(weights)):
-            add_product_(dX, dy, weight if weight.dtype is dtype else weight.to(dtype))
-        if len(shape) != 2:
-            dX = dX.view(shape)
-    grads, first = [dX], 0
-    for factor, dB in zip(As, dBs, strict=True):
-        own = dA if n == 1 else dA[first : first + factor.shape[0]].clone()
-        first += factor.shape[0]
-        grads += own if own.dtype is factor.dtype else own.to(factor.dtype), dB
-    return grads
 
 
 def _thin(x, weights, others, As, Bs, call):

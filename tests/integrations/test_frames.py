@@ -1,37 +1,15 @@
 """What a patched layer's call costs the host, counted in Python frames: a number that no machine changes."""
 
 import contextlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import lowrank
 from lowrank.integrations.peft import patch
 from lowrank.ops._choice import choice, forced
-
-OURS = str(Path(lowrank.__file__).parent)
-
-
-def frames(call) -> tuple[int, int]:
-    """(of lowrank's functions, of all) that a call enters, the third time it runs."""
-    seen = []
-
-    def profile(frame, event, _):
-        if event == "call":
-            seen.append(frame.f_code.co_filename.startswith(OURS))
-
-    for _ in range(2):
-        call()
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return sum(seen), len(seen)
+from lowrank.timing import frames
 
 
 def layer(patched: bool):
@@ -56,8 +34,10 @@ def test_frames_of_a_patched_layer(form, grad):
     counts = {}
     for name, patched in (("PEFT", False), ("lowrank", True)):
         module = layer(patched)
+        call = (lambda m=module: step(m, x, dy)) if grad else (lambda m=module: m(x))
         with context(), torch.set_grad_enabled(grad):
-            counts[name] = frames((lambda m=module: step(m, x, dy)) if grad else (lambda m=module: m(x)))
+            call()
+            counts[name] = frames(call)
     print(
         f"{form}, grad {grad}: {counts['lowrank'][0]} frames of ours, {counts['lowrank'][1]} in all; PEFT {counts['PEFT'][1]}"
     )
