@@ -72,8 +72,13 @@ export -f warm; export python tune shards
 part 45 bash -c warm
 part 50 "$python" bench/tune.py $tune --out "$OUT/tune.json"
 # 11. What the host pays, tables and figure, and the comparison of methods
-device=$([[ $toy ]] && echo cpu || echo cuda)
-part 20 "$python" bench/test_host_overhead.py --device "$device" --rounds 9 --json "$OUT/host_overhead.json"
+#     (in a dry run without the interpreter, which serves no host)
+if [[ $toy ]]; then
+    part 30 env -u TRITON_INTERPRET "$python" bench/test_host_overhead.py --rounds 1 --json "$OUT/host_overhead.json"
+else
+    part 40 "$python" bench/test_host_overhead.py --device cuda --rounds 9 --json "$OUT/host_overhead.json"
+    part 20 "$python" bench/launchers.py
+fi
 part 20 "$python" bench/report.py "$OUT"
 # (not in a dry run: it pretrains a model first, minutes on a CPU; tests/compare runs it at toy size)
 [[ $toy ]] || part 60 "$python" -m lowrank.cli compare --out "$OUT/compare"
