@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from .. import _stats
-from ..layers import BASE_DROPOUT, GROUP, fused
 from ..ops.node import CHANGED, COPY, NAME, TORCH_MASKS
 from . import siblings as _siblings
+from .peft_layer import BASE_DROPOUT, GROUP, fused
 
 try:
     from peft import LoraConfig

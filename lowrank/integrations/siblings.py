@@ -3,7 +3,7 @@
 A model's own attention code calls three layers, one after the other, with one tensor.  :class:`Siblings` lets the first call
 run ``lora_projections`` over all of them: x is read once for every adapter, and backward is one node.  A sibling takes its
 result only if it is called in that thread, with that very tensor, unchanged since, under the same autograd and autocast modes,
-with the adapters it had; in every other case it computes alone, which is always right.  Under ``torch.compile`` (layers.py)
+with the adapters it had; in every other case it computes alone, which is always right.  Under ``torch.compile`` (peft_layer.py)
 and for inference tensors, whose changes cannot be seen, all compute alone.
 
 What waits is dropped when a thread's next call of a patched layer, in whatever model, is none that it waits for: a forward that
@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..layers import thread
 from ..ops._boundary import autocast_dtype
 from ..ops.linear import Projection
 from ..ops.lora import lora_projections
+from .peft_layer import thread
 
 # Layers within one module that are called with one tensor, as transformers names them.  Of groups as large the first counts:
 # in Bailing hybrid's MLA g_proj is called long after q_proj.

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from .. import _stats
-from ..layers import adapters_of
 from ..ops._boundary import no_autocast
 from ..ops.head import Head
 from ..ops.logprob import with_stats
 from . import peft as _peft
+from .peft_layer import adapters_of
 
 try:
     import trl

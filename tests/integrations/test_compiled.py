@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lowrank
 from lowrank import _stats
 from lowrank.integrations.peft import patch
-from lowrank.layers import WRITTEN
+from lowrank.integrations.peft_layer import WRITTEN
 from lowrank.ops.node import CHANGED
 
 TARGETS = ["q_proj", "k_proj", "up_proj"]

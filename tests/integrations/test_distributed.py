@@ -15,7 +15,7 @@ import distributed_worker as worker
 
 import lowrank
 from lowrank.integrations.peft import patch
-from lowrank.layers import SHARDED
+from lowrank.integrations.peft_layer import SHARDED
 
 bf16, fp32 = torch.bfloat16, torch.float32
 

@@ -112,7 +112,7 @@ def kernelize_back(model):
 
 def test_it_is_not_the_installed_package(kernel, run):
     """Another module, other ops, other counts, in one process."""
-    assert kernel.layers is not lowrank.layers
+    assert kernel.layers is not lowrank.integrations.peft_layer
     names = {str(ops).partition("::")[0] for ops in torch._C._dispatch_get_all_op_names() if "::lora_linears" in ops}
     assert names == {"lowrank", kernel._ops.ops.name}
     model = run(peft_llama(target_modules=["q_proj"]))
@@ -237,7 +237,8 @@ def test_it_holds_what_it_imports_and_the_code_is_ours(repository, kernel):
     for module in modules:
         importlib.import_module(".".join([kernel.__name__, *module.parts]))
     names = {"/".join(module.parts) for module in modules}
-    assert {"layers", "kernels/thin", "kernels/svf", "ops/svf_impl"} <= names  # three are imported in functions
+    # three are imported in functions
+    assert {"integrations/peft_layer", "kernels/thin", "kernels/svf", "ops/svf_impl"} <= names
     assert {"optim", "delta", "ops/svf", "ops/logprob", "integrations/peft"}.isdisjoint(names)
     changed = []
     for module in modules:

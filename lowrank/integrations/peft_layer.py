@@ -1,7 +1,7 @@
 """A PEFT LoRA layer's forward on lowrank's op, with PEFT's own code where the op does not cover the call.
 
 Written against the attributes of PEFT's layers alone: nothing here imports PEFT, so the same code serves
-integrations/peft.py, which puts it on PEFT's classes, and a package of kernels that may import torch and nothing else.
+peft.py beside it, which puts it on PEFT's classes, and a package of kernels that may import torch and nothing else.
 """
 
 import sys
@@ -11,14 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from . import _stats, sharding, traced
-from .ops import dora as dora_op
-from .ops import dropout
-from .ops._boundary import TENSORS, plainly
-from .ops.linear import Adapter, Projection
-from .ops.lora import lora_projections, projected
-from .ops.node import AGAIN, CHANGED, COPY, FORWARD_MODE, TORCH_MASKS, again, followed, has_tangent
-from .ops.validation import DTYPES
+from .. import _stats
+from ..ops import dora as dora_op
+from ..ops import dropout
+from ..ops._boundary import TENSORS, plainly
+from ..ops.linear import Adapter, Projection
+from ..ops.lora import lora_projections, projected
+from ..ops.node import AGAIN, CHANGED, COPY, FORWARD_MODE, TORCH_MASKS, again, followed, has_tangent
+from ..ops.validation import DTYPES
+from . import peft_sharding, peft_traced
 
 # in a layer's __dict__
 GROUP = "_lowrank_siblings"  # the Siblings it belongs to
@@ -39,7 +40,7 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # a program of PyTorch's own ops, which runs where no lowrank is
                 return original(self, x, *args, **kwargs)
-            if not args and not kwargs and (y := traced.forward(self, x)) is not None:
+            if not args and not kwargs and (y := peft_traced.forward(self, x)) is not None:
                 return y
         elif not args and not kwargs and plainly(x):
             made = _waiting(self)
@@ -219,8 +220,8 @@ def _inside_units(layer, x, adapters) -> torch.Tensor:
             projection = _projected(layer, None, None, _drawn(layer, whole, x), y)
         return lora_projections(x, (projection,))[0]
 
-    units = [module for pair in factors for module in pair if sharding.is_unit(module, x)]
-    return sharding.inside(list(dict.fromkeys(units)), x, run)
+    units = [module for pair in factors for module in pair if peft_sharding.is_unit(module, x)]
+    return peft_sharding.inside(list(dict.fromkeys(units)), x, run)
 
 
 def _projection(layer, x) -> Projection | None:
@@ -321,8 +322,8 @@ def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[
     """(the active adapters, None) if the op covers this call, (None, why not) if it does not.
 
     (None, None): nothing but the base layer is to run, and PEFT's forward does just that.  (the active adapters, SHARDED):
-    the op covers the call, but only inside the calls of modules whose weights are elsewhere now (sharding.py).  ``dora``: an
-    adapter that may be a variant.
+    the op covers the call, but only inside the calls of modules whose weights are elsewhere now (peft_sharding.py).
+    ``dora``: an adapter that may be a variant.
     """
     if kwargs.get("adapter_names") is not None:
         return None, "adapter_names: several adapters chosen per row of the batch"
@@ -349,7 +350,7 @@ def adapters_of(layer, x, args, kwargs, dora: str | None = None) -> tuple[tuple[
         ):
             if type(module) in cls and not _has_hooks(module):
                 continue
-            if not sharding.is_unit(module, x):
+            if not peft_sharding.is_unit(module, x):
                 return None, f"hooks on {what}" if type(module) in cls else f"{what} is a {type(module).__name__}"
             if module is not drop:
                 units.add(module)

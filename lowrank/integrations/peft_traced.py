@@ -1,18 +1,18 @@
 """What a compiler traces of a PEFT LoRA layer's plain call: the checks that it guards on, and one op.
 
 Dynamo pays for every instruction, for every function that it inlines, and for every entry of a ``__dict__`` that is read.
-So one function says here, of one adapter on ``nn.Linear``s, what layers.py says in many of any call; the rest is for it.
+So one function says here, of one adapter on ``nn.Linear``s, what peft_layer.py says in many of any call; the rest is for it.
 """
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ._stats import _FUSED, _traced
-from ._version import __version__
-from .ops.lora import traced_linear
-from .ops.node import CHANGED, COPY, TORCH_MASKS, followed
-from .ops.validation import DTYPES
+from .._stats import _FUSED, _traced
+from .._version import __version__
+from ..ops.lora import traced_linear
+from ..ops.node import CHANGED, COPY, TORCH_MASKS, followed
+from ..ops.validation import DTYPES
 
 # an attribute of a module is one more thing to trace
 _Linear, _Dropout, _Parameter = nn.Linear, nn.Dropout, nn.Parameter

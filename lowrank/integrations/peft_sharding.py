@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .ops._boundary import autocast_dtype
+from ..ops._boundary import autocast_dtype
 
 _FRAMEWORKS = ("torch.distributed.fsdp.", "deepspeed.")
 
