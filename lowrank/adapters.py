@@ -11,8 +11,8 @@ from torch import nn
 
 from . import svf
 from ._fits import check_fits, check_same, targets, warn_of_misfits
+from ._linears import exact_names, is_conv1d
 from .checkpoints import publish
-from .factors import is_conv1d
 from .nn import LoRALinear
 from .nn.svf import check_name
 
@@ -158,11 +158,6 @@ def load_adapter(model: nn.Module, path, adapter_name: str = "default", *, is_tr
         model = peft.PeftModel.from_pretrained(model, path, adapter_name, is_trainable=is_trainable)
     swap_layers(model)
     return model
-
-
-def exact_names(names) -> str:
-    """A target_modules that means these layers: PEFT finds a plain name at the end of any longer one too."""
-    return "|".join(map(re.escape, names))
 
 
 def _peft():

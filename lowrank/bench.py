@@ -185,7 +185,7 @@ def layer_shapes(config, dtype: str) -> list[tuple[int, int, list[str], int]]:
     import torch
 
     from . import _meta_run
-    from .compare.methods import is_linear
+    from ._linears import is_linear
 
     model = _meta_run.build(config, getattr(torch, dtype))
     head = model.get_output_embeddings()

@@ -117,7 +117,8 @@ def estimate(config, method: Method, setting: Setting) -> Estimate:
     import torch
 
     from . import _meta_run
-    from .compare.methods import attention_layers, is_linear
+    from ._linears import is_linear
+    from .compare.methods import attention_layers
 
     dtype, adapter_dtype = (getattr(torch, name) for name in (setting.dtype, setting.adapter_dtype))
     model = _meta_run.build(config, dtype)

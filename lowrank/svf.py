@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from . import _stats
+from ._linears import dense_weight, has_exact_weight, target_layers, weight_checksum, weight_shape
 from ._version import __version__
-from .factors import dense_weight, has_exact_weight, load_factors, target_layers, weight_checksum, weight_shape
+from .factors import load_factors
 from .nn import SVFLinear
 from .nn.merging import ordinary, report_merge
 from .nn.svf import PARAMETRIZATIONS, check_name
@@ -469,7 +470,7 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]] | None:
 
 def load(model: nn.Module, path, description: dict, vectors: dict, name: str, trainable: bool) -> nn.Module:
     """Put what :func:`read` found into the model, adapting it first if need be; nothing changes if it does not fit."""
-    from .adapters import exact_names
+    from ._linears import exact_names
 
     check_name(name)
     config = SVFConfig(**description["config"])
@@ -573,7 +574,8 @@ def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
     from safetensors.torch import save_file
 
     from ._fits import targets, warn_of_misfits
-    from .adapters import WEIGHTS, exact_names
+    from ._linears import exact_names
+    from .adapters import WEIGHTS
 
     layers, tensors = svf_layers(model), {}
     for name, layer in layers.items():

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import nn
 
 from lowrank import factors
-from lowrank.factors import dense_weight, load_factors, save_factors, target_layers, weight_checksum
+from lowrank._linears import dense_weight, target_layers, weight_checksum
+from lowrank.factors import load_factors, save_factors
 from lowrank.svd import SVDFactors, svd_factors
 
 

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import lowrank
 from lowrank import SVFConfig
-from lowrank.adapters import exact_names
-from lowrank.factors import dense_weight, load_factors, save_factors
+from lowrank._linears import dense_weight, exact_names
+from lowrank.factors import load_factors, save_factors
 from lowrank.nn import SVFLinear
 from lowrank.svf import saved_modules, svf_layers
 from lowrank.testing import error

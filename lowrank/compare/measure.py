@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from lowrank._version import __version__
 from lowrank.analysis import diff_stats, stable_rank, total
 
-from .methods import is_linear
+from .._linears import is_linear
 
 TOLERANCE = 1e-5  # what "RL finetunes small subnetworks" (arXiv 2505.11711) counts as equal
 

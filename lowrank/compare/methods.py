@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .._linears import is_linear
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -28,12 +30,6 @@ def lora_config(rank: int, target_modules="all-linear"):
     from peft import LoraConfig
 
     return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM")
-
-
-def is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def attention_layers(model: nn.Module) -> list[str]:
@@ -70,7 +66,7 @@ def _peft_lora(model: nn.Module, rank: int) -> nn.Module:
 def _svf(model: nn.Module, rank: int) -> nn.Module:
     """The largest singular values of every linear layer, four per rank."""
     import lowrank
-    from lowrank.factors import target_layers, weight_shape
+    from lowrank._linears import target_layers, weight_shape
 
     k = min(4 * rank, *(min(weight_shape(layer)) for layer in target_layers(model).values()))
     return lowrank.adapt(model, lowrank.SVFConfig(k=k))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import _stats
-from ..factors import (
+from .._linears import (
     dense_weight,
     four_bit_state,
     has_float_weight,

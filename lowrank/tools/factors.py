@@ -13,17 +13,10 @@ from pathlib import Path
 
 import torch
 
+from .._linears import Weight, is_conv1d, module_weights, target_layers, weight_shape
 from .._shapes import BUILT_IN, load_config
 from ..checkpoints import open_tensors, tensor_files
-from ..factors import (
-    Weight,
-    WrittenLayer,
-    is_conv1d,
-    module_weights,
-    target_layers,
-    weight_shape,
-    write_factors,
-)
+from ..factors import WrittenLayer, write_factors
 from ..svd import METHODS
 
 SUMMARY = "write the SVD factors of a checkpoint's linear layers to one safetensors file"
