@@ -7,6 +7,8 @@ from . import analysis, bits, delta, nn, optim
 from ._stats import FallbackError, stats, strict
 from ._version import __version__
 from .adapters import adapt, load_adapter, save_adapter
+from .adapters.svf_layers import SVFConfig
+from .adapters.svf_model import expert_mix
 from .ops import (
     Head,
     LogProb,
@@ -25,7 +27,6 @@ from .ops import (
 )
 from .ops.validation import debug_checks
 from .svd import SVDFactors, svd_factors
-from .svf import SVFConfig, expert_mix
 
 __all__ = [
     "FallbackError",

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import lowrank
-from lowrank import adapters
+from lowrank import _linears, adapters
 from lowrank.nn import LoRALinear
 
 IDS = torch.arange(32).view(2, 16) * 7 % 100
@@ -913,7 +913,7 @@ def test_layers_that_peft_would_drop_are_named(tmp_path):
     model = lowrank.adapt(qwen3_moe(), lowrank.SVFConfig(k=4))
     lowrank.save_adapter(model, tmp_path, format="lora")
     layers = [name for name, module in model.named_modules() if isinstance(module, lowrank.nn.SVFLinear)]
-    rewrite(tmp_path, dict, target_modules=adapters.exact_names(layers), target_parameters=None)
+    rewrite(tmp_path, dict, target_modules=_linears.exact_names(layers), target_parameters=None)
     model = qwen3_moe()
     before = str(model)
     message = r"it has model\.layers\.0\.mlp\.\w+_proj, which Qwen3MoeForCausalLM has, but PEFT does not adapt it"

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lowrank import factors
 from lowrank._linears import dense_weight, target_layers, weight_checksum
-from lowrank.factors import load_factors, save_factors
+from lowrank.adapters import factor_files
+from lowrank.adapters.factor_files import load_factors, save_factors
 from lowrank.svd import SVDFactors, svd_factors
 
 
@@ -31,7 +31,7 @@ NAMES = ["layers.0.up", "layers.0.down", "layers.1.up", "head"]
 def computed(monkeypatch):
     """How many layers were decomposed in this process."""
     calls = []
-    monkeypatch.setattr(factors, "svd_factors", lambda W, *a, **k: calls.append(W) or svd_factors(W, *a, **k))
+    monkeypatch.setattr(factor_files, "svd_factors", lambda W, *a, **k: calls.append(W) or svd_factors(W, *a, **k))
     return calls
 
 
@@ -112,8 +112,9 @@ KILLED = """
 import os, signal, sys, torch
 sys.path[:0] = {path!r}
 from test_factors import model
-from lowrank import checkpoints, factors
-real, calls = getattr(factors, {where!r}), []
+from lowrank import checkpoints
+from lowrank.adapters import factor_files
+real, calls = getattr(factor_files, {where!r}), []
 
 def until_killed(*args, **kwargs):
     calls.append(args)
@@ -124,9 +125,9 @@ def until_killed(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 
-for module in (factors, checkpoints):
+for module in (factor_files, checkpoints):
     setattr(module, {where!r}, until_killed)
-factors.save_factors(model(), {out!r}, k=5, progress=False)
+factor_files.save_factors(model(), {out!r}, k=5, progress=False)
 """
 
 
@@ -185,7 +186,7 @@ MEMORY = """
 import sys, threading, time
 import torch
 from torch import nn
-from lowrank import factors
+from lowrank.adapters import factor_files
 
 def anonymous():  # MiB that are not pages of a mapped file
     with open("/proc/self/status") as status:
@@ -197,17 +198,17 @@ def watch():
         time.sleep(0.002)
 
 def ones(W, k, **_):
-    return factors.SVDFactors(torch.ones(len(W), k), torch.ones(k), torch.ones(k, W.shape[1]))
+    return factor_files.SVDFactors(torch.ones(len(W), k), torch.ones(k), torch.ones(k, W.shape[1]))
 
 model = nn.Sequential(*(nn.Linear(4096, 1024, bias=False, dtype=torch.float16) for _ in range(20)))
-factors.svd_factors, factors.SVDFactors.errors = ones, lambda *_: (0.0, 0.0, 0.0)
-factors.save_factors(model[:2], sys.argv[1], k=512, progress=False)  # what libraries keep for themselves
+factor_files.svd_factors, factor_files.SVDFactors.errors = ones, lambda *_: (0.0, 0.0, 0.0)
+factor_files.save_factors(model[:2], sys.argv[1], k=512, progress=False)  # what libraries keep for themselves
 memory = [anonymous()]
 threading.Thread(target=watch, daemon=True).start()
-factors.save_factors(model, sys.argv[1], k=512, progress=False)
+factor_files.save_factors(model, sys.argv[1], k=512, progress=False)
 print(max(memory) - memory[0])
 memory[:] = [anonymous()]
-held = dict(factors.load_factors(sys.argv[1], model))
+held = dict(factor_files.load_factors(sys.argv[1], model))
 assert sum(t.sum() for layer in held.values() for t in layer) == 20 * 512 * (1024 + 1 + 4096)
 print(max(memory) - memory[0])
 """

@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import lowrank
 from lowrank import SVFConfig
 from lowrank._linears import dense_weight, exact_names
-from lowrank.factors import load_factors, save_factors
+from lowrank.adapters.factor_files import load_factors, save_factors
+from lowrank.adapters.svf_layers import saved_modules, svf_layers
 from lowrank.nn import SVFLinear
-from lowrank.svf import saved_modules, svf_layers
 from lowrank.testing import error
 
 IDS = torch.arange(48).view(3, 16) * 7 % 100

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowrank import cli
-from lowrank.factors import load_factors, save_factors
+from lowrank.adapters.factor_files import load_factors, save_factors
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=60)
 
@@ -166,14 +166,15 @@ def test_interrupted_and_continued(tmp_path, checkpoint, capsys):
     out = tmp_path / "f"
     code = """
 import os, signal, sys
-from lowrank import cli, factors
-real, calls = factors.svd_factors, []
+from lowrank import cli
+from lowrank.adapters import factor_files
+real, calls = factor_files.svd_factors, []
 def killed(*args, **kwargs):
     calls.append(0)
     if len(calls) == 6:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
-factors.svd_factors = killed
+factor_files.svd_factors = killed
 cli.main(sys.argv[1:])
 """
     command = ["tools", "factors", str(checkpoint), "--out", str(out)]

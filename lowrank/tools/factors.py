@@ -15,8 +15,8 @@ import torch
 
 from .._linears import Weight, is_conv1d, module_weights, target_layers, weight_shape
 from .._shapes import BUILT_IN, load_config
+from ..adapters.factor_files import WrittenLayer, write_factors
 from ..checkpoints import open_tensors, tensor_files
-from ..factors import WrittenLayer, write_factors
 from ..svd import METHODS
 
 SUMMARY = "write the SVD factors of a checkpoint's linear layers to one safetensors file"
@@ -56,7 +56,7 @@ def checkpoint_weights(model: str, target_modules="all-linear") -> dict[str, Wei
 
     Args:
         model: a folder, or a hub id whose safetensors are downloaded.
-        target_modules: :func:`lowrank.factors.target_layers`'s.
+        target_modules: :func:`lowrank.adapters.factor_files.target_layers`'s.
 
     Raises: ValueError if there is no such checkpoint or no such layer; OSError from the download.
     """

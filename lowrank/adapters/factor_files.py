@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ._linears import Weight, dense_weight, has_exact_weight, module_weights, target_layers, weight_checksum
-from ._version import __version__
-from .checkpoints import as_bytes, open_tensors, publish, write_tensors
-from .svd import FactorErrors, SVDFactors, resolve_method, svd_factors
+from .._linears import Weight, dense_weight, has_exact_weight, module_weights, target_layers, weight_checksum
+from .._version import __version__
+from ..checkpoints import as_bytes, open_tensors, publish, write_tensors
+from ..svd import FactorErrors, SVDFactors, resolve_method, svd_factors
 
 _FORMAT = "lowrank factors 1"
 _SIGN = "the entry of largest magnitude in each column of U is positive"

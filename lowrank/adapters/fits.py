@@ -157,7 +157,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    from .nn import LoRALinear, SVFLinear
+    from ..nn import LoRALinear, SVFLinear
 
     known: dict[int, object] = {}  # what is tied or shared in the model is so in the skeleton
 

@@ -1,166 +1,22 @@
-"""``adapt``, ``save_adapter`` and ``load_adapter``: LoRA on a whole model in PEFT's files both ways, and SVF (svf.py)."""
+"""LoRA in PEFT's two files: of a PeftModel, of a model with LoRALinear layers, and as a plain LoRA of the original weights."""
 
 import json
 import math
 import re
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from . import svf
-from ._fits import check_fits, check_same, targets, warn_of_misfits
-from ._linears import exact_names, is_conv1d
-from .checkpoints import publish
-from .nn import LoRALinear
-from .nn.svf import check_name
+from .._linears import exact_names
+from ..nn import LoRALinear
+from .fits import targets, warn_of_misfits
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."  # of every key in a PEFT file
 
 
-def adapt(model: nn.Module, config, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True):
-    """``peft.get_peft_model(model, config)`` whose LoRA layers run on lowrank; or, with an SVFConfig, SVF layers in place.
-
-    From a LoraConfig comes a PeftModel like any other: Trainer saves, resumes and reloads it, and its files are PEFT's.
-    From an SVFConfig comes the same model, its linears replaced by :class:`lowrank.nn.SVFLinear` and frozen but for
-    their experts, with methods ``save_pretrained`` (experts only), ``add_expert``, ``set_expert``, ``disable_adapter``,
-    ``merge_and_unload``.
-
-    Args:
-        model: an nn.Module with linear layers; PEFT freezes it and injects the adapters in place.
-        config: a peft.LoraConfig, with everything it offers (rsLoRA, rank and alpha patterns, initialisations, lm_head),
-            or a :class:`lowrank.SVFConfig`.
-        autocast_adapter_dtype: PEFT's: adapters in fp32 over a 16-bit base.
-
-    Raises: TypeError for another config; ValueError if its target modules match nothing.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(config, svf.SVFConfig):
-        check_name(adapter_name)
-        model = svf.adapt(model, config)
-        if adapter_name != "default":
-            svf.rename_expert(model, "default", adapter_name)
-        return model
-    peft = _peft()
-    if not isinstance(config, peft.LoraConfig):
-        raise TypeError(f"config: expected a peft.LoraConfig or a lowrank.SVFConfig, got {type(config).__name__}")
-    from .integrations.peft import swap_layers
-
-    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    if all_linear and not any(isinstance(module, nn.Linear) or is_conv1d(module) for module in model.modules()):
-        raise ValueError(f"model: {type(model).__name__} has no nn.Linear layer to adapt")
-    model = peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-    swap_layers(model)
-    if _changes_base(config):
-        tensors = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        factors = {key: t.detach().clone() for key, t in tensors.items() if _rank_dim(key) is not None}
-        model.__dict__["_lowrank_initial"] = model.peft_config[adapter_name], factors
-    return model
-
-
-def save_adapter(model: nn.Module, path, format: str | None = None, *, adapter_name: str | None = None) -> Path:
-    """Write the adapter of ``model`` to the directory ``path``; nothing is left half-written.
-
-    Args:
-        model: a PeftModel, or any model with :class:`lowrank.nn.LoRALinear` or :class:`lowrank.nn.SVFLinear` layers.
-        path: created, or its adapter files replaced.
-        format: None: PEFT's two files, or for SVF the experts' vectors in one.  "lora": a plain LoRA of the model as it was
-            before it was adapted, which any LoRA server can run.  That is an SVF expert as the rank-k LoRA it is, A = Vh,
-            B = U diag(σ (z - 1)); and starts that changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) as one of twice the rank,
-            A = [A, A_0], B = [B, -B_0], without the weights they changed.
-        adapter_name: of SVF's experts only: which one; None for all, or for the active one as LoRA.
-
-    Raises: ValueError for another format, a model without adapters, or one whose parameters are shards; for "lora", for what
-    is no LoRA of the original weights: another method than LoRA, a base that is quantised, tied to another layer, shared with
-    another adapter, or changed by more than its factors (LoftQ, KaSA).
-    """
-    if format not in (None, "lora"):
-        raise ValueError(f"format: expected None or 'lora', got {format!r}")
-    _check_whole(model)
-    experts = bool(svf.svf_layers(model))
-    if adapter_name is not None and not experts:
-        raise ValueError("adapter_name: only SVF's experts are chosen by name; PEFT's save_pretrained chooses its own")
-    if experts and format is None:
-        return svf.save(model, path, adapter_name)
-    peft = _peft()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        if experts:
-            svf.write_lora(model, Path(scratch), peft, adapter_name)
-        elif isinstance(model, peft.PeftModel):
-            model.save_pretrained(scratch)
-            if format == "lora":
-                _make_plain(model, Path(scratch), peft)
-            _check_unmerged(model, Path(scratch))
-        else:
-            _write_lora_linears(model, Path(scratch), peft, plain=format == "lora")
-        written = [file for file in Path(scratch).rglob("*") if file.is_file()]
-        target = {file: path / file.relative_to(scratch) for file in written}
-        # another configuration makes another adapter: the old one goes first, the new one comes last, and in between there
-        # is none.  Beside the same one, weights are replaced at once: whoever is killed here leaves the old or the new.
-        written = [file for file in written if file.name != CONFIG or not _same_config(file, target[file])]
-        for file in written:
-            if file.name == CONFIG:
-                target[file].unlink(missing_ok=True)
-        for file in sorted(written, key=lambda file: file.name == CONFIG):
-            target[file].parent.mkdir(parents=True, exist_ok=True)
-            publish(file, target[file])
-    return path
-
-
-def load_adapter(model: nn.Module, path, adapter_name: str = "default", *, is_trainable: bool = False) -> nn.Module:
-    """Load an adapter that :func:`save_adapter` or PEFT wrote, and return the model with it.
-
-    A model with :class:`lowrank.nn.LoRALinear` layers has its factors overwritten; a PeftModel gets the adapter added
-    and made active; any other model becomes a PeftModel whose layers run on lowrank.  What PEFT makes of the file (names of
-    older transformers, a linear per expert, convolutions, replicated layers) is checked against the model before anything is
-    changed: every tensor has its place and size, and none is missing.  A pickled ``adapter_model.bin`` is read with
-    ``torch.load(weights_only=True)`` alone.  ``path`` may also be what a PeftModel with named adapters was saved to: then the
-    folder ``adapter_name`` in it is meant.
-
-    SVF's experts are added to a model with SVF layers, or the model is adapted first, in place.  A single expert is named
-    ``adapter_name``; several keep their names.  Each layer's weight must have the checksum of the one they were trained on.
-
-    Raises: FileNotFoundError for a missing file; ValueError for a damaged one, or an adapter of another model.
-    """
-    path = Path(path)
-    if (found := svf.read(path)) is not None:
-        return svf.load(model, path, *found, adapter_name, is_trainable)
-    peft = _peft()
-    if not (path / CONFIG).is_file() and (path / adapter_name / CONFIG).is_file():
-        path = path / adapter_name
-    weights = WEIGHTS if (path / WEIGHTS).is_file() or not (path / PICKLED).is_file() else PICKLED
-    for name in (CONFIG, weights):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path}: expected an adapter directory with {CONFIG} and {WEIGHTS}; no {name}")
-    tensors = _read(path / weights)
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        return _load_lora_linears(model, path, tensors)
-    from .integrations.peft import swap_layers
-
-    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    tried = check_fits(base, path, tensors, adapter_name, peft)
-    if isinstance(model, peft.PeftModel):
-        if tried is not None and adapter_name in model.peft_config:
-            check_same(model, tried, path, adapter_name)
-            one, other = (m.peft_config[adapter_name] for m in (model, tried))
-            if _changes_base(one) != _changes_base(other):
-                inits = f"{one.init_lora_weights!r}, {path} from {other.init_lora_weights!r}"
-                raise ValueError(f"adapter_name: the model's {adapter_name!r} is from init_lora_weights={inits}")
-        mapping = getattr(base, "_checkpoint_conversion_mapping", None)  # as from_pretrained
-        model.load_adapter(path, adapter_name, is_trainable=is_trainable, key_mapping=mapping)
-        model.set_adapter(adapter_name, inference_mode=not is_trainable)
-    else:
-        model = peft.PeftModel.from_pretrained(model, path, adapter_name, is_trainable=is_trainable)
-    swap_layers(model)
-    return model
-
-
-def _peft():
+def import_peft():
     try:
         import peft
     except ImportError as error:
@@ -168,30 +24,7 @@ def _peft():
     return peft
 
 
-def _same_config(*files: Path) -> bool:
-    """Whether both say the same; PEFT writes a set of names in another order in every process."""
-    try:
-        one, other = (json.loads(file.read_text()) for file in files)
-    except (OSError, ValueError):
-        return False
-    for config in (one, other):
-        for key in ("target_modules", "exclude_modules", "modules_to_save"):
-            if isinstance(config.get(key), list):
-                config[key] = sorted(config[key])
-    return one == other
-
-
-def _check_whole(model: nn.Module) -> None:
-    """Raise ValueError for a model split by FSDP or ZeRO-3, of which PEFT writes an empty file or none."""
-    for name, p in model.named_parameters():
-        if hasattr(p, "placements") or hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name:
-            raise ValueError(
-                f"model: {name} is a shard, {list(p.shape)} in a {type(p).__name__}; gather the state first and save that:"
-                " model.save_pretrained(path, state_dict=...)"
-            )
-
-
-def _read(file: Path) -> dict[str, torch.Tensor]:
+def read(file: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -223,7 +56,7 @@ def _lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def _changes_base(config) -> bool:
+def changes_base(config) -> bool:
     """Whether PEFT's start of this adapter leaves W - s B_0 A_0 in the base, or for LoftQ and KaSA something else."""
     init = getattr(config, "init_lora_weights", None)
     init = init.lower() if isinstance(init, str) else ""
@@ -234,13 +67,13 @@ def _loses_base(config) -> bool:
     return config.init_lora_weights == "loftq" or getattr(config, "kasa_config", None) is not None
 
 
-def _make_plain(model, path: Path, peft) -> None:
+def make_plain(model, path: Path, peft) -> None:
     """Rewrite PEFT's files of a start that changed the base as a LoRA of twice the rank on the model's original weights."""
     configs = model.peft_config
     if odd := [name for name, config in configs.items() if config.peft_type != peft.PeftType.LORA]:
         raise ValueError(f"format: 'lora' of {odd[0]!r}, which is {configs[odd[0]].peft_type.value} and no LoRA")
     owner, initial = model.__dict__.get("_lowrank_initial", (None, None))
-    changing = [name for name, config in configs.items() if _changes_base(config)]
+    changing = [name for name, config in configs.items() if changes_base(config)]
     if not changing and owner is None:
         return
     if len(configs) > 1 or (owner is not None and all(config is not owner for config in configs.values())):
@@ -264,7 +97,7 @@ def _make_plain(model, path: Path, peft) -> None:
     _check_starts(base, name, config)
     parameters = dict(base.named_parameters(remove_duplicate=False))
     file = next(path.rglob(WEIGHTS))
-    written, tensors = _read(file), {}
+    written, tensors = read(file), {}
     resized = any(key.endswith(".base_layer.weight") for key in written) and _is_resized(model, config)
     for key, t in written.items():
         if key.endswith(".base_layer.weight"):
@@ -276,7 +109,7 @@ def _make_plain(model, path: Path, peft) -> None:
                 module = base.get_submodule(layer.removeprefix(_PREFIX))
                 change = module.scaling[name] * initial[f"{layer}.lora_B.weight"].float() @ A.float()
                 t = (t.float() + (change.mT if module.fan_in_fan_out else change).to(t.device)).to(t.dtype)
-        elif (dim := _rank_dim(key)) is not None:
+        elif (dim := rank_dim(key)) is not None:
             t = _beside(key, t, initial[key])
             rank = 2 * base.get_submodule(key.removeprefix(_PREFIX).rpartition(".lora_")[0]).r[name]
             if t.shape[dim] < rank:  # a start of fewer directions than were asked for
@@ -332,13 +165,13 @@ def _is_resized(model, config) -> bool:
     return type(model.config).from_pretrained(source).vocab_size != size
 
 
-def _check_unmerged(model, path: Path) -> None:
+def check_unmerged(model, path: Path) -> None:
     """Raise ValueError if PEFT wrote a base's weight or bias, as it does of embeddings, with an adapter merged into it."""
     merged = {
         f"base_model.model.{name}" for name, module in model.get_base_model().named_modules() if _is_merged(module)
     }
     for file in path.rglob(WEIGHTS):
-        for key in _read(file) if merged else ():
+        for key in read(file) if merged else ():
             layer, _, what = key.rpartition(".base_layer.")
             if what in ("weight", "bias") and layer in merged:
                 raise ValueError(f"model: {key} would be saved with an adapter merged into it: unmerge_adapter() first")
@@ -348,7 +181,7 @@ def _is_merged(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and bool(getattr(module, "merged", False))
 
 
-def _rank_dim(key: str) -> int | None:
+def rank_dim(key: str) -> int | None:
     """Which dimension of this tensor of a PEFT file is the rank; None if it is no factor."""
     for dim, ends in enumerate(((".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B"))):
         if key.endswith(ends):
@@ -358,14 +191,14 @@ def _rank_dim(key: str) -> int | None:
 
 def _beside(key: str, t: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
     """The factor with what it started from beside it, a B's negated; other tensors as they are."""
-    dim = _rank_dim(key)
+    dim = rank_dim(key)
     if dim is None:
         return t
     dtype = torch.promote_types(t.dtype, initial.dtype)  # a rounded factor no longer cancels what is in the base
     return torch.cat((t.to(dtype), (-initial if dim else initial).to(t.device, dtype)), dim)
 
 
-def _write_lora_linears(model: nn.Module, path: Path, peft, plain: bool) -> None:
+def write_lora_linears(model: nn.Module, path: Path, peft, plain: bool) -> None:
     layers = _lora_linears(model)
     if not layers:
         raise ValueError(f"model: expected a PeftModel or a model with LoRALinear layers, got {type(model).__name__}")
@@ -412,7 +245,7 @@ def _write_lora_linears(model: nn.Module, path: Path, peft, plain: bool) -> None
 
 
 @torch.no_grad()
-def _load_lora_linears(model: nn.Module, path: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
+def load_lora_linears(model: nn.Module, path: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
     layers = _lora_linears(model)
     wanted = {
         f"{_PREFIX}{name}.{factor}.{kind}": parameter

@@ -1,77 +1,22 @@
-"""SVF on a whole model: ``adapt`` with an SVFConfig, experts, mixtures, and their files.
-
-A file holds what was trained, one fp32 vector per layer and expert beside the modules that are trained as a whole, and in
-its metadata the config, k, the order of the directions and a checksum of each layer's weight: vectors are refused by a model
-whose weights are others.  It is called
-``model.safetensors`` because that is the name under which transformers' Trainer looks for what it saved.
-"""
+"""SVF on a whole model: ``adapt`` with an SVFConfig, experts, mixtures, and experts put in from a file."""
 
 import contextlib
-import copy
 import dataclasses
-import json
-import os
 import re
-import tempfile
 from collections.abc import Container
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from . import _stats
-from ._linears import dense_weight, has_exact_weight, target_layers, weight_checksum, weight_shape
-from ._version import __version__
-from .factors import load_factors
-from .nn import SVFLinear
-from .nn.merging import ordinary, report_merge
-from .nn.svf import PARAMETRIZATIONS, check_name
-from .svd import SVDFactors, svd_factors
-
-FILE = "model.safetensors"
-_FORMAT = "lowrank svf 1"
-
-
-@dataclass(frozen=True)
-class SVFConfig:
-    """What :func:`lowrank.adapt` scales, and how (Transformer², arXiv 2501.06252).
-
-    Args:
-        k: how many of each weight's largest singular values; None for all.
-        target_modules: "all-linear" (the output head not included), a list of names or endings of names as PEFT matches
-            them, or a regular expression that matches whole names.
-        parametrization, normalize, mode, factors_dtype: :class:`lowrank.nn.SVFLinear`'s; factors_dtype by torch name.
-        method: :func:`lowrank.svd_factors`'s.
-        factors: a file of ``lowrank tools factors``; without one the factors are computed by ``adapt``.
-        modules_to_save: endings of the names of modules that are trained as they are, a copy for each expert, and saved
-            with it, as PEFT's; no linear in them is scaled.  The head of a model for classification, question answering or
-            multiple choice is one of them, since it may be new; with an empty list, none is.
-    """
-
-    k: int | None = None
-    target_modules: str | list[str] = "all-linear"
-    parametrization: str = "free"
-    normalize: str | None = None
-    mode: str = "auto"
-    factors_dtype: str | None = None
-    method: str = "auto"
-    factors: str | None = None
-    modules_to_save: list[str] | None = None
-
-    def __post_init__(self):
-        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
-            raise ValueError(f"k: expected None or an integer of at least 1, got {self.k!r}")
-        if self.parametrization not in PARAMETRIZATIONS:
-            raise ValueError(
-                f"parametrization: expected one of {', '.join(PARAMETRIZATIONS)}, got {self.parametrization!r}"
-            )
-        if self.factors_dtype is not None and not isinstance(getattr(torch, self.factors_dtype, None), torch.dtype):
-            raise ValueError(f"factors_dtype: expected a torch dtype's name, got {self.factors_dtype!r}")
-        if (names := self.modules_to_save) is not None:
-            if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) and name for name in names):
-                raise TypeError(f"modules_to_save: expected None or a list of names, got {names!r}")
-            object.__setattr__(self, "modules_to_save", list(names))
+from .. import _stats
+from .._linears import dense_weight, exact_names, has_exact_weight, target_layers, weight_checksum, weight_shape
+from ..nn import SVFLinear
+from ..nn.merging import ordinary, report_merge
+from ..nn.svf import check_name
+from ..svd import SVDFactors, svd_factors
+from .factor_files import load_factors
+from .svf_files import checksum, save
+from .svf_layers import SavedModule, SVFConfig, put, saved_modules, svf_layers
 
 
 def adapt(
@@ -111,22 +56,17 @@ def adapt(
             name: _layer(name, layer, config, ks[name], known.get(name), name in exact)
             for name, layer in layers.items()
         }
-        made |= {name: _Saved(model.get_submodule(name)) for name in saved}
+        made |= {name: SavedModule(model.get_submodule(name)) for name in saved}
     except BaseException:
         for p in trained:
             p.requires_grad_(True)
         raise
     for name, new in made.items():
-        _put(model, name, new)
+        put(model, name, new)
     model.__class__ = _with_experts(type(model))
     model.svf_config = config
     model.register_forward_hook(_stats.tell_read)
     return model
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _layer(name: str, linear: nn.Module, config: SVFConfig, k, factors: SVDFactors | None, exact: bool) -> SVFLinear:
@@ -183,66 +123,6 @@ def _heads(model: nn.Module) -> list[str]:
 
 
 _LABELLED = r"For(\w*Classification|QuestionAnswering|MultipleChoice)$"
-
-
-class _Saved(nn.Module):
-    """A module that is trained as a whole, a copy for each expert.  Names in the state dict are PEFT's."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.original_module = module
-        self.modules_to_save = nn.ModuleDict()
-        self.disabled = False
-        self.training = module.training
-        self.add_expert("default")
-
-    def forward(self, *args, **kwargs):
-        return self._active()(*args, **kwargs)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "active_expert" not in self.__dict__ or name.startswith("__"):
-                raise
-            return getattr(self._active(), name)
-
-    def _active(self) -> nn.Module:
-        return self.original_module if self.disabled else self.modules_to_save[self.active_expert]
-
-    def add_expert(self, name: str) -> None:
-        with ordinary():
-            self.modules_to_save[name] = copy.deepcopy(self.original_module)
-        self.set_expert(name)
-
-    def set_expert(self, name: str, trainable: bool = True) -> None:
-        self.active_expert = name
-        for expert, module in self.modules_to_save.items():
-            for p in module.parameters():
-                p.requires_grad_(trainable and expert == name and p.is_floating_point())
-
-    def rename_expert(self, name: str, new: str) -> None:
-        self.modules_to_save = nn.ModuleDict({new if e == name else e: m for e, m in self.modules_to_save.items()})
-        self.active_expert = new if self.active_expert == name else self.active_expert
-
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        return self.modules_to_save[name].state_dict()
-
-
-def saved_modules(model: nn.Module) -> dict[str, _Saved]:
-    """The modules that are trained as a whole, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _Saved)}
-
-
-def rename_expert(model: nn.Module, name: str, new: str) -> None:
-    """Give an expert another name in every layer."""
-    for layer in (svf_layers(model) | saved_modules(model)).values():
-        layer.rename_expert(name, new)
-
-
-def svf_layers(model: nn.Module) -> dict[str, SVFLinear]:
-    """The SVF layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SVFLinear)}
 
 
 @contextlib.contextmanager
@@ -346,9 +226,9 @@ class _Experts:
             reports.append((report, merged.dtype))
             base, layer._cache = layer.base_layer, None  # which keeps the weight it was made from
             base.weight = nn.Parameter(layer._as_stored(merged).contiguous(), requires_grad=False)
-            _put(self, name, base)
+            put(self, name, base)
         for name, saved in saved_modules(self).items():
-            _put(self, name, saved.modules_to_save[saved.active_expert])
+            put(self, name, saved.modules_to_save[saved.active_expert])
         self.__class__ = _plain_class(self)
         del self.svf_config
         for key in [key for key, hook in self._forward_hooks.items() if hook is _stats.tell_read]:
@@ -402,76 +282,8 @@ def _with_experts(cls: type) -> type:
     return _classes[cls]
 
 
-def save(model: nn.Module, path, expert: str | None = None) -> Path:
-    """Write the experts (or one) to ``path``/model.safetensors; complete, or not there."""
-    from safetensors.torch import save_file
-
-    layers = svf_layers(model)
-    if not layers:
-        raise ValueError(f"model: expected SVF layers, got a {type(model).__name__} without")
-    tensors, described = {}, {}
-    for name, layer in layers.items():
-        if expert is not None and expert not in layer.z:
-            raise ValueError(f"adapter_name: no expert {expert!r}; {name} has {', '.join(layer.z)}")
-        for e, p in layer.z.items():
-            if expert in (None, e):
-                tensors[f"{name}.z.{e}"] = p.detach().cpu().contiguous()
-        described[name] = {"k": layer.k, "weight": _checksum(layer)}
-    saved = saved_modules(model)
-    for name, module in saved.items():
-        for e in module.modules_to_save if expert is None else [expert]:
-            for key, t in module.tensors(e).items():
-                tensors[f"{name}.modules_to_save.{e}.{key}"] = (
-                    t.detach().cpu().clone(memory_format=torch.contiguous_format)
-                )
-    first = next(iter(layers.values()))
-    config = getattr(model, "svf_config", None)
-    if config is None:
-        options = dict(parametrization=first.parametrization, normalize=first.normalize, mode=first.mode)
-        config = SVFConfig(k=None, target_modules=list(layers), **options)
-    metadata = {
-        "format": "pt",
-        "lowrank": json.dumps({
-            "format": _FORMAT,
-            "version": __version__,
-            "config": {key: value for key, value in dataclasses.asdict(config).items() if value is not None},
-            "order": "descending singular values",
-            "sign": "the entry of largest magnitude of each column of U is positive",
-            "active": first.active_expert if expert is None else expert,
-            "layers": described,
-            "modules_to_save": list(saved),
-        }),
-    }  # fmt: skip
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".lowrank-") as scratch:
-        save_file(tensors, Path(scratch) / FILE, metadata=metadata)
-        os.replace(Path(scratch) / FILE, path / FILE)
-    return path
-
-
-def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]] | None:
-    """(description, vectors) of a directory that :func:`save` wrote; None if it holds something else."""
-    from safetensors import SafetensorError, safe_open
-
-    file = Path(path) / FILE
-    if not file.is_file():
-        return None
-    try:
-        with safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get("lowrank")
-            description = None if text is None else json.loads(text)
-            if description is None or description.get("format") != _FORMAT:
-                return None
-            return description, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({file.stat().st_size} bytes): {error}") from error
-
-
 def load(model: nn.Module, path, description: dict, vectors: dict, name: str, trainable: bool) -> nn.Module:
     """Put what :func:`read` found into the model, adapting it first if need be; nothing changes if it does not fit."""
-    from ._linears import exact_names
-
     check_name(name)
     config = SVFConfig(**description["config"])
     wanted, layers = description["layers"], svf_layers(model)
@@ -502,7 +314,7 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
                 f"{path}: {layer} has k={facts['k']}, {config.parametrization}, normalize={config.normalize}; the"
                 f" model's has k={layers[layer].k}, {layers[layer].parametrization}, {layers[layer].normalize}"
             )
-        found = _checksum(layers[layer]) if layers else weight_checksum(dense_weight(plain[layer]))
+        found = checksum(layers[layer]) if layers else weight_checksum(dense_weight(plain[layer]))
         if found != facts["weight"] and not layers and has_exact_weight(plain[layer], facts["weight"]):
             exact.add(layer)
         elif found != facts["weight"]:
@@ -564,55 +376,3 @@ def _check_saved(model: nn.Module, path, saved: list[str], experts: list[str], w
             raise ValueError(
                 f"{path}: experts of another model: {key} is {list(whole[key].shape)}, the model's {list(shape)}"
             )
-
-
-def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
-    """The expert (the active one) as the rank-k LoRA it is: A = Vh, B = U diag(σ (z - 1)), in PEFT's two files, fp32.
-
-    Modules that are trained as a whole go along as PEFT's ``modules_to_save``.
-    """
-    from safetensors.torch import save_file
-
-    from ._fits import targets, warn_of_misfits
-    from ._linears import exact_names
-    from .adapters import WEIGHTS
-
-    layers, tensors = svf_layers(model), {}
-    for name, layer in layers.items():
-        with torch.no_grad():
-            A, m, B = layer.update(expert)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = A.float().cpu().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = (B.float() * m).cpu().contiguous()
-    saved = saved_modules(model)
-    for name, module in saved.items():
-        for key, t in module.tensors(expert or module.active_expert).items():
-            tensors[f"base_model.model.{name}.{key}"] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
-    first = next(iter(layers.values()))
-    modules, parameters = targets(model, exact_names(layers), list(layers), peft)
-    ends = {name: r"\.weight" if f"{name}.weight" in parameters else "" for name in layers}
-    names = {f"^{exact_names([name])}{ends[name]}$": layer.k for name, layer in layers.items() if layer.k != first.k}
-    config = peft.LoraConfig(
-        r=first.k,
-        lora_alpha=first.k,
-        target_modules=modules,
-        target_parameters=parameters or None,
-        rank_pattern=names,
-        alpha_pattern=names,
-        modules_to_save=list(saved) or None,
-        inference_mode=True,
-    )
-    save_file(tensors, Path(path) / WEIGHTS, metadata={"format": "pt"})
-    config.save_pretrained(path)
-    warn_of_misfits(model, Path(path), tensors, peft)
-
-
-def _checksum(layer: SVFLinear) -> str:
-    """Of the frozen weight, computed once."""
-    if layer._quantised_checksum is not None:
-        return layer._quantised_checksum
-    weight = layer.base_layer.weight
-    key = None if weight.is_inference() else (weight._version, weight.data_ptr())  # as what a merged layer keeps
-    known = layer.__dict__.get("_checksum_key", (None, None))
-    if key is None or known[0] is not weight or known[1] != key:
-        layer._checksum, layer._checksum_key = weight_checksum(dense_weight(layer.base_layer)), (weight, key)
-    return layer._checksum
