@@ -18,8 +18,8 @@ from lowrank.bench import (
     lowrank_method,
     tensors,
 )
-from lowrank.ops import dora_impl, dropout, eager
-from lowrank.ops._dispatch import backend
+from lowrank.ops import dora_impl, dropout, thin_eager
+from lowrank.ops._choice import backend
 
 
 def methods(p: Problem, data: list[Tensors]) -> tuple[dict[str, Method], dict[str, str]]:
@@ -112,7 +112,7 @@ def pass_inputs(p: Problem) -> list[dict]:
     for one in tensors(p):
         A, B, x = one.A.to(getattr(torch, p.thin_dtype)), one.B.float(), one.x.detach()
         gain, seed = torch.rand(p.N, device=p.device), dropout.draw_seeds(1, x.device)
-        (keep,) = eager.shrink(x, [A], torch.float32, [0], [6554], seed)[1]
+        (keep,) = thin_eager.shrink(x, [A], torch.float32, [0], [6554], seed)[1]
         found.append(dict(x=x, W=one.W, A=A, B=B, dY=one.dY, v=one.dY.flip(0), gain=gain, keep=keep))
     return found
 

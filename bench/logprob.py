@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank.bench import SCALING, Problem
-from lowrank.ops._dispatch import backend
+from lowrank.ops._choice import backend
 from lowrank.ops.head import CHUNK_BYTES
 
 

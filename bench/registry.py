@@ -17,7 +17,7 @@ import svf
 import torch
 
 from lowrank.bench import Problem, passes, tensors
-from lowrank.ops import dropout, eager
+from lowrank.ops import dropout, thin_eager
 from lowrank.ops._choice import backend, forced
 
 Calls = dict[str, dict[str, Callable[[int], object]]]
@@ -89,7 +89,7 @@ def _addmm_calls(p, inputs, options) -> Calls:
     }
 
 
-# The four thin products: the kernel where it can run, PyTorch (ops/eager.py), and a copy of as many bytes.
+# The four thin products: the kernel where it can run, PyTorch (ops/thin_eager.py), and a copy of as many bytes.
 
 
 def _thin_inputs(p):
@@ -100,7 +100,7 @@ def _thin_inputs(p):
         A, B = one.A.to(thin), one.B.to(thin)
         S, dS = (torch.randn(p.M, p.r, device=p.device).to(thin) for _ in range(2))
         seeds, cuts = dropout.draw_seeds(1, x.device), [dropout.threshold(p.dropout)] if p.dropout else []
-        keeps = eager.shrink(x, [A], thin, [0], cuts, seeds)[1] if p.dropout else []
+        keeps = thin_eager.shrink(x, [A], thin, [0], cuts, seeds)[1] if p.dropout else []
         found.append(
             dict(x=x, dY=one.dY, A=A, B=B, S=S, dS=dS, keeps=keeps, seeds=seeds, cuts=cuts, dX=torch.empty_like(x))
         )
@@ -108,10 +108,10 @@ def _thin_inputs(p):
 
 
 def _thin_calls(run):
-    """``run(module, t, p)``: one call of the product by kernels.thin or ops.eager."""
+    """``run(module, t, p)``: one call of the product by kernels.thin or ops.thin_eager."""
 
     def calls(p, inputs, options) -> Calls:
-        modules = {"eager": eager}
+        modules = {"eager": thin_eager}
         if backend(torch.device(p.device))[0] == "triton":
             from lowrank.kernels import thin
 

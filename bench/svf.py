@@ -11,7 +11,7 @@ import torch
 import lowrank
 from lowrank.bench import Method, Problem
 from lowrank.ops import svf_impl
-from lowrank.ops._dispatch import backend
+from lowrank.ops._choice import backend
 
 
 class Set(NamedTuple):

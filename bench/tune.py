@@ -22,8 +22,8 @@ import torch
 from registry import REGISTRY, _thin_inputs, floor_us
 
 from lowrank.bench import DTYPES, Problem, environment
-from lowrank.ops import eager
-from lowrank.ops._dispatch import backend
+from lowrank.ops import thin_eager
+from lowrank.ops._choice import backend
 from lowrank.testing import error
 from lowrank.timing import copy_rate, matmul_rate, paired
 
@@ -43,7 +43,7 @@ NAMES = ("shrink", "expand", "dy_pass", "x_pass")
 
 
 def call(name: str, module, t: dict, config=None) -> list[torch.Tensor]:
-    """The outputs of one kernel, or of the same function of ops/eager.py (no ``config``), on one set of inputs."""
+    """The outputs of one kernel, or of the same function of ops/thin_eager.py (no ``config``), on one set of inputs."""
     thin, more = t["A"].dtype, {} if config is None else {"config": config}
     if name == "shrink":
         masks = [0 if t["cuts"] else -1]
@@ -92,7 +92,7 @@ def sweep(name: str, p: Problem, rates, args) -> list[dict]:
     """One row per config, fastest first; then those that were refused, with why, and those there was no time for."""
     module = importlib.import_module(f"lowrank.kernels.{name}")
     data = _thin_inputs(p)
-    plain, oracle = call(name, eager, data[0]), call(name, eager, in_fp64(data[0]))
+    plain, oracle = call(name, thin_eager, data[0]), call(name, thin_eager, in_fp64(data[0]))
     rows, sound, started = [], {}, time.perf_counter()
     shard, shards = map(int, args.shard.split("/"))
     for n, config in enumerate(configs(name, module, data[0], args.toy)):

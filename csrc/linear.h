@@ -1,4 +1,4 @@
-// The plain LoRA linear of lowrank/ops/linear.py on a CPU, one call each way, in the order of operations of lowrank/ops/eager.py,
+// The plain LoRA linear of lowrank/ops/linear.py on a CPU, one call each way, in the order of lowrank/ops/thin_eager.py,
 // by ATen's GEMMs.  Equal bits, forward and every gradient.
 //
 // Python has decided everything and checked it; here it is executed.

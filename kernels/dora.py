@@ -1,4 +1,4 @@
-"""The passes of a DoRA linear as kernels; lowrank/ops/dora_impl.py has the same in PyTorch."""
+"""The passes of a DoRA linear as kernels; lowrank/ops/dora_eager.py has the same in PyTorch."""
 
 import torch
 
@@ -24,6 +24,6 @@ def norm(W, A, B, alone=False) -> torch.Tensor | tuple[torch.Tensor, torch.Tenso
 
 
 def expand(S, B, v, gain, bias, base=None) -> torch.Tensor:
-    """gain ∘ v + S Bᵀ + bias; onto ``base`` as lowrank/ops/dora_impl.py has it."""
+    """gain ∘ v + S Bᵀ + bias; onto ``base`` as lowrank/ops/dora_eager.py has it."""
     dtype = v.dtype if base is None else base.dtype
     return _expand.expand(S, [B], [1.0], [None], v, dtype, gain=gain, bias=bias, base=base)

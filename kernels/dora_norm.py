@@ -7,7 +7,7 @@ W [N, K], A [R, K], B fp32 [N, R], BG = B A Aᵀ fp32 [N, R] -> fp32 [P, N], to 
 where · sums over a row, and Σ_k W² apart if asked for: in bits what the whole is where B is 0.  Neither B A nor anything else
 of W's size is formed.  P: splits of K, and of R above WIDTH.
 Floor: N K itemsize bytes; 7.8 us at 4096 x 4096 in bf16 at 4.3 TB/s.
-Eager form: lowrank/ops/dora_impl.py.  Benchmark: bench/registry.py.
+Eager form: lowrank/ops/dora_eager.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass

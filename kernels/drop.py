@@ -2,7 +2,7 @@
 
 t [M, K] (last dim contiguous), keep int32 [M, ceil(K / 32)] of shrink.py's masks -> [M, K] in t's dtype.
 Floor: 2 M K itemsize bytes (3 when adding) + M K / 8; 32 us at 8192 x 4096 in bf16 at 4.3 TB/s.
-Eager form: lowrank/ops/dora_impl.py.  Benchmark: bench/registry.py.
+Eager form: lowrank/ops/dora_eager.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 dY, v [M, N] (last dim contiguous), gain fp32 [N] -> scaled [M, N] in dY's dtype, sums fp32 [N].  With a bias [N], which is
 part of v, Σ_t dY ∘ (v - bias).  Sums over rows: one partial per block of rows, then _reduce.py; fixed order.
 Floor: 3 M N itemsize bytes (read dY and v, write the product); 47 us at 8192 x 4096 in bf16 at 4.3 TB/s.
-Eager form: lowrank/ops/dora_impl.py.  Benchmark: bench/registry.py.
+Eager form: lowrank/ops/dora_eager.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass

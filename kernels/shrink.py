@@ -6,7 +6,7 @@ this is the backward's dS.  fp32 accumulation, one rounding.  x is read once for
 to at most WIDTH; the masks are drawn while the next block of x is on its way, or read where they are given.  Few rows: K is
 split over programs, fp32 partials, summed in a fixed order.
 Floor: M K itemsize bytes (+ M K / 8 per mask); 15.6 us at 8192 x 4096 in bf16 at 4.3 TB/s.
-Eager form: lowrank/ops/eager.py.  Benchmark: bench/registry.py.
+Eager form: lowrank/ops/thin_eager.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass

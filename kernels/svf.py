@@ -1,4 +1,4 @@
-"""The thin products of singular-value scaling as kernels; lowrank/ops/svf_impl.py has the same in PyTorch."""
+"""The thin products of singular-value scaling as kernels; lowrank/ops/svf_eager.py has the same in PyTorch."""
 
 import torch
 

@@ -4,7 +4,7 @@ dY [M, N], B [N, k] (any strides) -> dS [M, k] in the thin dtype; S [M, k]; scal
 whose device functions are the epilogue here.  fp32 accumulation; dY B itself is never rounded.  Few rows: N is split over
 programs, and svf_scale.py sums the fp32 partials and finishes.
 Floor: M N itemsize bytes; 15.6 us at 8192 x 4096 in bf16 at 4.3 TB/s.
-Eager form: lowrank/ops/svf_impl.py.  Benchmark: bench/registry.py.
+Eager form: lowrank/ops/svf_eager.py.  Benchmark: bench/registry.py.
 """
 
 from typing import NamedTuple

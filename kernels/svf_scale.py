@@ -4,7 +4,7 @@ D [M, k], or fp32 partials [P, M, k] of it -> dS [M, k]; S [M, k]; scales fp32 [
 m_t = mix_t @ scales.  Neither m nor h as [M, k] is ever in memory.  Sums over rows: fp32, one partial per block of rows,
 then _reduce.py; fixed order.
 Floor: 3 M k itemsize bytes (read D and S, write dS); 2 without the sums.
-Eager form: lowrank/ops/svf_impl.py.  Benchmark: bench/registry.py.
+Eager form: lowrank/ops/svf_eager.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass

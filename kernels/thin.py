@@ -1,4 +1,4 @@
-"""The four thin products of a LoRA linear as kernels; lowrank/ops/eager.py has the same four in PyTorch."""
+"""The four thin products of a LoRA linear as kernels; lowrank/ops/thin_eager.py has the same four in PyTorch."""
 
 from .dy_pass import dy_pass
 from .expand import expand

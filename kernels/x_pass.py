@@ -4,7 +4,7 @@ x [M, K], dS_j [M, R_j], A_j [R_j, K] (any strides), keeps int32 [M, ceil(K / 32
 A program keeps dA's columns in registers and walks down a chunk of rows; chunks leave fp32 partials, summed in a fixed order.
 ``plan_outer`` plans the first product alone: with x = dY and dS = S it is the backward's dB, scaled.
 Floor: one read of x and one write of dX, 2 M K itemsize bytes; 31.2 us at 8192 x 4096 in bf16 at 4.3 TB/s.
-Eager form: lowrank/ops/eager.py.  Benchmark: bench/registry.py.
+Eager form: lowrank/ops/thin_eager.py.  Benchmark: bench/registry.py.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What torch.ops.lowrank.dora_norm, dora_linear and dora_linear_backward do, and their passes in PyTorch.
+"""What torch.ops.lowrank.dora_norm, dora_linear and dora_linear_backward do.
 
     n² = Σ_k W² + (2 (W Aᵀ) + B A Aᵀ) · B    by rows of W [N,K]: no B A is ever formed       (B times the scaling)
     S  = drop(x) Aᵀ,   v = x Wᵀ + bias       as the base layer computes it
@@ -9,19 +9,29 @@
     dX = drop(dS A) + (gain ∘ dY) W;         twice: dX = drop(dS A + (gain ∘ dY) W) + dY W
 
 drop() only zeroes: its factor 1/(1-p) is part of B and, twice, of gain.  Thin products, gain and sums over rows are fp32 or
-wider.  _dispatch.dora_products chooses between Eager here and kernels/dora.py.
+wider.  The passes are dora_eager.py's or kernels/dora.py's.
 """
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .. import bits
-from . import dropout, eager
+from . import dora_eager, dropout
 from ._boundary import dense, no_autocast, rows_of
-from ._dispatch import dora_products
+from ._dispatch import in_kernels
 from .lora_impl import dropper, may_overflow
+from .thin_eager import add_product_
+
+
+def dora_products(activations, A, thin_dtype) -> ModuleType:
+    """dora_eager.py or kernels/dora.py for the passes of one call over ``activations`` (x, dY or the weight)."""
+    if activations.numel() == 0 or not in_kernels([activations], A.shape[0], thin_dtype):
+        return dora_eager
+    from ..kernels import dora
+
+    return dora
 
 
 def norm(weight, A, B, start=None) -> Tensor:
@@ -98,7 +108,7 @@ def backward(dy, x, weight, A, B, gain, S, v, keeps, twice, dtype, needs, bias=N
         if need_x and twice:
             products.drop(scaled @ weight, keeps[0], dX)
         if need_x and not first:
-            eager.add_product_(dX, dy if twice else scaled, weight)
+            add_product_(dX, dy if twice else scaled, weight)
         return [grad for grad, need in zip((dX, db, dA, dB, dgain), needs, strict=True) if need]
 
 
@@ -140,66 +150,3 @@ def formula(x, weight, bias, A, B, gain, p, twice, dtype):
         y = v * gain + (dropped.to(B.dtype) @ A.to(B.dtype).mT) @ B.mT
         y = y if bias is None else y + bias
         return (y + x @ weight.mT if twice else y).to(dtype)
-
-
-class Eager:
-    """The passes in PyTorch, by blocks that stay in a cache."""
-
-    shrink = staticmethod(eager.shrink)
-    dy_pass = staticmethod(eager.dy_pass)
-    x_pass = staticmethod(eager.x_pass)
-
-    @staticmethod
-    def norm(W: Tensor, A: Tensor, B: Tensor, alone: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """‖W + B A‖, and with ``alone`` ‖W‖, the same bits where B is 0."""
-        A, B = A.to(B.dtype), B.contiguous()
-        crossed = B @ (A @ A.mT)
-        square, own = B.new_empty(W.shape[0]), B.new_empty(W.shape[0])
-        for rows in dropout.row_blocks(*W.shape, W.device):
-            block = W[rows].to(B.dtype)
-            thin = (2 * (block @ A.mT) + crossed[rows]).mul_(B[rows])
-            squares = block.square().sum(1)
-            own[rows], square[rows] = squares, thin.sum(1) + squares
-        norm = square.clamp_(min=0).sqrt_()
-        return (norm, own.sqrt_()) if alone else norm
-
-    @staticmethod
-    def expand(S: Tensor, B: Tensor, v: Tensor | None, gain: Tensor, bias: Tensor | None, base: Tensor) -> Tensor:
-        """base + (gain ∘ v + S Bᵀ) in base's dtype, rounded once; without a v, it is base - bias, as PyTorch rounds it."""
-        y = torch.empty_like(base)
-        for rows in dropout.row_blocks(*y.shape, y.device):
-            free = v[rows] if v is not None else base[rows] if bias is None else base[rows] - bias
-            y[rows] = base[rows] + (free * gain).addmm_(S[rows], B.mT)
-        return y
-
-    @staticmethod
-    def gain_dy(
-        dy: Tensor, gain: Tensor, v: Tensor | None, need_scaled: bool, need_sum: bool, bias: Tensor | None = None
-    ):
-        """(gain ∘ dY in dY's dtype, Σ_t dY ∘ (v - bias), Σ_t dY), each if needed; the sums have gain's dtype."""
-        scaled = torch.empty_like(dy) if need_scaled else None
-        dots = None if v is None else torch.zeros_like(gain)
-        for rows in dropout.row_blocks(*dy.shape, dy.device):
-            if need_scaled:
-                torch.mul(dy[rows], gain, out=scaled[rows])
-            if dots is not None:
-                free = v[rows] if bias is None else v[rows].to(gain.dtype) - bias
-                dots += (dy[rows].to(gain.dtype) * free).sum(0)
-        return scaled, dots, dy.sum(0, dtype=gain.dtype) if need_sum else None
-
-    @staticmethod
-    def drop(t: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
-        """t [M,K] with 0 where its keep bit is 0; added to ``out`` if that is given."""
-        dropped = torch.empty_like(t, memory_format=torch.contiguous_format) if out is None else out
-        if dropout.in_one_pass(t):
-            dropout.apply_(t if t.stride(1) == 1 else t.contiguous(), keep, dropped, out is not None)
-            return dropped
-        for rows in dropout.row_blocks(*t.shape, t.device):
-            words = keep[rows]
-            mask = bits.unpack(words.reshape(-1), (len(words), 32 * words.shape[1]))
-            block = t[rows].contiguous()
-            if out is None:
-                dropout.apply(block, mask, out=dropped[rows])
-            else:
-                dropped[rows] += dropout.apply(block, mask, out=torch.empty_like(block))
-        return dropped

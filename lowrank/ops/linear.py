@@ -6,7 +6,7 @@ What people run is plain: frozen weights under trained factors, in one dtype or 
 bias and autocast, over a weight or over the output of a module (:func:`linears` says what is).  Everything else is
 ops/lora.py's general form, which gives the same bits where both can answer.
 
-One call has four forms, of the same bits: through kernels/thin.py; through ops/eager.py; eager's operations without its
+One call has four forms, of the same bits: through kernels/thin.py; through ops/thin_eager.py; eager's operations without its
 functions (linear_eager.py); and those in one call of csrc/linear.h, under this node or under that of csrc/node.cpp.
 """
 
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import _native, _stats
-from . import dropout, eager, linear_eager, lora_impl
+from . import dropout, linear_eager, lora_impl, thin_eager
 from ._boundary import TENSORS, all_plainly, as_shaped, dense, rows_of
 from ._choice import choice
-from ._dispatch import outlasts_host, thin_products
-from .lora_impl import add_base, may_overflow
+from ._dispatch import outlasts_host
+from .lora_impl import add_base, may_overflow, thin_products
 from .node import DIFFERENTIABLE, alive, hand_over, must_follow, recall, remember
 
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -320,7 +320,7 @@ def _backward(call, dys, x, S, factors, keeps, weights, need_x):
 
 def _thin(x, weights, others, As, Bs, call):
     if choice(x.device).backend == "eager":
-        return eager
+        return thin_eager
     return thin_products(x, weights, others, As, Bs, call.thin_dtype, bool(call.ps))
 
 

@@ -1,17 +1,17 @@
-"""The plain LoRA linear in PyTorch's operations, in ops/eager.py's order and of its bits, inline: functions are what a small
+"""The plain LoRA linear in PyTorch's operations, in thin_eager.py's order and of its bits, inline: functions are what a small
 call costs a host.
 """
 
 import torch
 from torch import Tensor
 
-from .eager import add_product_
+from .thin_eager import add_product_
 
 _linear, _unsafe_view = torch.nn.functional.linear, torch.ops.aten._unsafe_view.default
 
 
 def is_small(x, Bs) -> bool:
-    """Whether ops/eager.py widens x and every dY as one block."""
+    """Whether ops/thin_eager.py widens x and every dY as one block."""
     K = x.shape[-1]
     return x.numel() // K * (max(K, *[B.shape[0] for B in Bs]) + 31) <= 1 << 20
 

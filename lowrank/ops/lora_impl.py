@@ -1,17 +1,36 @@
 """What torch.ops.lowrank.lora_linears and lora_linears_backward do: thin products around one GEMM per projection.
 
-The thin products are ops/eager.py's or kernels/thin.py's, which offer the same four functions (_dispatch.py chooses); the
-big GEMM is always torch's.  Argument names and the order of the gradients are those of the schemas in ops/lora.py.
+The thin products are thin_eager.py's or kernels/thin.py's, which offer the same four functions; the big GEMM is torch's.
+Argument names and the order of the gradients are those of the schemas in ops/lora.py.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import bits
-from . import dropout
+from . import dropout, thin_eager
 from ._boundary import dense, no_autocast, plus, rows_of
-from ._dispatch import thin_products
-from .eager import add_product_, times
+from ._dispatch import in_kernels
+from .thin_eager import add_product_, times
+
+
+def thin_products(x, weights, others, As, Bs, thin_dtype, has_dropout) -> ModuleType:
+    """thin_eager.py or kernels/thin.py for one call.  ``others``: base outputs [..., N] or gradients [M, N], or None."""
+    activations = [t for t in (x, *others) if t is not None]
+    if not As or not activations:
+        return thin_eager
+    widths = [t.shape[-1] if weight is None else weight.shape[0] for t, weight in zip(others, weights, strict=True)]
+    rows = activations[0].numel() // max(activations[0].shape[-1], 1)
+    if rows == 0 or 0 in widths:
+        return thin_eager
+    sizes = rows, As[0].shape[1], sum(widths), activations[0].dtype, (*As, *Bs), thin_dtype, has_dropout
+    if not in_kernels(activations, max(A.shape[0] for A in As), thin_dtype, sizes):
+        return thin_eager
+    from ..kernels import thin
+
+    return thin
 
 
 def forward(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _native
 from ._choice import choice
-from .eager import add_product_
+from .thin_eager import add_product_
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
 # out fp32 [M,N] = a bf16 [M,K] @ b bf16 [K,N], added to what is there if asked for

@@ -1,4 +1,4 @@
-"""What torch.ops.lowrank.svf_linear and svf_linear_backward do, and their thin products in PyTorch.
+"""What torch.ops.lowrank.svf_linear and svf_linear_backward do.
 
     S  = x Aᵀ                 Y  = (S ∘ m) Bᵀ + start;  Y.addmm_(x, Wᵀ)
     D  = dY B                 dS = D ∘ m,   h = S ∘ D
@@ -6,17 +6,33 @@
 
 m is ``scales`` [k], the same for every row, or ``mix @ scales`` with mix [M,E] and scales [E,k], which is never written to
 memory as a whole.  h is not either: dscales = Σ_t h (or mixᵀ h) and dmix = h scalesᵀ are summed on the way.
-Up to _dispatch.MAX_RANK columns the kernels of kernels/svf.py do both thin products and their scales in one pass over the
-activations each; beyond, the products are GEMMs and only the passes over [M,k] are kernels.
+Up to _dispatch.MAX_RANK columns kernels/svf.py does both thin products and their scales in one pass over the activations each;
+beyond (svf_wide.py) the products are GEMMs and only the passes over [M,k] are kernels; svf_eager.py is all of it in PyTorch.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import dropout, eager
+from . import svf_eager, svf_wide
 from ._boundary import dense, no_autocast, plus, rows_of
-from ._dispatch import svf_products
+from ._dispatch import MAX_RANK, in_kernels
 from .lora_impl import may_overflow
+from .thin_eager import add_product_
+
+
+def svf_products(x, other, A, B, thin_dtype) -> ModuleType:
+    """kernels/svf.py, svf_eager.py or svf_wide.py for one call.  ``other``: a base output, or a backward's saved x, or None."""
+    sizes = x.shape[0], A.shape[1], B.shape[0], x.dtype, (A, B), thin_dtype, False
+    activations = [t for t in (x, other) if t is not None]
+    if x.shape[0] == 0 or not in_kernels(activations, min(A.shape[0], MAX_RANK), thin_dtype, sizes):
+        return svf_eager
+    if A.shape[0] > MAX_RANK:
+        return svf_wide
+    from ..kernels import svf
+
+    return svf
 
 
 def forward(x, weight, bias, base, A, B, scales, mix, dtype, thin_dtype):
@@ -55,7 +71,7 @@ def backward(dy, x, weight, A, B, scales, mix, S, dtype, thin_dtype, needs):
                 dX.addmm_(dy, weight.to(dtype), beta=0)
             products.x_pass(None, [dS], [A], [False], dX, [-1], [], add=first)
             if weight is not None and not first:
-                eager.add_product_(dX, dy, weight.to(dtype))
+                add_product_(dX, dy, weight.to(dtype))
         dW = dy.mT @ x if need_W else None
         db = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_b else None
         return [grad for grad, need in zip((dX, dW, db, dscales, dmix), needs, strict=True) if need]
@@ -103,62 +119,3 @@ def formula(x, weight, bias, base, A, B, scales, mix, dtype, thin_dtype):
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
-
-
-class Eager:
-    """The products in PyTorch."""
-
-    shrink = staticmethod(eager.shrink)
-    x_pass = staticmethod(eager.x_pass)
-
-    @classmethod
-    def expand(cls, S, B, scales, mix, start, dtype) -> Tensor:
-        """(S ∘ m) Bᵀ + start in ``dtype``."""
-        return eager.expand(cls.scale(S, scales, mix), [B], [1.0], [None], start, dtype)
-
-    @classmethod
-    def dy_pass(cls, dy, B, scales, mix, S, need_dS, dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dS [M,k] if needed, dscales and dmix if S is given; dmix only beside a mix)."""
-        (D,), _ = eager.dy_pass(dy, [B], [1.0], [None], None, [False], True, dtype)
-        return cls.scale_and_dot(D, scales, mix, S, need_dS)
-
-    @staticmethod
-    def scale(S: Tensor, scales: Tensor, mix: Tensor | None) -> Tensor:
-        """S ∘ m in S's dtype, rounded once."""
-        out = torch.empty_like(S)
-        for rows in dropout.row_blocks(*S.shape, S.device):
-            torch.mul(S[rows], scales if mix is None else mix[rows] @ scales, out=out[rows])
-        return out
-
-    @staticmethod
-    def scale_and_dot(D: Tensor, scales: Tensor, mix: Tensor | None, S: Tensor | None, need_dS: bool):
-        """:meth:`dy_pass` from D = dY B on; dS overwrites D."""
-        dscales = None if S is None else torch.zeros_like(scales)
-        dmix = None if S is None or mix is None else torch.empty_like(mix)
-        for rows in dropout.row_blocks(*D.shape, D.device):
-            if S is not None:
-                h = D[rows].to(torch.promote_types(D.dtype, scales.dtype)) * S[rows]
-                if mix is None:
-                    dscales += h.sum(0)
-                else:
-                    dscales += mix[rows].to(h.dtype).mT @ h
-                    dmix[rows] = h @ scales.to(h.dtype).mT
-            if need_dS:
-                torch.mul(D[rows], scales if mix is None else mix[rows] @ scales, out=D[rows])
-        return D if need_dS else None, dscales, dmix
-
-
-class Wide(Eager):
-    """More directions than a kernel accumulates: GEMMs, and one kernel for each pass over [M,k] between them."""
-
-    @staticmethod
-    def scale(S, scales, mix) -> Tensor:
-        from ..kernels import svf
-
-        return svf.scale(S, scales, mix)
-
-    @staticmethod
-    def scale_and_dot(D, scales, mix, S, need_dS):
-        from ..kernels import svf
-
-        return svf.scale_and_dot(D, scales, mix, S, need_dS)

@@ -15,7 +15,7 @@ from thin_inputs import (
     strided,
 )
 
-from lowrank.ops import eager
+from lowrank.ops import thin_eager
 
 
 def dy_pass(*args, **options):
@@ -52,7 +52,7 @@ def test_as_right_as_eager(dtype, thin_dtype):
 
     def draw():
         dY, B, S = randn(M, N, dtype=dtype), randn(N, rank, dtype=thin_dtype), randn(M, rank, dtype=thin_dtype)
-        runs = [f(dY, [B], [0.5], [None], S, [True], True, thin_dtype) for f in (dy_pass, eager.dy_pass)]
+        runs = [f(dY, [B], [0.5], [None], S, [True], True, thin_dtype) for f in (dy_pass, thin_eager.dy_pass)]
         return *([*dS, *dB] for dS, dB in runs), [t for of in oracle(dY, [B], [0.5], [None], S) for t in of]
 
     in_the_mean(draw, ["dS", "dB"])

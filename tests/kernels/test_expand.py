@@ -16,7 +16,7 @@ from thin_inputs import (
     strided,
 )
 
-from lowrank.ops import eager
+from lowrank.ops import thin_eager
 
 
 def expand(*args, **options):
@@ -55,7 +55,7 @@ def test_as_right_as_eager(dtype, thin_dtype):
     def draw():
         S, B = randn(M, rank, dtype=thin_dtype), randn(N, rank, dtype=thin_dtype)
         arguments = S, [B], [0.5], [None], randn(M, N, dtype=dtype)
-        return [expand(*arguments, dtype)], [eager.expand(*arguments, dtype)], [oracle(*arguments)]
+        return [expand(*arguments, dtype)], [thin_eager.expand(*arguments, dtype)], [oracle(*arguments)]
 
     in_the_mean(draw, ["Y"])
 

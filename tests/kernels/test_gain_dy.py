@@ -3,7 +3,7 @@ import torch
 from right import in_the_mean, within
 from thin_inputs import BF16, DEVICE, FP16, FP32, far_rows, randn, strided
 
-from lowrank.ops.dora_impl import Eager
+from lowrank.ops import dora_eager
 
 NAMES = "scaled", "dots", "sums"
 SHAPES = [(1, 600), (7, 33), (64, 128), (133, 1030), (300, 16)]
@@ -36,7 +36,7 @@ def test_against_fp64(M, N, dtype):
 def test_as_right_as_eager(dtype):
     def draw():
         arguments = randn(33, 70, dtype=dtype), randn(70, dtype=FP32), randn(33, 70, dtype=dtype)
-        return gain_dy(*arguments, True, True), Eager.gain_dy(*arguments, True, True), oracle(*arguments)
+        return gain_dy(*arguments, True, True), dora_eager.gain_dy(*arguments, True, True), oracle(*arguments)
 
     in_the_mean(draw, NAMES)
 
@@ -46,7 +46,7 @@ def test_a_bias_that_is_part_of_v(bias_dtype):
     dY, v, gain = randn(133, 70, dtype=BF16), randn(133, 70, dtype=BF16), randn(70, dtype=FP32)
     bias = 100 * randn(70, dtype=bias_dtype)
     v = (v + bias).to(BF16)
-    for run in (gain_dy, Eager.gain_dy):
+    for run in (gain_dy, dora_eager.gain_dy):
         scaled, dots, sums = run(dY, gain, v, True, True, bias)
         free = v.double() - bias.double()
         truth = (dY.double() * free).sum(0)

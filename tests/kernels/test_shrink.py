@@ -15,7 +15,7 @@ from thin_inputs import (
     strided,
 )
 
-from lowrank.ops import eager
+from lowrank.ops import thin_eager
 
 
 def shrink(*args, **options):
@@ -46,7 +46,7 @@ def test_against_fp64(M, K, _, ranks, dtype, thin_dtype, dropped):
     cuts = [19661, 32768][: max(masks) + 1]
     seeds = torch.tensor([987654321012345678, 3], device=DEVICE)[: len(cuts)]
     S, keeps = shrink(x, As, thin_dtype, masks, cuts, seeds)
-    _, eager_keeps = eager.shrink(x, As, thin_dtype, masks, cuts, seeds)
+    _, eager_keeps = thin_eager.shrink(x, As, thin_dtype, masks, cuts, seeds)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(keeps, eager_keeps, strict=True))
     within([S], [oracle(x, As, masks, keeps)], [oracle(*absolutes(x, As), masks, keeps)], ["S"])
     if dropped:  # the masks given
@@ -65,7 +65,7 @@ def test_as_right_as_eager(dtype, thin_dtype, masks):
         x, A = randn(M, K, dtype=dtype), randn(rank, K, dtype=thin_dtype)
         cuts = [19661][: len(masks)] if masks[0] >= 0 else []
         S, keeps = shrink(x, [A], thin_dtype, masks, cuts, seeds)
-        return [S], [eager.shrink(x, [A], thin_dtype, masks, cuts, seeds)[0]], [oracle(x, [A], masks, keeps)]
+        return [S], [thin_eager.shrink(x, [A], thin_dtype, masks, cuts, seeds)[0]], [oracle(x, [A], masks, keeps)]
 
     in_the_mean(draw, ["S"])
 
@@ -80,7 +80,9 @@ def test_split_k_and_every_bit_twice(split_k):
     assert torch.equal(runs[0][0], runs[1][0])
     truth = oracle(x, [A], [0], runs[0][1])
     within([runs[0][0]], [truth], [oracle(*absolutes(x, [A]), [0], runs[0][1])], ["S"])
-    assert torch.equal(runs[0][1][0], eager.shrink(x, [A], BF16, [0], [6554], torch.tensor([5], device=DEVICE))[1][0])
+    assert torch.equal(
+        runs[0][1][0], thin_eager.shrink(x, [A], BF16, [0], [6554], torch.tensor([5], device=DEVICE))[1][0]
+    )
 
 
 def test_scales_strides_and_another_factor_dtype():

@@ -14,7 +14,7 @@ from thin_inputs import (
     strided,
 )
 
-from lowrank.ops.svf_impl import Eager
+from lowrank.ops import svf_eager
 
 NAMES = "dS", "dscales", "dmix"
 CASES = [(M, N, ranks[0]) for M, _, N, ranks in CASES]
@@ -59,7 +59,7 @@ def test_as_right_as_eager(dtype, thin_dtype, E):
     def draw():
         dY, B, S = randn(33, 66, dtype=dtype), randn(66, 70, dtype=thin_dtype), randn(33, 70, dtype=thin_dtype)
         arguments = dY, B, *scales_and_mix(33, 70, E), S
-        runs = (f(*arguments, True, thin_dtype) for f in (svf_dy, Eager.dy_pass))
+        runs = (f(*arguments, True, thin_dtype) for f in (svf_dy, svf_eager.dy_pass))
         return *([t for t in of if t is not None] for of in runs), oracle(*arguments)
 
     in_the_mean(draw, NAMES[: 2 if E is None else 3])

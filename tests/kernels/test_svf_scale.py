@@ -4,7 +4,7 @@ from right import in_the_mean, rounded_once, within
 from test_svf_dy import scales_and_mix
 from thin_inputs import BF16, DEVICE, FP16, FP32, far_rows, randn, strided
 
-from lowrank.ops.svf_impl import Eager
+from lowrank.ops import svf_eager
 
 SHAPES = [(1, 600), (7, 33), (64, 128), (133, 1030), (300, 16)]
 
@@ -39,7 +39,7 @@ def test_against_fp64(M, R, dtype, E):
 def test_as_right_as_eager(dtype, E):
     def draw():
         D, S, (scales, mix) = randn(33, 70, dtype=dtype), randn(33, 70, dtype=dtype), scales_and_mix(33, 70, E)
-        found, same = svf_scale(D, scales, mix, S, dtype), Eager.scale_and_dot(D.clone(), scales, mix, S, True)
+        found, same = svf_scale(D, scales, mix, S, dtype), svf_eager.scale_and_dot(D.clone(), scales, mix, S, True)
         truth = oracle(D, scales, mix, S)
         return found[: len(truth)], same[: len(truth)], truth
 

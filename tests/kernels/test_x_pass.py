@@ -16,7 +16,7 @@ from thin_inputs import (
     strided,
 )
 
-from lowrank.ops import eager
+from lowrank.ops import thin_eager
 
 
 def x_pass(*args, **options):
@@ -54,7 +54,7 @@ def test_added_to_dx_and_rounded_once(ranks, dropped):
     start = (randn(37, 150, dtype=FP32) - thin).clamp(-60000, 60000).half()
     truth = start.double() + thin
     fits = truth.abs() < 65000
-    for run in (x_pass, eager.x_pass):
+    for run in (x_pass, thin_eager.x_pass):
         dX = start.clone()
         run(x, dS, As, [True] * n, dX, masks, keeps, add=True)
         assert ((dX - truth).abs() <= 2**-11 * truth.abs() + 1e-5 * thin.abs() + 0.1)[fits].all()
@@ -87,7 +87,9 @@ def test_as_right_as_eager(dtype, thin_dtype, masks):
     def draw():
         x, dS, As, keeps = inputs(M, K, ranks, dtype, thin_dtype, masks)
         dX, same_dX = torch.full_like(x, float("nan")), torch.empty_like(x)
-        dA, same_dA = (f(x, dS, As, [True], out, masks, keeps) for f, out in ((x_pass, dX), (eager.x_pass, same_dX)))
+        dA, same_dA = (
+            f(x, dS, As, [True], out, masks, keeps) for f, out in ((x_pass, dX), (thin_eager.x_pass, same_dX))
+        )
         true_dA, true_dX = oracle(x, dS, As, masks, keeps)
         return [*dA, dX], [*same_dA, same_dX], [*true_dA, true_dX]
 

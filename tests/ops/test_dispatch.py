@@ -5,10 +5,11 @@ import torch
 
 import lowrank
 from lowrank import _stats
-from lowrank.ops import _choice, eager
+from lowrank.ops import _choice, thin_eager
 from lowrank.ops._choice import backend
-from lowrank.ops._dispatch import prefers_eager, thin_products
+from lowrank.ops._dispatch import prefers_eager
 from lowrank.ops.lora import Adapter, Projection, lora_projections
+from lowrank.ops.lora_impl import thin_products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -72,7 +73,7 @@ def test_what_kernels_cannot_do_is_counted_and_refused_by_strict(interpreted, ch
     x = x.mT.contiguous().mT if transposed else x
     thin_dtype = torch.promote_types(x.dtype, A.dtype)
     with pytest.warns(UserWarning, match="in PyTorch instead of its kernels"):
-        assert module(x, A, B, thin_dtype) is eager
+        assert module(x, A, B, thin_dtype) is thin_eager
     assert [reason in key for key in lowrank.stats()["fallback"]] == [True]
     with lowrank.strict(), pytest.raises(lowrank.FallbackError, match=reason):
         module(x, A, B, thin_dtype)
@@ -90,8 +91,8 @@ def test_a_base_output_of_another_dtype(interpreted):
 
 
 def test_nothing_to_do_is_no_fallback(interpreted):
-    assert module(*tensors(0, 6, 4, 2)) is eager
-    assert module(*tensors(8, 6, 0, 2)) is eager
+    assert module(*tensors(0, 6, 4, 2)) is thin_eager
+    assert module(*tensors(8, 6, 0, 2)) is thin_eager
     assert module(*tensors(8, 6, 4, 2)).__name__ == "lowrank.kernels.thin"
     assert lowrank.stats()["fallback"] == {}
 
