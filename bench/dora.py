@@ -6,7 +6,7 @@ Under dropout "lowrank-KIND" is PEFT's function, two GEMMs with the weight, and 
 import torch
 
 import lowrank
-from lowrank.bench import (
+from lowrank.measure.layer import (
     SCALING,
     Method,
     Problem,
@@ -18,7 +18,7 @@ from lowrank.bench import (
     lowrank_method,
     tensors,
 )
-from lowrank.ops import dora_impl, dropout, thin_eager
+from lowrank.ops import dora_eager, dropout, thin_eager
 from lowrank.ops._choice import backend
 
 
@@ -138,7 +138,7 @@ def pass_flops(name: str, p: Problem) -> int:
 
 
 def pass_calls(name: str, p: Problem, data: list[dict]) -> dict[str, dict]:
-    modules = {"eager": dora_impl.Eager}
+    modules = {"eager": dora_eager}
     if backend(torch.device(p.device))[0] == "triton":
         from lowrank.kernels import dora
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lowrank.bench import SCALING, Method, Problem
+from lowrank.measure.layer import SCALING, Method, Problem
 
 SEQUENCE = 2048
 HEAD = 128

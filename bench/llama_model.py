@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowrank.bench import environment
+from lowrank.measure.environment import environment
 
 METHODS = ("peft", "lowrank", "peft+liger", "lowrank+liger")
 LIMIT = 0.02  # relative difference of the last losses above which figures are not comparable

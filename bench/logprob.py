@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
-from lowrank.bench import SCALING, Problem
+from lowrank.measure.layer import SCALING, Problem
 from lowrank.ops._choice import backend
 from lowrank.ops.head import CHUNK_BYTES
 

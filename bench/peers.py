@@ -14,7 +14,7 @@ import random
 
 import torch
 
-from lowrank.bench import SCALING, Method, Problem, Tensors, adapter_kinds, frozen, lowrank_method, peft_method
+from lowrank.measure.layer import SCALING, Method, Problem, Tensors, adapter_kinds, frozen, lowrank_method, peft_method
 
 DEFAULT = ("frozen", "lowrank", "peft", "unsloth", "lorafusion")  # "peft-compiled" too where asked for
 

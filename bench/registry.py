@@ -16,7 +16,7 @@ import streams
 import svf
 import torch
 
-from lowrank.bench import Problem, passes, tensors
+from lowrank.measure.layer import Problem, passes, tensors
 from lowrank.ops import dropout, thin_eager
 from lowrank.ops._choice import backend, forced
 

@@ -27,8 +27,9 @@ import torch
 from registry import REGISTRY, Benchmark, Options, floor_us
 from verdict import verdict
 
-from lowrank.bench import DTYPES, Problem, environment
-from lowrank.timing import copy_rate, matmul_rate, paired, peak_memory
+from lowrank.measure.environment import environment
+from lowrank.measure.layer import DTYPES, Problem
+from lowrank.measure.timing import copy_rate, matmul_rate, paired, peak_memory
 
 ROOT = Path(__file__).parent.parent
 OTHERS = ("peft", "unsloth", "lorafusion", "trl", "torch-ce", "liger", "cut")
@@ -72,7 +73,7 @@ def measure(
 
 
 def peak(call, device: torch.device) -> int:
-    """lowrank.timing.peak_memory; on a CPU the allocations and releases that the profiler records, added up."""
+    """lowrank.measure.timing.peak_memory; on a CPU the allocations and releases that the profiler records, added up."""
     if device.type == "cuda":
         return peak_memory(call, device)
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:

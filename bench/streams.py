@@ -4,7 +4,7 @@ import torch
 
 import lowrank
 from lowrank import analysis, bits, delta, ops
-from lowrank.bench import Problem
+from lowrank.measure.layer import Problem
 
 ACTIVE = 0.2  # share of elements that a mask lets train
 CHANGED = 0.01  # share of elements that differ between two checkpoints, or are asked for

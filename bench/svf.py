@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 import lowrank
-from lowrank.bench import Method, Problem
-from lowrank.ops import svf_impl
+from lowrank.measure.layer import Method, Problem
+from lowrank.ops import svf_eager
 from lowrank.ops._choice import backend
 
 
@@ -98,7 +98,7 @@ def dy_inputs(p: Problem) -> list[dict]:
 
 def dy_calls(p: Problem, data: list[dict]) -> dict[str, dict]:
     """The backward's pass over dY, and a copy of as many bytes."""
-    modules = {"eager": svf_impl.Eager}
+    modules = {"eager": svf_eager}
     if backend(torch.device(p.device))[0] == "triton":
         from lowrank.kernels import svf
 

@@ -21,7 +21,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lowrank.integrations.peft import patch
-from lowrank.timing import device_name, frames
+from lowrank.measure.environment import device_name
+from lowrank.measure.timing import frames
 
 # dtype of the base, whether adapters are fp32 (as PEFT makes them), dropout, names of the linears
 CASES = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from registry import REGISTRY, Options, floor_us
 
-from lowrank.bench import Problem, adapter_kinds
+from lowrank.measure.layer import Problem, adapter_kinds
 from lowrank.ops import dropout
 from lowrank.testing import error
 

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from registry import REGISTRY, _thin_inputs, floor_us
 
-from lowrank.bench import DTYPES, Problem, environment
+from lowrank.measure.environment import environment
+from lowrank.measure.layer import DTYPES, Problem
+from lowrank.measure.timing import copy_rate, matmul_rate, paired
 from lowrank.ops import thin_eager
 from lowrank.ops._choice import backend
 from lowrank.testing import error
-from lowrank.timing import copy_rate, matmul_rate, paired
 
 # Values of each field of a Config.
 GRID = {

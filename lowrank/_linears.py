@@ -190,3 +190,19 @@ def is_linear(module: nn.Module) -> bool:
 def exact_names(names) -> str:
     """A target_modules that means these layers: PEFT finds a plain name at the end of any longer one too."""
     return "|".join(map(re.escape, names))
+
+
+def is_matrix(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
+    """Whether a module's own parameter multiplies activations: a linear layer's or router's weight, a stack of experts'."""
+    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+        return False
+    return parameter.dim() == 3 or (name == "weight" and (parameter.dim() == 2 or is_linear(module)))
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers that sit inside attention."""
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    chosen = [name for name in linear if any(mark in name.lower() for mark in ("attn", "attention"))]
+    if not chosen:
+        raise ValueError(f"lora-attention: no linear layer of this model is named attn or attention, only {linear[:8]}")
+    return chosen

@@ -140,7 +140,7 @@ def describe(blob: bytes) -> dict:
     return parse(text)
 
 
-# One tensor, one file at a time: also for lowrank.tools.
+# One tensor, one file at a time: also for lowrank.cli.tools.
 
 
 def encode_tensor(new: Tensor, words: Tensor, fingerprint: bool) -> tuple[dict, list[Tensor]]:

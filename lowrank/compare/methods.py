@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .._linears import is_linear
+from .._linears import attention_layers
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,6 @@ def lora_config(rank: int, target_modules="all-linear"):
     from peft import LoraConfig
 
     return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM")
-
-
-def attention_layers(model: nn.Module) -> list[str]:
-    """Names of the linear layers that sit inside attention."""
-    linear = [name for name, module in model.named_modules() if is_linear(module)]
-    chosen = [name for name in linear if any(mark in name.lower() for mark in ("attn", "attention"))]
-    if not chosen:
-        raise ValueError(f"lora-attention: no linear layer of this model is named attn or attention, only {linear[:8]}")
-    return chosen
 
 
 def _full(model: nn.Module, rank: int) -> nn.Module:

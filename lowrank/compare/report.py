@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .._streams import Unbreakable
+from .._screen import Unbreakable
 from . import train
 from .run import Comparison
 from .settings import REPORTS

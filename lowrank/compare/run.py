@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from .._streams import Unbreakable
+from .._screen import Unbreakable
+from ..measure.environment import environment
 from . import train
+from .costs import latency, merged, weight_changes
 from .data import Subject, load, one_line
-from .measure import environment, latency, merged, weight_changes
 from .methods import METHODS, Method
 from .settings import Settings
 from .verdict import invented

@@ -1,8 +1,8 @@
 """A Comparison as plain data: what compare.json holds, and all that the tables, the figure and the verdict read."""
 
-from .analysis import agreement, at_loss, leaders, target_loss
 from .methods import METHODS
 from .run import Comparison, Row
+from .statistics import agreement, at_loss, leaders, target_loss
 
 
 def spread(values) -> dict[str, float]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lowrank import analysis, delta
 from lowrank.optim import AdamW
 
+from ..measure.saved import SavedActivations
+from .costs import Memory, checkpoint_bytes, memory, synchronize
 from .data import Corpus, Subject, batches
-from .measure import Memory, SavedActivations, checkpoint_bytes, memory, synchronize
 from .methods import Method
 
 WARM_UP = 0.1  # of a phase's steps
@@ -73,7 +74,7 @@ def fit(
         start = time.perf_counter()
         batch = batch.to(device)
         if counted:
-            with SavedActivations(model) as saved:
+            with SavedActivations((*model.parameters(), *model.buffers())) as saved:
                 loss = model(input_ids=batch, labels=batch).loss
         else:
             loss = model(input_ids=batch, labels=batch).loss

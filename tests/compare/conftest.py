@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from lowrank import compare
+from lowrank.cli import compare
 
 
 @pytest.fixture(scope="session")

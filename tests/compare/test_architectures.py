@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from lowrank import compare
-from lowrank.compare.measure import linear_weights, weight_changes
+from lowrank.cli import compare
+from lowrank.compare.costs import linear_weights, weight_changes
 from lowrank.compare.methods import METHODS
 
 peft = pytest.importorskip("peft")

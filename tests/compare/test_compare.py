@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lowrank import compare
+from lowrank.cli import compare
 from lowrank.compare.settings import METHODS, Embedded
 
 pytest.importorskip("peft")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lowrank import compare
+from lowrank.cli import compare
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lowrank.integrations.peft import patch
+from lowrank.measure.timing import frames
 from lowrank.ops._choice import choice, forced
-from lowrank.timing import frames
 
 
 def layer(patched: bool):

@@ -21,11 +21,15 @@ import torch
 import tune
 from verdict import verdict
 
-from lowrank import bench, cli, timing
-from lowrank.bench import Problem, frozen, lowrank_method, passes, summary, tensors
+from lowrank import cli
+from lowrank.cli import bench
+from lowrank.cli.bench import summary
+from lowrank.measure import timing
+from lowrank.measure.environment import device_name
+from lowrank.measure.layer import Problem, frozen, lowrank_method, passes, tensors
 from lowrank.testing import error
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CONFIG = {
     "model_type": "llama",
@@ -261,7 +265,7 @@ def test_timing_on_a_cpu():
     assert timing.peak_memory(calls.append, CPU) is None
     assert 1e6 < timing.copy_rate(CPU, 1 << 16) < 1e15
     assert 1e3 < timing.matmul_rate(CPU, torch.float32, 32) < 1e15
-    assert timing.device_name(CPU)
+    assert device_name(CPU)
 
 
 def test_sweep_checks_before_it_times(tmp_path):

@@ -238,5 +238,5 @@ def test_without_a_gpu(tmp_path, checkpoint, capsys):
 
 def test_importing_the_command_is_cheap():
     heavy = ("transformers", "peft", "rich", "safetensors")
-    code = f"import sys, lowrank.tools.factors; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, lowrank.cli.factors; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

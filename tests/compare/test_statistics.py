@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lowrank.compare.analysis import agreement, at_loss, leaders, separated, target_loss
 from lowrank.compare.run import grid, sweep
+from lowrank.compare.statistics import agreement, at_loss, leaders, separated, target_loss
 from lowrank.compare.train import Point, Run
 from lowrank.compare.verdict import verdict
 

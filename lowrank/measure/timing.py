@@ -68,7 +68,7 @@ def peak_memory(call: Callable[[int], object], device: torch.device) -> int | No
 
 def frames(call: Callable[[], object]) -> tuple[int, int]:
     """Python frames that one call enters: of lowrank's functions, and all."""
-    ours, seen = str(Path(__file__).parent), []
+    ours, seen = str(Path(__file__).parent.parent), []
 
     def profile(frame, event, _):
         if event == "call":
@@ -95,16 +95,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int | None = None) 
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2e6 * n**3 / paired({"mm": lambda i: torch.mm(a, b, out=out)}, device, rounds=10)["mm"].median
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()}, {torch.backends.cpu.get_cpu_capability()}"
-    return "CPU"
 
 
 def _unit(call, sets: int, device: torch.device, stream) -> tuple[Callable[[int], object], int, str]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank.compare.costs import memory, stable_rank, weight_changes
 from lowrank.compare.data import batches, split
-from lowrank.compare.measure import SavedActivations, memory, stable_rank, storage_bytes, weight_changes
+from lowrank.measure.saved import SavedActivations, storage_bytes
 
 peft = pytest.importorskip("peft")
 
@@ -30,7 +31,7 @@ def test_memory_of_one_linear_layer():
     for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
         x = torch.randn(16, 8, requires_grad=True)
-        with SavedActivations(layer) as saved:
+        with SavedActivations(layer.parameters()) as saved:
             y = layer(x).relu()
         y.sum().backward()
         found = memory(layer, optimizer, saved.bytes, torch.device("cpu"))

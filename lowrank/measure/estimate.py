@@ -1,22 +1,17 @@
-"""``lowrank plan``: memory and FLOPs of fine-tuning a model, computed from its config alone.
+"""Memory and FLOPs of fine-tuning a model, computed from its config alone.
 
 The model is built on the meta device and really run forward there, with a loss, as a trainer calls it: parameters are
 counted from the modules, and activations are the distinct storages that autograd keeps for backward.  Nothing about an
-architecture is written down but the built-in configs (_shapes).  What a meta run cannot know is stated in ASSUMPTIONS.
+architecture is written down but the built-in configs (models.py).  What a meta run cannot know is stated in ASSUMPTIONS.
 """
 
-import argparse
-import dataclasses
-import json
 import math
-import sys
-import warnings
 from dataclasses import dataclass
 
-from ._shapes import BUILT_IN, load_config
-from ._streams import Unbreakable
+import torch
 
-SUMMARY = "memory, FLOPs and GPUs that each fine-tuning method needs for a model (computed, not measured)"
+from .._linears import attention_layers, is_linear
+from . import meta_forward
 
 # What PyTorch reports as total memory on such a card, GiB; a tenth is left to the context, workspaces, fragmentation.
 CARDS = {"24 GB": 23.6, "80 GB": 79.1, "141 GB": 139.7}
@@ -114,22 +109,16 @@ class Estimate:
 
 def estimate(config, method: Method, setting: Setting) -> Estimate:
     """What one training step of `method` on the model of `config` keeps in memory and computes."""
-    import torch
-
-    from . import _meta_run
-    from ._linears import is_linear
-    from .compare.methods import attention_layers
-
     dtype, adapter_dtype = (getattr(torch, name) for name in (setting.dtype, setting.adapter_dtype))
-    model = _meta_run.build(config, dtype)
-    head, fused = model.get_output_embeddings(), _meta_run.is_fused(model)
+    model = meta_forward.build(config, dtype)
+    head, fused = model.get_output_embeddings(), meta_forward.is_fused(model)
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     every = [name for name, m in linears.items() if m is not head]
     if not every:
         raise ValueError(f"{type(model).__name__} has no linear layers to adapt: not supported")
     parameters = sum(p.numel() for p in model.parameters())
     weights = parameters * dtype.itemsize
-    matmul, in_experts = _meta_run.macs_per_token(model)
+    matmul, in_experts = meta_forward.macs_per_token(model)
     if method.nf4:
         quantised = sum(linears[name].weight.numel() for name in every)
         weights -= quantised * dtype.itemsize - round(quantised * NF4_BYTES)
@@ -138,13 +127,13 @@ def estimate(config, method: Method, setting: Setting) -> Estimate:
         itemsize = dtype.itemsize
     else:
         adapted = attention_layers(model) if method.layers == "attention" else "all-linear" if in_experts else every
-        model = _meta_run.add_lora(model, adapted, setting, run_by=method.run_by, dtype=adapter_dtype)
+        model = meta_forward.add_lora(model, adapted, setting, run_by=method.run_by, dtype=adapter_dtype)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         itemsize = adapter_dtype.itemsize
         if any(hasattr(m, "parameter_name") for m in model.modules()):
             raise ValueError("PEFT puts these adapters on experts' weights too: not computed")
         weights += trained * itemsize
-    run = _meta_run.forward(model, setting, compute_dtype=dtype)
+    run = meta_forward.forward(model, setting, compute_dtype=dtype)
     attention = run.attention_flops // (setting.batch * setting.seq)
     flops = 3 * attention + (6 * matmul if method.layers is None else 4 * matmul + 6 * trained)
     if setting.gradient_checkpointing:
@@ -165,39 +154,6 @@ def estimate(config, method: Method, setting: Setting) -> Estimate:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    dtypes = ("float32", "bfloat16", "float16")
-    default = Setting()
-    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(BUILT_IN)}, a local path, or a hub id")
-    parser.add_argument("--batch", type=int, default=default.batch, help="sequences per micro-batch (%(default)s)")
-    parser.add_argument("--seq", type=int, default=default.seq, help="tokens per sequence (%(default)s)")
-    parser.add_argument("--rank", type=int, default=default.rank, help="of the adapters (%(default)s)")
-    parser.add_argument("--dtype", choices=dtypes, default=default.dtype, help="of the base weights (%(default)s)")
-    parser.add_argument("--adapter-dtype", choices=dtypes, default=default.adapter_dtype, help="(%(default)s)")
-    parser.add_argument("--dropout", type=float, default=default.dropout, help="before the adapters (%(default)s)")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="keep block inputs, recompute the rest")
-    parser.add_argument("--master", action="store_true", help="full fine-tuning keeps fp32 master weights too")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default=default.device, help="(%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-
-
-def main(args: argparse.Namespace) -> int:
-    setting = Setting(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setting)})
-    config = load_config(args.model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other packages' deprecations, once per adapted model
-        estimates, not_done = estimate_all(config, setting)
-    notes = _notes(setting, estimates[0].fused) + [f"{name} cannot be done: {why}" for name, why in not_done.items()]
-    if args.json:
-        rows = {e.method: {**dataclasses.asdict(e), "total": e.total, "gpus": e.gpus()} for e in estimates}
-        setting = dataclasses.asdict(setting)
-        found = {"model": args.model, "setting": setting, "methods": rows, "not_done": not_done, "notes": notes}
-        print(json.dumps(found, indent=2))
-    else:
-        _print_table(args.model, setting, estimates, notes)
-    return 0
-
-
 def estimate_all(config, setting: Setting) -> tuple[list[Estimate], dict[str, str]]:
     """Every method's estimate, and {method: why not} of those that this model cannot have.  Raises ValueError if none can."""
     estimates, not_done = [], {}
@@ -209,48 +165,3 @@ def estimate_all(config, setting: Setting) -> tuple[list[Estimate], dict[str, st
                 raise
             not_done[method.name] = " ".join(str(error).split())
     return estimates, not_done
-
-
-def _notes(setting: Setting, fused: bool) -> list[str]:
-    autocast = "" if setting.adapter_dtype == setting.dtype else f", layers under {setting.dtype} autocast"
-    master = " and an fp32 copy of the weights (full)" if setting.master else ", no fp32 copy of the weights"
-    attention = (
-        "fused attention (no [T,T] kept)" if fused else "no fused attention or scan: what the model's own code keeps"
-    )
-    names = {**dataclasses.asdict(setting), "autocast": autocast, "master": master, "attention": attention}
-    return [line.format(**names) for line in ASSUMPTIONS]
-
-
-def _print_table(model: str, setting: Setting, estimates: list[Estimate], notes: list[str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(file=Unbreakable(sys.stdout), highlight=False)
-    console.width = max(console.width, 112)  # a pipe counts as 80 columns: whole numbers matter more
-    console.print(
-        f"{model}: {estimates[0].parameters:,} parameters in {setting.dtype}; {setting.batch} x {setting.seq} tokens, "
-        f"rank {setting.rank}, dropout {setting.dropout:g}{', gradient checkpointing' * setting.gradient_checkpointing}"
-    )
-    unit, size = ("GiB", 2**30) if max(e.total for e in estimates) >= 2**30 else ("MiB", 2**20)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(f"in {unit}", no_wrap=True)
-    heads = ("trained", "weights", "grads", "AdamW", "activ.", "total", "file", "GFLOP/token")
-    for head in (*heads, *CARDS):
-        table.add_column(head, justify="right", no_wrap=True)
-    for e in estimates:
-        memory = (e.weights, e.gradients, e.optimizer, e.activations, e.total, e.checkpoint)
-        cells = [f"{value / size:,.2f}" for value in memory]
-        cards = [str(count) for count in e.gpus().values()]
-        table.add_row(e.method, _count(e.trainable), *cells, f"{e.flops_per_token / 1e9:.3g}", *cards)
-    console.print(table)
-    for note in notes:
-        console.print(note)
-
-
-def _count(n: int) -> str:
-    """1.24 B, 11.3 M, 5.1 K parameters."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if n >= size:
-            return f"{n / size:.3g}{letter}"
-    return str(n)

@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..measure.environment import cpuinfo
+
 SUMMARY = "versions, devices, the backend each op takes and why, and what is missing"
 
 OPS = ("lora_linear", "lora_linears")
@@ -59,7 +61,7 @@ def _version(distribution: str) -> str | None:
 def _versions() -> Iterator[str]:
     import torch
 
-    from ._version import __version__
+    from .._version import __version__
 
     yield f"{'lowrank-kernels':16}{__version__}"
     yield f"{'python':16}{platform.python_version()} on {platform.platform()}"
@@ -79,7 +81,7 @@ def _devices() -> Iterator[str]:
 
     for device in _torch_devices():
         if device.type == "cpu":
-            name = _cpuinfo().get("model name", [platform.processor() or platform.machine()])
+            name = cpuinfo().get("model name", [platform.processor() or platform.machine()])
             yield f"{device}: {' '.join(name)}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
         else:
             card = torch.cuda.get_device_properties(device)
@@ -89,7 +91,7 @@ def _devices() -> Iterator[str]:
 def _backends() -> Iterator[str]:
     import lowrank
 
-    from .ops._choice import backend
+    from ..ops._choice import backend
 
     for op in OPS:
         for device in _torch_devices() if hasattr(lowrank, op) else []:
@@ -101,7 +103,7 @@ def _backends() -> Iterator[str]:
 
 
 def _native_libraries() -> Iterator[str]:
-    from . import _native
+    from .. import _native
 
     for library in _native.LIBRARIES:
         reason = _native.why_not(library)
@@ -111,7 +113,7 @@ def _native_libraries() -> Iterator[str]:
 def _heads() -> Iterator[str]:
     import torch
 
-    from .ops import mixed
+    from ..ops import mixed
 
     for device in _torch_devices():
         try:
@@ -176,7 +178,7 @@ def _traps() -> Iterator[str]:
     triton, numpy = _version("triton") or "", _version("numpy") or ""
     if _numbers(triton) == (3, 6) and _numbers(numpy) >= (2, 4):
         yield f"triton {triton}'s interpreter (TRITON_INTERPRET=1) fails with numpy {numpy}: pip install 'numpy<2.4'"
-    flags = _cpuinfo().get("flags") or _cpuinfo().get("Features") or []
+    flags = cpuinfo().get("flags") or cpuinfo().get("Features") or []
     if flags and not {"avx512_bf16", "amx_bf16", "bf16"} & set(flags):
         yield "this CPU has no bf16 instructions: bf16 is emulated on it and slower than fp32"
     if _has_nvidia_gpu() and torch.version.cuda is None:
@@ -196,11 +198,3 @@ def _numbers(version: str) -> tuple[int, ...]:
     """(major, minor) of "3.6.0"; () where there is none."""
     parts = version.split(".")[:2]
     return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
-
-
-def _cpuinfo() -> dict[str, list[str]]:
-    """Words by field of the first processor in /proc/cpuinfo; empty where there is no such file."""
-    path = Path("/proc/cpuinfo")
-    first = path.read_text().split("\n\n")[0] if path.exists() else ""
-    fields = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.split() for key, _, value in fields}

@@ -1,4 +1,4 @@
-"""``lowrank tools TOOL``: work on model files.  Each tool is a module like a command's (lowrank/cli.py)."""
+"""``lowrank tools TOOL``: work on model files.  Each tool is a module like a command's (cli/__init__.py)."""
 
 import argparse
 import importlib
@@ -6,9 +6,9 @@ import importlib
 SUMMARY = "SVD factors of a checkpoint; deltas between two, and applying them in place"
 
 TOOLS = {
-    "factors": "lowrank.tools.factors",
-    "delta": "lowrank.tools.delta",
-    "apply": "lowrank.tools.apply",
+    "factors": "lowrank.cli.factors",
+    "delta": "lowrank.cli.delta",
+    "apply": "lowrank.cli.apply",
 }
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from .._linears import Weight, is_conv1d, module_weights, target_layers, weight_shape
-from .._shapes import BUILT_IN, load_config
 from ..adapters.factor_files import WrittenLayer, write_factors
 from ..checkpoints import open_tensors, tensor_files
+from ..measure.models import BUILT_IN, load_config
 from ..svd import METHODS
 
 SUMMARY = "write the SVD factors of a checkpoint's linear layers to one safetensors file"

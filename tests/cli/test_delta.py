@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import lowrank.tools.apply
-import lowrank.tools.delta
+import lowrank.cli.apply
+import lowrank.cli.delta
 from lowrank import checkpoints, cli, delta
 
 BF16 = torch.bfloat16
@@ -255,7 +255,7 @@ def test_two_tensors_at_a_time(tmp_path, monkeypatch):
             weakref.finalize(t, lambda nbytes=t.nbytes: alive.__setitem__(0, alive[0] - nbytes))
             return t
 
-    monkeypatch.setattr(lowrank.tools.delta, "open_tensors", Counted)
+    monkeypatch.setattr(lowrank.cli.delta, "open_tensors", Counted)
     assert tools("delta", tmp_path / "old", tmp_path / "new", "--out", tmp_path / "d") == 0
     assert 0 < most[0] <= 2 * 2 * 5011
 
@@ -351,7 +351,7 @@ def test_bad_deltas_leave_no_trace(tmp_path, sharded, capsys):
 
 def test_importing_the_commands_is_cheap():
     code = (
-        "import sys, lowrank.tools.delta, lowrank.tools.apply;"
+        "import sys, lowrank.cli.delta, lowrank.cli.apply;"
         "print([name for name in ('transformers', 'rich', 'safetensors') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

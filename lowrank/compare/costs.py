@@ -1,24 +1,19 @@
 """What a method costs and what it did to the weights, measured."""
 
 import copy
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from lowrank._version import __version__
+from lowrank._linears import is_matrix
 from lowrank.analysis import diff_stats, stable_rank, total
-
-from .._linears import is_linear
+from lowrank.measure.saved import storage_bytes
 
 TOLERANCE = 1e-5  # what "RL finetunes small subnetworks" (arXiv 2505.11711) counts as equal
 
@@ -35,37 +30,6 @@ class Memory:
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
-
-
-def storage_bytes(tensors) -> int:
-    """Bytes of the distinct storages behind the tensors."""
-    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
-
-
-class SavedActivations:
-    """Context manager: .bytes of the distinct storages saved for backward, parameters and buffers not counted."""
-
-    def __init__(self, model: nn.Module):
-        self._own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self._seen: dict[int, int] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._own:
-            self._seen[storage.data_ptr()] = storage.nbytes()  # saved, hence alive: the address is not reused
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._seen.values())
-
-    def __enter__(self):
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._hooks.__exit__(*error)
 
 
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int, device: torch.device) -> Memory:
@@ -101,13 +65,6 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for own, parameter in module.named_parameters(recurse=False):
             if is_matrix(module, own, parameter):
                 yield f"{plain}.{own}", sum(deltas.get(own, ()), parameter.float())
-
-
-def is_matrix(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Whether a module's own parameter multiplies activations: a linear layer's or router's weight, a stack of experts'."""
-    if isinstance(module, (nn.Embedding, _ConvNd)):
-        return False
-    return parameter.dim() == 3 or (name == "weight" and (parameter.dim() == 2 or is_linear(module)))
 
 
 @torch.no_grad()
@@ -160,20 +117,3 @@ def checkpoint_bytes(model: nn.Module) -> int:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as info:
-            name = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), name)
-    packages = {p: version(p) for p in ("torch", "transformers", "peft")}
-    return {
-        "device": name,
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "lowrank": __version__,
-        **packages,
-    }

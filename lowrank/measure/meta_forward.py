@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from .._linears import is_matrix
+from .saved import SavedActivations
+
 
 @dataclass(frozen=True)
 class Run:
@@ -47,8 +50,6 @@ def macs_per_token(model) -> tuple[int, int]:
 
     Linear layers, routers, convolutions along the tokens, and of a stack [E, ...] of experts the share that a token visits.
     """
-    from .compare.measure import is_matrix
-
     every = experts = 0
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -99,24 +100,14 @@ def forward(model, setting, *, compute_dtype: torch.dtype) -> Run:
     """Run the model with labels on [batch, seq] tokens and count."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
+    saved = SavedActivations((*model.parameters(), *model.buffers()), hold=True)
     blocks: list[list[int]] = []  # per decoder block: bytes of its input, bytes saved inside it
 
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in owned:
-            saved.setdefault(storage._cdata, storage)
-        return tensor
-
-    def total() -> int:
-        return sum(storage.nbytes() for storage in saved.values())
-
     def enter(_, args):
-        blocks.append([args[0].untyped_storage().nbytes(), -total()])
+        blocks.append([args[0].untyped_storage().nbytes(), -saved.bytes])
 
     def leave(*_):
-        blocks[-1][1] += total()
+        blocks[-1][1] += saved.bytes
 
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
@@ -124,7 +115,7 @@ def forward(model, setting, *, compute_dtype: torch.dtype) -> Run:
     tokens = torch.zeros(setting.batch, setting.seq, dtype=torch.long, device="meta")
     mode = _AsOnDevice(setting.device, compute_dtype)
     try:
-        with mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with mode, saved:
             model(input_ids=tokens, labels=tokens, use_cache=False)
     except (RuntimeError, NotImplementedError) as error:  # e.g. shapes that depend on values
         reason = str(error).splitlines()[0]
@@ -134,8 +125,8 @@ def forward(model, setting, *, compute_dtype: torch.dtype) -> Run:
             hook.remove()
     inside = sum(block[1] for block in blocks)
     # Backward reaches the blocks after the head is freed: the peak is at the loss or in one recomputed block.
-    peak = max([total() - inside] + [block[1] for block in blocks])
-    return Run(total(), sum(block[0] for block in blocks) + peak, mode.attention_flops)
+    peak = max([saved.bytes - inside] + [block[1] for block in blocks])
+    return Run(saved.bytes, sum(block[0] for block in blocks) + peak, mode.attention_flops)
 
 
 _GROUPED = {getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)} - {None}

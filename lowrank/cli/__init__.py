@@ -6,15 +6,15 @@ import importlib
 import os
 import sys
 
-from ._streams import Unbreakable
-from ._version import __version__
+from .._screen import Unbreakable
+from .._version import __version__
 
 COMMANDS = {
-    "compare": "lowrank.compare",
-    "plan": "lowrank.plan",
-    "bench": "lowrank.bench",
-    "doctor": "lowrank.doctor",
-    "tools": "lowrank.tools",
+    "compare": "lowrank.cli.compare",
+    "plan": "lowrank.cli.plan",
+    "bench": "lowrank.cli.bench",
+    "doctor": "lowrank.cli.doctor",
+    "tools": "lowrank.cli.tools",
 }
 
 
@@ -65,7 +65,3 @@ def _flush() -> None:
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank import cli, plan
+from lowrank import cli
+from lowrank.cli import plan
+from lowrank.measure import estimate as estimates
 
-METHODS = {method.name: method for method in plan.METHODS}
+METHODS = {method.name: method for method in estimates.METHODS}
 MEASURED = [name for name, method in METHODS.items() if not method.nf4]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -24,7 +26,7 @@ def tiny(**changes):
 
 
 def setting(**changes):
-    return plan.Setting(**{"batch": 2, "seq": 64, "rank": 8, "dtype": "float32", "device": "cpu", **changes})
+    return estimates.Setting(**{"batch": 2, "seq": 64, "rank": 8, "dtype": "float32", "device": "cpu", **changes})
 
 
 def build(config, method, s):
@@ -75,7 +77,7 @@ def test_memory_is_what_a_real_training_step_keeps(method, dropout):
         "activations": activations,
     }
     measured["total"] = sum(measured.values())
-    predicted = plan.estimate(tiny(), METHODS[method], s)
+    predicted = estimates.estimate(tiny(), METHODS[method], s)
     assert {name: getattr(predicted, name) for name in measured} == pytest.approx(measured, rel=0.01)  # promised: 0.1
 
 
@@ -83,19 +85,20 @@ def test_memory_is_what_a_real_training_step_keeps(method, dropout):
 def test_memory_of_the_embedded_model_is_what_compare_measures(method):
     from transformers import LlamaForCausalLM
 
-    from lowrank.compare import data, measure, methods
+    from lowrank.compare import costs, data, methods
+    from lowrank.measure.saved import SavedActivations
 
     config, s = data.embedded_config(), setting(batch=8, seq=128)
     model = methods.METHODS[method].phases[0].prepare(LlamaForCausalLM(config).train(), s.rank)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     tokens = torch.randint(0, 256, (s.batch, s.seq))
-    with measure.SavedActivations(model) as saved:
+    with SavedActivations((*model.parameters(), *model.buffers())) as saved:
         loss = model(input_ids=tokens, labels=tokens).loss
     activations = saved.bytes
     loss.backward()
     optimizer.step()
-    measured = measure.memory(model, optimizer, activations, torch.device("cpu")).as_dict()
-    predicted = plan.estimate(config, METHODS[method], s)
+    measured = costs.memory(model, optimizer, activations, torch.device("cpu")).as_dict()
+    predicted = estimates.estimate(config, METHODS[method], s)
     assert {name: getattr(predicted, name) for name in measured} == pytest.approx(measured, rel=0.1)
 
 
@@ -107,16 +110,17 @@ def test_built_in_shapes_have_the_published_sizes():
         "qwen2.5-7b": 7_615_616_512,
         "mistral-7b": 7_248_023_552,
     }
-    from lowrank import _meta_run
+    from lowrank.measure import meta_forward
 
-    models = {name: _meta_run.build(plan.load_config(name), torch.bfloat16) for name in plan.BUILT_IN}
+    models = {name: meta_forward.build(plan.load_config(name), torch.bfloat16) for name in plan.BUILT_IN}
     assert {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()} == published
 
 
 def test_dropout_costs_one_bit_per_element_here_and_whole_copies_in_peft():
     def cost(method, device):
         with_dropout, without = (
-            plan.estimate(tiny(), METHODS[method], setting(dropout=p, device=device)).activations for p in (0.1, 0.0)
+            estimates.estimate(tiny(), METHODS[method], setting(dropout=p, device=device)).activations
+            for p in (0.1, 0.0)
         )
         return with_dropout - without
 
@@ -128,7 +132,7 @@ def test_dropout_costs_one_bit_per_element_here_and_whole_copies_in_peft():
 def test_adapters_in_fp32_under_autocast():
     """PEFT casts its input once per adapter: q, k and v keep three copies where one is enough, gate and up two."""
     s = {"dtype": "bfloat16", "device": "cuda"}
-    peft, ours = (plan.estimate(tiny(), METHODS[name], setting(**s)) for name in ("peft-lora", "lora"))
+    peft, ours = (estimates.estimate(tiny(), METHODS[name], setting(**s)) for name in ("peft-lora", "lora"))
     copies = 2 * 64 * 3 * 128 * 3 * torch.bfloat16.itemsize
     assert copies < peft.activations - ours.activations < 2 * copies  # fp32 copies would be more
     assert (peft.gradients, peft.optimizer) == (4 * peft.trainable, 8 * peft.trainable)
@@ -140,10 +144,10 @@ def test_gradient_checkpointing_keeps_block_inputs():
     s = setting(gradient_checkpointing=True)
     model = build(wide, "full", s)
     model.gradient_checkpointing_enable()
-    assert plan.estimate(wide, METHODS["full"], s).activations == loss_and_saved_bytes(model, s)[1]
+    assert estimates.estimate(wide, METHODS["full"], s).activations == loss_and_saved_bytes(model, s)[1]
 
     def activations(layers):  # with a small vocabulary one recomputed block is the peak
-        return plan.estimate(tiny(num_hidden_layers=layers, vocab_size=64), METHODS["full"], s).activations
+        return estimates.estimate(tiny(num_hidden_layers=layers, vocab_size=64), METHODS["full"], s).activations
 
     assert activations(5) - activations(4) == 2 * 64 * 128 * 4
     assert activations(4) > 5 * 2 * 64 * 128 * 4
@@ -158,13 +162,13 @@ def test_flops_are_those_that_pytorch_counts(method):
     attention = 6 * 64 * 128 * 3  # not counted by PyTorch for its CPU kernel
     # with frozen embeddings nobody asks for the input gradients of the first q, k, v and of their adapters
     skipped = 0 if method == "full" else 2 * 128 * (128 + 64 + 64) + 3 * 2 * 8 * 128
-    predicted = plan.estimate(tiny(), METHODS[method], s).flops_per_token
+    predicted = estimates.estimate(tiny(), METHODS[method], s).flops_per_token
     assert predicted - attention - skipped == counter.get_total_flops() / (2 * 64)
 
 
 def test_checkpointing_recomputes_the_blocks_but_not_the_head():
     once, twice = (
-        plan.estimate(tiny(), METHODS["full"], setting(gradient_checkpointing=on)).flops_per_token
+        estimates.estimate(tiny(), METHODS["full"], setting(gradient_checkpointing=on)).flops_per_token
         for on in (False, True)
     )
     linear = 3 * (128 * (2 * 128 + 2 * 64) + 3 * 128 * 352)
@@ -173,13 +177,15 @@ def test_checkpointing_recomputes_the_blocks_but_not_the_head():
 
 def test_nf4_weights():
     linear = 3 * (128 * (2 * 128 + 2 * 64) + 3 * 128 * 352)
-    qlora, lora = (plan.estimate(tiny(), METHODS[name], setting(dtype="bfloat16")) for name in ("qlora", "peft-lora"))
+    qlora, lora = (
+        estimates.estimate(tiny(), METHODS[name], setting(dtype="bfloat16")) for name in ("qlora", "peft-lora")
+    )
     assert lora.weights - qlora.weights == pytest.approx(linear * (2 - 0.5159), rel=1e-3)
     assert qlora.activations == lora.activations
 
 
 def test_cards_and_master_weights():
-    estimate = plan.estimate(tiny(), METHODS["full"], setting(dtype="bfloat16", master=True))
+    estimate = estimates.estimate(tiny(), METHODS["full"], setting(dtype="bfloat16", master=True))
     assert estimate.optimizer == 12 * estimate.parameters
     huge = dataclasses.replace(estimate, weights=100 * 2**30, gradients=0, optimizer=0, activations=0)
     assert huge.gpus() == {"24 GB": math.ceil(100 / 21.24), "80 GB": 2, "141 GB": 1}
@@ -224,11 +230,11 @@ def test_memory_without_fused_attention_and_with_experts(name, method):
     if method != "full" and (name == "Mamba" or (name == "Mixtral" and method != "lora-attention")):
         reason = {"Mamba": "incompatible with Mamba|no linear layer", "Mixtral": "experts' weights too: not computed"}
         with pytest.raises(ValueError, match=reason[name]):
-            plan.estimate(other(name), METHODS[method], s)
+            estimates.estimate(other(name), METHODS[method], s)
         return
     model = methods.METHODS[method].phases[0].prepare(AutoModelForCausalLM.from_config(other(name)).train(), s.rank)
     _, activations = loss_and_saved_bytes(model, s, vocabulary=128)
-    predicted = plan.estimate(other(name), METHODS[method], s)
+    predicted = estimates.estimate(other(name), METHODS[method], s)
     assert predicted.activations == pytest.approx(activations, rel=1e-3)
     assert predicted.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert predicted.weights == sum(p.nbytes for p in model.parameters())
@@ -240,7 +246,7 @@ def test_flops_of_attention_that_is_not_fused_are_those_that_pytorch_counts():
     s = setting(seq=24)
     with FlopCounterMode(display=False) as counter:
         loss_and_saved_bytes(AutoModelForCausalLM.from_config(other("Gemma2")), s, vocabulary=128)[0].backward()
-    predicted = plan.estimate(other("Gemma2"), METHODS["full"], s)
+    predicted = estimates.estimate(other("Gemma2"), METHODS["full"], s)
     assert not predicted.fused
     assert predicted.flops_per_token == pytest.approx(counter.get_total_flops() / (2 * 24), rel=1e-3)
 
@@ -249,15 +255,15 @@ def test_a_token_visits_some_experts():
     def flops(k):
         config = other("Mixtral")
         config.num_experts_per_tok = k
-        return plan.estimate(config, METHODS["full"], setting(seq=24)).flops_per_token
+        return estimates.estimate(config, METHODS["full"], setting(seq=24)).flops_per_token
 
     assert flops(2) - flops(1) == 6 * 3 * 32 * 48 * 2
-    from lowrank import _meta_run
+    from lowrank.measure import meta_forward
 
-    model = _meta_run.build(other("Mixtral"), torch.float32)
+    model = meta_forward.build(other("Mixtral"), torch.float32)
     model.config = tiny()
     with pytest.raises(ValueError, match=r"MixtralForCausalLM has weights of more than two dimensions, and its config"):
-        _meta_run.macs_per_token(model)
+        meta_forward.macs_per_token(model)
 
 
 @pytest.mark.parametrize("name", ["Gemma2", "GptOss", "Mamba"])
@@ -275,7 +281,7 @@ def test_models_that_are_no_causal_language_model_are_refused():
     from transformers import T5Config
 
     with pytest.raises(ValueError, match="no causal language model"):
-        plan.estimate(T5Config(), METHODS["full"], setting())
+        estimates.estimate(T5Config(), METHODS["full"], setting())
 
 
 def test_unknown_model_names_what_was_tried(monkeypatch):
@@ -318,5 +324,5 @@ def test_table_and_json(tmp_path, capsys):
 
 def test_importing_the_commands_is_cheap():
     heavy = ("transformers", "peft", "rich", "triton")
-    code = f"import sys, lowrank.plan, lowrank.doctor; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, lowrank.cli.plan, lowrank.cli.doctor; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowrank import cli, doctor
+from lowrank import cli
 from lowrank._version import __version__
+from lowrank.cli import doctor
 
 
 def section(output: str, title: str) -> list[str]:
@@ -92,7 +93,7 @@ def sound_machine(monkeypatch):
         versions={"triton": "3.9.0", "numpy": "2.4.6"}, cpu={"flags": ["avx512_bf16"]}, gpu=False, kernels=None
     )
     monkeypatch.setattr(doctor, "_version", lambda name: machine.versions.get(name))
-    monkeypatch.setattr(doctor, "_cpuinfo", lambda: machine.cpu)
+    monkeypatch.setattr(doctor, "cpuinfo", lambda: machine.cpu)
     monkeypatch.setattr(doctor, "_has_nvidia_gpu", lambda: machine.gpu)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: machine.kernels)
     return machine
@@ -138,4 +139,4 @@ def test_warns_of_a_gpu_that_torch_does_not_see(sound_machine, monkeypatch, cuda
 def test_cpuinfo_reads_this_machine():
     if not Path("/proc/cpuinfo").exists():
         pytest.skip("no /proc/cpuinfo")
-    assert "flags" in doctor._cpuinfo() or "Features" in doctor._cpuinfo()
+    assert "flags" in doctor.cpuinfo() or "Features" in doctor.cpuinfo()

@@ -1,0 +1,1 @@
+"""What measuring shares: problems of one layer, paired timing, environment, kept bytes, models' shapes."""
