@@ -52,7 +52,7 @@ bench: $(VENV)/.dev
 
 # The layout of a kernel repository of the Hugging Face Hub: docs/hub.md.
 hub:
-	$(PYTHON) .ci/hub.py build/hub --repo-id $(REPO)
+	$(PYTHON) contrib/hub.py build/hub --repo-id $(REPO)
 
 # torch first and alone: asked for as a dependency, pip may pick another build with several GB of CUDA packages.
 $(VENV)/.torch:

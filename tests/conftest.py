@@ -31,21 +31,11 @@ if INTERPRETED:
     _fixed_order_dots()
 
 # Tests with a number or a bit in an assertion that another CPU could break: tests/other_cpus.sh runs the small ones as several.
-NUMERIC = (
-    "kernels",
-    "ops",
-    "nn",
-    "analysis",
-    "factors",
-    "optim",
-    "svd",
-    "svf_models",
-    "upstream",
-    "measure",
-    "bnb",
-    "compiled",
-)
-NUMERIC += ("dora", "dropout_stream", "hub", "peft", "proxy_tuning", "siblings", "trainer", "trl", "registry")
+NUMERIC = {
+    *("kernels", "ops", "nn"),  # folders
+    *("analysis", "contrib", "costs", "factor_files", "optim", "registry", "statistics", "svd", "svf_model"),  # files
+    *("bnb", "compiled", "dora", "dropout_stream", "hub", "peft", "proxy_tuning", "siblings", "trainer", "trl"),
+}
 
 
 class _Environment:

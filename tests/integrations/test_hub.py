@@ -35,13 +35,13 @@ def load(path: Path):
     return module
 
 
-hub = load(ROOT / ".ci" / "hub.py")
+hub = load(ROOT / "contrib" / "hub.py")
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     out = tmp_path_factory.mktemp("hub")
-    subprocess.run([sys.executable, ROOT / ".ci" / "hub.py", out, "--repo-id", "someone/lowrank"], check=True)
+    subprocess.run([sys.executable, ROOT / "contrib" / "hub.py", out, "--repo-id", "someone/lowrank"], check=True)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The drafts of docs/upstream/ do what they say: Liger's op in Triton's interpreter, PEFT's test, TRL's patch."""
+"""The drafts of contrib/ do what they say: Liger's op in Triton's interpreter, PEFT's test, TRL's patch."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from torch import nn
 
 from lowrank.testing import error
 
-UPSTREAM = Path(__file__).parent.parent / "docs" / "upstream"
+CONTRIB = Path(__file__).parent.parent / "contrib"
 # what the draft takes from liger_kernel 0.8.5, where that is not installed
 STUBS = {
     "utils.py": """
@@ -80,7 +80,7 @@ def test_benchmark(monkeypatch):
 def test_ligers_draft_passes_its_own_tests(tmp_path):
     """In a tree laid out as Liger-Kernel's, in a process of its own: the interpreter is chosen when triton is imported."""
     pytest.importorskip("triton")
-    draft, package = UPSTREAM / "liger", tmp_path / "liger_kernel"
+    draft, package = CONTRIB / "liger", tmp_path / "liger_kernel"
     for folder in ("ops", "transformers"):
         shutil.copytree(draft / folder, package / folder)
     for name, text in STUBS.items():
@@ -117,7 +117,7 @@ def load(name: str, path: Path):
 
 def test_pefts_draft_test_passes(tmp_path):
     pytest.importorskip("peft")
-    code = re.search(r"```python\n(.*?)```", (UPSTREAM / "peft-custom-modules.md").read_text(), re.S)[1]
+    code = re.search(r"```python\n(.*?)```", (CONTRIB / "peft" / "custom-modules.md").read_text(), re.S)[1]
     (tmp_path / "test_custom_modules.py").write_text(code)
     found = load("test_custom_modules", tmp_path / "test_custom_modules.py")
     tests = found.TestCustomModules()
@@ -137,7 +137,7 @@ def patched_trl(tmp_path_factory):
     if trl.__version__ != TRL:
         pytest.skip(f"the patch is for TRL {TRL}")
     out, source = tmp_path_factory.mktemp("trl"), Path(trl.__file__).parent
-    diff = UPSTREAM / "trl-lm-head-lora.diff"
+    diff = CONTRIB / "trl" / "lm-head-lora.diff"
     for name in re.findall(r"^\+\+\+ b/trl/(.*)$", diff.read_text(), re.M):
         (out / "trl" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / name, out / "trl" / name)

@@ -1,6 +1,6 @@
-"""Writes the layout of a kernel repository of the Hugging Face Hub (docs/hub.md): ``python .ci/hub.py build/hub``.
+"""Writes the layout of a kernel repository of the Hugging Face Hub (docs/hub.md): ``python contrib/hub.py build/hub``.
 
-    build.toml, flake.nix, CARD.md, tests/, benchmarks/   .ci/hub/, with the repository's id in place
+    build.toml, flake.nix, CARD.md, tests/, benchmarks/   contrib/hub/, with the repository's id in place
     torch-ext/lowrank/                                    the part of lowrank that its __init__.py imports, found by following
                                                           its relative imports, with a namespace of its own for the ops
     build/torch-cpu/, build/torch-cuda/                   the same, as ``kernels`` loads it from a folder
@@ -37,8 +37,8 @@ def write(out: Path, repo_id: str) -> None:
     if out.exists() and not (out / "build.toml").exists() and any(out.iterdir()):
         raise ValueError(f"out: expected a new folder, or one that this wrote, got {out}")
     shutil.rmtree(out, ignore_errors=True)
-    for path in files_of(ROOT / ".ci" / "hub"):
-        target = out / path.relative_to(ROOT / ".ci" / "hub")
+    for path in files_of(ROOT / "contrib" / "hub"):
+        target = out / path.relative_to(ROOT / "contrib" / "hub")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(path.read_text().replace("ACCOUNT/lowrank", repo_id))
     shutil.copy(ROOT / "LICENSE", out)
