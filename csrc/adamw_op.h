@@ -1,18 +1,13 @@
-// From the lists of torch.ops.lowrank.adamw to the tasks of adamw.h.  Python has checked them with better messages
-// (lowrank/ops/adamw.py); these checks keep a direct call of the op from writing past an end.
+// From the lists of torch.ops.lowrank.adamw, which lowrank/ops/adamw.py has checked, to the tasks of adamw.h.
 #pragma once
-
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <vector>
 
 #include "adamw.h"
+#include "op.h"
 
 namespace lowrank {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 struct AdamWCall {
@@ -21,22 +16,11 @@ struct AdamWCall {
   Dtype p_type, g_type;
 };
 
-inline Dtype adamw_dtype(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "adamw: expected fp16, bf16 or fp32");
-  return type == ScalarType::Float ? Dtype::fp32 : type == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::fp16;
-}
-
 // The data of ``tensors[i]``, null where the list is empty or the entry has no elements.
-inline void* optional_data(const Tensors& tensors, size_t i, ScalarType type, int64_t numel, const Tensor& like,
-                           const char* what) {
-  if (tensors.empty() || tensors[i].numel() == 0) return nullptr;
-  const Tensor& t = tensors[i];
-  STD_TORCH_CHECK(t.scalar_type() == type && (numel < 0 || t.numel() == numel) && t.is_contiguous() &&
-                      t.device() == like.device(),
-                  "adamw: ", what, " ", i, " does not fit its parameter");
-  return t.data_ptr();
+template <class T>
+T* optional_data(const Tensors& tensors, size_t i, ScalarType type, int64_t numel, const Tensor& like, const char* name) {
+  const bool none = tensors.empty() || tensors[i].numel() == 0;
+  return none ? nullptr : data_of<T>(tensors[i], type, numel, like, "adamw: ", name, " ", i);
 }
 
 inline AdamWCall adamw_call(const Tensors& params, const Tensors& grads, const Tensors& ms, const Tensors& vs,
@@ -49,7 +33,7 @@ inline AdamWCall adamw_call(const Tensors& params, const Tensors& grads, const T
                   "adamw: expected one of everything for each parameter, and 8 scalars");
   for (const Tensors* list : {&masters, &masks, &offsets, &changes})
     STD_TORCH_CHECK(list->empty() || list->size() == count, "adamw: expected an empty list or one of ", count);
-  AdamWCall call{{}, {}, adamw_dtype(params[0]), adamw_dtype(grads[0])};
+  AdamWCall call{{}, {}, dtype_of(params[0], "adamw"), dtype_of(grads[0], "adamw")};
   STD_TORCH_CHECK(call.g_type == call.p_type || call.g_type == Dtype::fp32,
                   "adamw: expected gradients in the parameters' dtype or fp32");
   for (size_t i = 0; i < count; ++i) {
@@ -62,14 +46,14 @@ inline AdamWCall adamw_call(const Tensors& params, const Tensors& grads, const T
     if (n == 0) continue;
     AdamWTask t{};
     t.p = p.data_ptr(), t.g = g.data_ptr(), t.n = n, t.first = firsts[i], t.stream = streams[i];
-    t.mask = static_cast<uint8_t*>(optional_data(masks, i, ScalarType::Int, tiles_of(n, 32), p, "mask"));
-    t.offsets = static_cast<int64_t*>(optional_data(offsets, i, ScalarType::Long, tiles_of(n, ADAMW_BLOCK) + 1, p, "offsets"));
+    t.mask = optional_data<uint8_t>(masks, i, ScalarType::Int, tiles_of(n, 32), p, "mask");
+    t.offsets = optional_data<int64_t>(offsets, i, ScalarType::Long, tiles_of(n, ADAMW_BLOCK) + 1, p, "offsets");
     STD_TORCH_CHECK(!t.offsets || t.mask, "adamw: offsets need a mask");
-    t.changes = static_cast<uint8_t*>(optional_data(changes, i, ScalarType::Int, tiles_of(n, 32), p, "changes"));
-    t.master = static_cast<float*>(optional_data(masters, i, ScalarType::Float, n, p, "master"));
+    t.changes = optional_data<uint8_t>(changes, i, ScalarType::Int, tiles_of(n, 32), p, "changes");
+    t.master = optional_data<float>(masters, i, ScalarType::Float, n, p, "master");
     const int64_t state = t.offsets ? -1 : n;  // compact: as many as the mask has bits, which Python has counted
-    t.m = static_cast<float*>(optional_data(ms, i, ScalarType::Float, state, p, "exp_avg"));
-    t.v = static_cast<float*>(optional_data(vs, i, ScalarType::Float, state, p, "exp_avg_sq"));
+    t.m = optional_data<float>(ms, i, ScalarType::Float, state, p, "exp_avg");
+    t.v = optional_data<float>(vs, i, ScalarType::Float, state, p, "exp_avg_sq");
     STD_TORCH_CHECK(ms[i].numel() == vs[i].numel() && (t.offsets || ms[i].numel() == n), "adamw: moments ", i);
     call.tasks.push_back(t);
   }

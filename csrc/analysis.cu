@@ -179,7 +179,7 @@ using torch::stable::accelerator::DeviceGuard;
 void diff_stats(const Tensor& before, const Tensor& after, double tol, double rel, int64_t ulp, const Tensor& counts,
                 const Tensor& sums) {
   const DiffTask t = diff_task(before, after, tol, rel, ulp, counts, sums);
-  const Dtype type = analysis_dtype(after);
+  const Dtype type = dtype_of(after, "analysis");
   if (t.n == 0) return;
   const DeviceGuard guard(after.get_device_index());
   const auto kernel = type == Dtype::bf16 ? diff_kernel<Bf16> : type == Dtype::fp16 ? diff_kernel<Fp16> : diff_kernel<Fp32>;
@@ -190,8 +190,8 @@ void diff_stats(const Tensor& before, const Tensor& after, double tol, double re
 void topk_histogram(const Tensor& after, const std::optional<Tensor>& before, int64_t key, int64_t hash, int64_t above,
                     int64_t shift, bool tied, int64_t seed, int64_t first, const Tensor& counts) {
   const SelectTask t = select_task(after, before, key, hash, above, shift, tied, seed, first);
-  const Dtype type = analysis_dtype(after);
-  auto* const sums = static_cast<Counter*>(analysis_data(counts, ScalarType::Long, DIGIT_BINS + 1, after, "counts"));
+  const Dtype type = dtype_of(after, "analysis");
+  auto* const sums = data_of<Counter>(counts, ScalarType::Long, DIGIT_BINS + 1, after, "analysis: counts");
   if (t.n == 0) return;
   const DeviceGuard guard(after.get_device_index());
   const auto kernel =
@@ -203,8 +203,8 @@ void topk_histogram(const Tensor& after, const std::optional<Tensor>& before, in
 void topk_emit(const Tensor& after, const std::optional<Tensor>& before, int64_t key, int64_t hash, int64_t seed, int64_t first,
                const Tensor& words) {
   const SelectTask t = select_task(after, before, key, hash, 1, 0, true, seed, first);
-  const Dtype type = analysis_dtype(after);
-  auto* const bytes = static_cast<uint8_t*>(analysis_data(words, ScalarType::Int, tiles_of(t.n, 32), after, "words"));
+  const Dtype type = dtype_of(after, "analysis");
+  auto* const bytes = data_of<uint8_t>(words, ScalarType::Int, tiles_of(t.n, 32), after, "analysis: words");
   if (t.n == 0) return;
   const DeviceGuard guard(after.get_device_index());
   const auto kernel = type == Dtype::bf16 ? emit_kernel<Bf16> : type == Dtype::fp16 ? emit_kernel<Fp16> : emit_kernel<Fp32>;

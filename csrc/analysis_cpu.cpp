@@ -23,7 +23,7 @@ LOWRANK_DECLARE_ISAS(OverlapRows, overlap_rows);
 void diff_stats(const Tensor& before, const Tensor& after, double tol, double rel, int64_t ulp, const Tensor& counts,
                 const Tensor& sums) {
   const DiffTask t = diff_task(before, after, tol, rel, ulp, counts, sums);
-  const Dtype type = analysis_dtype(after);
+  const Dtype type = dtype_of(after, "analysis");
   DiffRows* const rows = LOWRANK_BEST_ISA(diff_rows);
   torch::stable::parallel_for(0, tiles_of(t.n, DIFF_BLOCK), 8, [&](int64_t first, int64_t last) { rows(t, type, first, last); });
 }
@@ -31,8 +31,8 @@ void diff_stats(const Tensor& before, const Tensor& after, double tol, double re
 void topk_histogram(const Tensor& after, const std::optional<Tensor>& before, int64_t key, int64_t hash, int64_t above,
                     int64_t shift, bool tied, int64_t seed, int64_t first, const Tensor& counts) {
   const SelectTask t = select_task(after, before, key, hash, above, shift, tied, seed, first);
-  const Dtype type = analysis_dtype(after);
-  auto* const sums = static_cast<int64_t*>(analysis_data(counts, ScalarType::Long, DIGIT_BINS + 1, after, "counts"));
+  const Dtype type = dtype_of(after, "analysis");
+  auto* const sums = data_of<int64_t>(counts, ScalarType::Long, DIGIT_BINS + 1, after, "analysis: counts");
   HistogramRows* const rows = LOWRANK_BEST_ISA(histogram_rows);
   std::mutex adding;
   torch::stable::parallel_for(0, tiles_of(t.n, SELECT_BLOCK), 64, [&](int64_t begin, int64_t end) {
@@ -51,8 +51,8 @@ void topk_histogram(const Tensor& after, const std::optional<Tensor>& before, in
 void topk_emit(const Tensor& after, const std::optional<Tensor>& before, int64_t key, int64_t hash, int64_t seed, int64_t first,
                const Tensor& words) {
   const SelectTask t = select_task(after, before, key, hash, 1, 0, true, seed, first);
-  const Dtype type = analysis_dtype(after);
-  auto* const bytes = static_cast<uint8_t*>(analysis_data(words, ScalarType::Int, tiles_of(t.n, 32), after, "words"));
+  const Dtype type = dtype_of(after, "analysis");
+  auto* const bytes = data_of<uint8_t>(words, ScalarType::Int, tiles_of(t.n, 32), after, "analysis: words");
   EmitRows* const rows = LOWRANK_BEST_ISA(emit_rows);
   torch::stable::parallel_for(0, tiles_of(t.n, SELECT_BLOCK), 64,
                               [&](int64_t begin, int64_t end) { rows(t, type, begin, end, bytes); });

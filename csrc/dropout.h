@@ -6,14 +6,12 @@
 
 namespace lowrank {
 
-enum class Storage { fp32, bf16, fp16, fp64 };
-
 struct Dropout {
   const void* in;  // [rows, columns], or nullptr: the mask alone
   int64_t in_stride;
   void* out;  // [rows, columns]; may be in
   int64_t out_stride;
-  Storage from, to;
+  Dtype from, to;
   bool add;  // to what is in out
   uint32_t* keep;  // [rows, ceil(columns / 32)], its first word
   int64_t keep_stride;

@@ -2,31 +2,17 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 
 #include "dropout.h"
 #include "isa.h"
+#include "op.h"
 
 namespace lowrank {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 LOWRANK_DECLARE_ISAS(DropoutDraw, dropout_draw);
 LOWRANK_DECLARE_ISAS(DropoutApply, dropout_apply);
-
-inline Storage storage_of(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-                      type == ScalarType::Double,
-                  "dropout: expected fp16, bf16, fp32 or fp64");
-  return type == ScalarType::Float      ? Storage::fp32
-         : type == ScalarType::BFloat16 ? Storage::bf16
-         : type == ScalarType::Half     ? Storage::fp16
-                                        : Storage::fp64;
-}
 
 inline Dropout dropout_of(const Tensor& in, const Tensor& keep, const Tensor& out, bool add) {
   const int64_t rows = in.size(0), columns = in.size(1);
@@ -35,8 +21,16 @@ inline Dropout dropout_of(const Tensor& in, const Tensor& keep, const Tensor& ou
                   "dropout: expected out [", rows, ", ", columns, "] and int32 bits of as many");
   STD_TORCH_CHECK((in.stride(1) == 1 || columns == 1) && (out.stride(1) == 1 || columns == 1) && keep.stride(1) == 1,
                   "dropout: expected contiguous last dims");
-  return {in.data_ptr(), in.stride(0),   out.data_ptr(), out.stride(0), storage_of(in),
-          storage_of(out), add, static_cast<uint32_t*>(keep.data_ptr()), keep.stride(0), columns};
+  return {in.data_ptr(),
+          in.stride(0),
+          out.data_ptr(),
+          out.stride(0),
+          dtype_of(in, "dropout", true),
+          dtype_of(out, "dropout", true),
+          add,
+          static_cast<uint32_t*>(keep.data_ptr()),
+          keep.stride(0),
+          columns};
 }
 
 inline int64_t rows_per_thread(int64_t columns) { return std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(columns, 1)); }

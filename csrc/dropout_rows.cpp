@@ -102,10 +102,10 @@ inline void row(const Dropout& d, int64_t m, const Each& bits_of) {
 template <class In, class Each>
 inline void row_to(const Dropout& d, int64_t m, const Each& bits_of) {
   switch (d.to) {
-    case Storage::fp32: return row<In, Fp32>(d, m, bits_of);
-    case Storage::bf16: return row<In, Bf16>(d, m, bits_of);
-    case Storage::fp16: return row<In, Fp16>(d, m, bits_of);
-    case Storage::fp64: return row<In, Fp64>(d, m, bits_of);
+    case Dtype::fp32: return row<In, Fp32>(d, m, bits_of);
+    case Dtype::bf16: return row<In, Bf16>(d, m, bits_of);
+    case Dtype::fp16: return row<In, Fp16>(d, m, bits_of);
+    case Dtype::fp64: return row<In, Fp64>(d, m, bits_of);
   }
 }
 
@@ -116,10 +116,10 @@ inline void each_row(const Dropout& d, int64_t m, const Each& bits_of) {
     return;
   }
   switch (d.from) {
-    case Storage::fp32: return row_to<Fp32>(d, m, bits_of);
-    case Storage::bf16: return row_to<Bf16>(d, m, bits_of);
-    case Storage::fp16: return row_to<Fp16>(d, m, bits_of);
-    case Storage::fp64: return row_to<Fp64>(d, m, bits_of);
+    case Dtype::fp32: return row_to<Fp32>(d, m, bits_of);
+    case Dtype::bf16: return row_to<Bf16>(d, m, bits_of);
+    case Dtype::fp16: return row_to<Fp16>(d, m, bits_of);
+    case Dtype::fp64: return row_to<Fp64>(d, m, bits_of);
   }
 }
 

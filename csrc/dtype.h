@@ -14,7 +14,7 @@
 
 namespace lowrank {
 
-enum class Dtype { fp32, bf16, fp16 };
+enum class Dtype { fp32, bf16, fp16, fp64 };  // fp64: of dropout alone
 
 // What follows is compiled once per instruction set: without a name of its own, each object keeps its own copy.
 namespace {

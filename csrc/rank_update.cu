@@ -203,7 +203,7 @@ void launch(const RankUpdate& u, cudaStream_t stream) {
 void rank_update(const Tensor& weight, const Tensor& A, const Tensor& m, const Tensor& B, const Tensor& out,
                  const std::optional<Tensor>& changed, const std::optional<Tensor>& stats,
                  const std::optional<Tensor>& back) {
-  const RankUpdate u = arguments(weight, A, m, B, out, changed, stats, back);
+  const RankUpdate u = rank_update_call(weight, A, m, B, out, changed, stats, back);
   if (u.N == 0 || u.K == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
   void* stream = nullptr;

@@ -252,6 +252,26 @@ def test_without_the_library_it_is_counted(monkeypatch):
 # what does not fit
 
 
+def test_the_op_itself_refuses_what_does_not_fit():
+    """A direct call, past Python's checks: pass, numel, data, old, changed, heads, index, values, starts, found."""
+    if not _native.available("cpu"):
+        pytest.skip(str(_native.why_not("cpu")))
+    call = torch.ops.lowrank.delta.default
+    data, words = torch.zeros(40, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    call(0, 40, data, data, words, *[None] * 5)
+    for wrong in (
+        (7, 40, data, data, words),
+        (0, 40, data, None, words),
+        (0, 40, data.float(), data, words),
+        (0, 40, data, data[:39], words),
+        (0, 40, data, data.short(), words),
+        (0, 40, data, data.view(20, 2).mT, words),
+        (0, 40, data, data, words[:1]),
+    ):
+        with pytest.raises(RuntimeError, match="delta: "):
+            call(*wrong, *[None] * 5)
+
+
 def damaged(numel, heads, index, values, match):
     with pytest.raises(ValueError, match=match):
         op.check(numel, BF16, heads, torch.tensor(index, dtype=torch.uint8), torch.zeros(values, dtype=BF16))
