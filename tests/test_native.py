@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank import _native
+import lowrank
+from lowrank import _native, _stats
 
 ROOT = Path(__file__).parent.parent
 
@@ -182,3 +183,27 @@ def test_cuda_kernels_compile_without_spills(setup, tmp_path, stem):
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
     # two blocks of 256 threads on a multiprocessor, but for the report's
     assert sum(n > 128 for n in registers) <= (6 * len(ARCHS) if stem == "rank_update" else 0)
+
+
+def test_what_csrc_takes_is_asked_in_one_place(monkeypatch):
+    """64-bit numbers and LOWRANK_BACKEND=eager are no fallbacks; a missing library and another device are."""
+    monkeypatch.delenv("LOWRANK_BACKEND", raising=False)
+    monkeypatch.setattr(_native, "why_not", lambda library: "not built" if library == "cpu" else None)
+    monkeypatch.setattr(_stats, "_warned", set())
+    single, double = torch.ones(1), torch.ones(1, dtype=torch.float64)
+    with lowrank.strict():
+        assert not _native.takes(double, "an op")
+        with pytest.raises(lowrank.FallbackError, match="an op: not built"):
+            _native.takes(single, "an op")
+        with pytest.raises(lowrank.FallbackError, match="an op: on meta"):
+            _native.takes(single.to("meta"), "an op")
+        monkeypatch.setenv("LOWRANK_BACKEND", "eager")
+        assert not _native.takes(single, "an op")
+        monkeypatch.delenv("LOWRANK_BACKEND")
+        monkeypatch.setattr(_native, "why_not", lambda library: None)
+        assert _native.takes(single, "an op")
+    monkeypatch.setattr(_native, "why_not", lambda library: "not built")
+    before = lowrank.stats()["fallback"].get("an op: not built", 0)
+    with pytest.warns(UserWarning, match="an op: not built"):
+        assert not _native.takes(single, "an op")
+    assert lowrank.stats()["fallback"]["an op: not built"] == before + 1

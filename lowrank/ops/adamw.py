@@ -5,12 +5,10 @@ without elements for parameters that have none.  ``scalars``: grad_scale, 1 - be
 lr / (1 - beta1^t), sqrt(1 - beta2^t), eps.  Everything is written in place.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
-from .. import _native, _stats, bits
+from .. import _native, bits
 
 BLOCK = 1024  # elements per entry of offsets: csrc/adamw.h's
 
@@ -29,17 +27,12 @@ def _(*args):
 
 def step(params: list[Tensor], *args) -> None:
     """All on one device, of one dtype, contiguous, and checked by the caller (lowrank/optim.py)."""
-    device = params[0].device.type
-    if os.environ.get("LOWRANK_BACKEND") != "eager" and params[0].dtype is not torch.float64:
-        if device in _native.LIBRARIES and _native.available(device):
-            torch.ops.lowrank.adamw.default(params, *args)
-            written = [*params, *args[1], *args[2], *args[3], *args[6]]
-            for t in written:
-                if not t.is_inference():
-                    torch.autograd.graph.increment_version(t)
-            return
-        _stats.op_fell_back(f"adamw: {_native.why_not(device) if device in _native.LIBRARIES else f'on {device}'}")
-    _in_torch(params, *args)
+    if not _native.takes(params[0], "adamw"):
+        return _in_torch(params, *args)
+    torch.ops.lowrank.adamw.default(params, *args)
+    for t in (*params, *args[1], *args[2], *args[3], *args[6]):
+        if not t.is_inference():
+            torch.autograd.graph.increment_version(t)
 
 
 def block_offsets(words: Tensor, numel: int) -> Tensor:

@@ -3,14 +3,13 @@
 The caller (lowrank/analysis.py) has checked what comes in.  fp64 is PyTorch's alone.
 """
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _native, _stats, bits
+from .. import _native, bits
 from .adamw import _popcount, _raw
 
 # csrc/analysis.h's
@@ -32,16 +31,6 @@ for _schema in (
     torch.library.register_fake("lowrank::" + _schema.partition("(")[0], lambda *args: None, lib=_lib)
 
 
-def _is_native(t: Tensor, op: str) -> bool:
-    device = t.device.type
-    if os.environ.get("LOWRANK_BACKEND") == "eager" or t.dtype is torch.float64:
-        return False
-    if device in _native.LIBRARIES and _native.available(device):
-        return True
-    _stats.op_fell_back(f"{op}: {_native.why_not(device) if device in _native.LIBRARIES else f'on {device}'}")
-    return False
-
-
 # differences
 
 
@@ -50,7 +39,7 @@ def diff(old: Tensor, new: Tensor, tol: float, rel: float, ulp: int) -> tuple[li
     blocks = -(-new.numel() // BLOCK)
     counts = torch.empty((blocks, 4), dtype=torch.int64, device=new.device)
     sums = torch.empty((blocks, 3), dtype=torch.float64, device=new.device)
-    if _is_native(new, "diff_stats"):
+    if _native.takes(new, "diff_stats"):
         torch.ops.lowrank.diff_stats.default(old, new, tol, rel, min(ulp, 2**63 - 1), counts, sums)
     else:
         _diff_in_torch(old.view(-1), new.view(-1), tol, rel, min(ulp, 2**63 - 1), counts, sums)
@@ -162,7 +151,7 @@ def _histogram(scores, key, hash_, above, shift, tied, width, reduce) -> list[in
         if s.new.device not in by_device:
             by_device[s.new.device] = torch.zeros(BINS + 1, dtype=torch.int64, device=s.new.device)
         arguments = (s.new, s.old, key, _signed(hash_), above, shift, tied, s.seed, s.first, by_device[s.new.device])
-        if width == 31 and _is_native(s.new, "topk_mask"):
+        if width == 31 and _native.takes(s.new, "topk_mask"):
             torch.ops.lowrank.topk_histogram.default(*arguments)
         else:
             _histogram_in_torch(*arguments, width)
@@ -190,7 +179,7 @@ def _histogram_in_torch(new, old, key, hash_, above, shift, tied, seed, first, c
 def emit(s: Scores, key: int, hash_: int, width: int) -> Tensor:
     """int32 words: whose key is larger, or the same with at most that hash."""
     words = torch.zeros(-(-s.new.numel() // 32), dtype=torch.int32, device=s.new.device)
-    if width == 31 and _is_native(s.new, "topk_mask"):
+    if width == 31 and _native.takes(s.new, "topk_mask"):
         torch.ops.lowrank.topk_emit.default(s.new, s.old, key, _signed(hash_), s.seed, s.first, words)
         return words
     for at, keys in _keys(s.new, s.old, width):
@@ -241,7 +230,7 @@ def intersections(masks: list[Tensor]) -> Tensor:
             both = torch.cat([rows, columns]).unique()
             counts = torch.zeros((len(both), len(both)), dtype=torch.int64, device=masks[0].device)
             chosen = [masks[i] for i in both]
-            if _is_native(masks[0], "overlap"):
+            if _native.takes(masks[0], "overlap"):
                 torch.ops.lowrank.mask_overlap.default(chosen, counts)
             else:
                 for i, j in torch.triu_indices(len(both), len(both)).mT.tolist():

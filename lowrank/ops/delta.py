@@ -5,12 +5,10 @@ the elements in row-major order, and by their bits: NaN and zeros of either sign
 bits run natively, of 64 in PyTorch; the bytes are the same.  All tensors of a call on one device.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
-from .. import _native, _stats, bits
+from .. import _native, bits
 
 BLOCK = 1024
 DTYPES = (
@@ -35,7 +33,7 @@ def _(*args):
 def map_changes(old: Tensor, new: Tensor) -> Tensor:
     """int32 [ceil(numel / 32)] (:mod:`lowrank.bits`): which elements differ in their bits."""
     old, new = _raw(old), _raw(new)
-    if not _natively(new):
+    if not _native.takes(new, "delta"):
         return bits.pack(old != new)
     words = new.new_empty(-(-new.numel() // 32), dtype=torch.int32)
     _run("map", new.numel(), data=new, old=old, changed=words)
@@ -52,7 +50,7 @@ def encode(new: Tensor, changed: Tensor, old: Tensor | None = None, codes: bool 
         raise ValueError("delta: codes need old")
     data, before, changed = _raw(new), _raw(old) if codes else None, changed.contiguous()
     numel = data.numel()
-    if not _natively(data):
+    if not _native.takes(data, "delta"):
         heads, index, values = _encode(data, changed, before)
         return heads, index, values.view(new.dtype)
     heads = torch.empty(-(-numel // BLOCK), dtype=torch.uint16, device=new.device)
@@ -80,7 +78,7 @@ def check(numel: int, dtype: torch.dtype, heads: Tensor, index: Tensor, values: 
         raise ValueError(
             f"delta: the heads need {totals[0]} bytes of index and {totals[1]} values, got {len(index)} and {len(values)}"
         )
-    if _natively(values):
+    if _native.takes(values, "delta"):
         found = torch.empty(len(heads), dtype=torch.int64, device=heads.device)
         _run("check", numel, heads=heads, index=index, starts=starts, found=found)
         bad = found != 0
@@ -97,7 +95,7 @@ def apply_(tensor: Tensor, heads: Tensor, index: Tensor, values: Tensor) -> None
     if not tensor.is_contiguous():
         raise ValueError(f"delta: expected a contiguous tensor, got strides {tensor.stride()}")
     data, values = _raw(tensor), _raw(values)
-    if _natively(data):
+    if _native.takes(data, "delta"):
         starts = _starts(data.numel(), heads)
         _run("apply", data.numel(), data=data, heads=heads, index=index, values=values, starts=starts)
     else:
@@ -112,7 +110,7 @@ def apply_(tensor: Tensor, heads: Tensor, index: Tensor, values: Tensor) -> None
 
 def changed_words(numel: int, heads: Tensor, index: Tensor) -> Tensor:
     """int32 [ceil(numel / 32)]: which elements a checked delta changes."""
-    if not _natively(heads):
+    if not _native.takes(heads, "delta"):
         return bits.pack(_decode(numel, heads, index)[0] != 0)
     words = torch.zeros(-(-numel // 32), dtype=torch.int32, device=heads.device)
     _run("mark", numel, changed=words, heads=heads, index=index, starts=_starts(numel, heads))
@@ -125,7 +123,7 @@ def fingerprint(tensor: Tensor, changed: Tensor | None = None) -> int:
     A sum of hashes of place and bits: against mistakes, not against who means to deceive.  Waits for the device.
     """
     data = _raw(tensor)
-    if _natively(data):
+    if _native.takes(data, "delta"):
         found = torch.empty(-(-data.numel() // BLOCK), dtype=torch.int64, device=data.device)
         changed = None if changed is None else changed.contiguous()
         _run("fingerprint", data.numel(), data=data, changed=changed, found=found)
@@ -151,16 +149,6 @@ def _signed(x: int) -> int:
 def _raw(t: Tensor) -> Tensor:
     t = t.detach().contiguous().view(-1)
     return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
-
-
-def _natively(t: Tensor) -> bool:
-    if os.environ.get("LOWRANK_BACKEND") == "eager" or t.element_size() == 8:
-        return False
-    device = t.device.type
-    if device in _native.LIBRARIES and _native.available(device):
-        return True
-    _stats.op_fell_back(f"delta: {_native.why_not(device) if device in _native.LIBRARIES else f'on {device}'}")
-    return False
 
 
 def _run(

@@ -10,12 +10,11 @@ All: fp32 sum, one rounding, out of place; where the update is exactly 0, W's ow
 """
 
 import math
-import os
 from typing import NamedTuple
 
 import torch
 
-from .. import _native, _stats, bits
+from .. import _native, bits
 from ._choice import backend
 from .dropout import row_blocks
 from .validation import DTYPES
@@ -210,14 +209,11 @@ def _materialize(weight, A, m, B, out, changed, stats) -> None:
 
 def _form(weight: torch.Tensor, r: int) -> str:
     """ "native", "triton" or "torch"."""
-    if weight.dtype is torch.float64 or os.environ.get("LOWRANK_BACKEND") == "eager":
-        return "torch"
-    device = weight.device.type
-    if r <= THIN_RANK and device in _native.LIBRARIES:
-        if _native.available(device):
-            return "native"
-        _stats.op_fell_back(f"materialize: {_native.why_not(device)}")
-    return "triton" if backend(weight.device)[0] == "triton" else "torch"
+    if r <= THIN_RANK and _native.takes(weight, "materialize"):
+        return "native"
+    if weight.dtype is not torch.float64 and backend(weight.device)[0] == "triton":
+        return "triton"
+    return "torch"
 
 
 def _deltas(weight, A, m, B):

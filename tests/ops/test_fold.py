@@ -17,9 +17,9 @@ FORMS = ["native", "torch"]
 
 
 @pytest.fixture(params=FORMS)
-def form(request, monkeypatch):
+def form(request, environment):
     if request.param == "torch":
-        monkeypatch.setenv("LOWRANK_BACKEND", "eager")
+        environment.setenv("LOWRANK_BACKEND", "eager")
     elif not _native.available("cpu"):
         pytest.skip(str(_native.why_not("cpu")))
     return request.param
@@ -217,13 +217,13 @@ def test_refuses_and_writes_nothing(form):
         lowrank.unfold_(W, A, 1.0, B, receipt)
 
 
-def test_unfolding_where_the_sums_come_out_otherwise_is_refused(monkeypatch):
+def test_unfolding_where_the_sums_come_out_otherwise_is_refused(environment):
     if not _native.available("cpu"):
         pytest.skip(str(_native.why_not("cpu")))
     W, A, B = problem(24, 40, 4, BF16)
     receipt = lowrank.fold_(W, A, 1.0, B)
     folded = W.clone()
-    monkeypatch.setenv("LOWRANK_BACKEND", "eager")
+    environment.setenv("LOWRANK_BACKEND", "eager")
     with pytest.raises(ValueError, match="folded by the form 'native', which here would be 'torch'"):
         lowrank.unfold_(W, A, 1.0, B, receipt)
     assert same_bits(W, folded)

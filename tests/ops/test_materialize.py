@@ -78,8 +78,8 @@ def isa(monkeypatch):
 
 
 @pytest.fixture
-def in_torch(monkeypatch):
-    monkeypatch.setenv("LOWRANK_BACKEND", "eager")
+def in_torch(environment):
+    environment.setenv("LOWRANK_BACKEND", "eager")
 
 
 @pytest.mark.parametrize(("dtype", "factors"), DTYPES, ids=str)
@@ -176,11 +176,11 @@ def test_the_number_of_threads_does_not_matter(threads):
 
 
 @pytest.mark.parametrize(("dtype", "factors"), DTYPES, ids=str)
-def test_rank_one_leaves_no_order_to_choose(dtype, factors, monkeypatch):
+def test_rank_one_leaves_no_order_to_choose(dtype, factors, environment):
     arguments = inputs(65, 99, 1, dtype, factors)
     expected = eager(*arguments)
     assert same_bits(materialize(*arguments), expected)
-    monkeypatch.setenv("LOWRANK_BACKEND", "eager")
+    environment.setenv("LOWRANK_BACKEND", "eager")
     assert same_bits(materialize(*arguments), expected)
 
 
@@ -372,9 +372,9 @@ def test_an_unknown_instruction_set_is_refused(isa):
 @pytest.mark.parametrize("form", ["native", "torch"])
 @pytest.mark.parametrize("r", [16, 80])
 @pytest.mark.parametrize("shape", [(65, 520), (65, 99), (3, 5)])
-def test_report(shape, r, form, monkeypatch):
+def test_report(shape, r, form, environment):
     if form == "torch":
-        monkeypatch.setenv("LOWRANK_BACKEND", "eager")
+        environment.setenv("LOWRANK_BACKEND", "eager")
     W, A, m, B = inputs(*shape, r, BF16, BF16)
     out, report = materialize_with_report(W, A, m, B)
     assert same_bits(out, materialize(W, A, m, B))
