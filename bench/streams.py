@@ -87,7 +87,7 @@ def diff_calls(p: Problem, data: list[dict]) -> dict[str, dict]:
     def in_torch(i):
         one = data[i % p.sets]
         return (
-            (raw(one["old"]) != raw(one["new"])).sum().item(),
+            (bits.bitcast(one["old"]) != bits.bitcast(one["new"])).sum().item(),
             torch.isclose(one["old"], one["new"], rtol=0, atol=1e-5).sum().item(),
             (one["old"].float() - one["new"].float()).norm().item(),
         )
@@ -130,13 +130,13 @@ def delta_calls(p: Problem, data: list[dict]) -> dict[str, dict]:
     """torch: positions as int32 beside values, which is what weight sync sends elsewhere; 6 bytes an element in 16 bits."""
     maps = [ops.delta.map_changes(one["old"], one["new"]) for one in data]
     blobs = [delta.encode({"w": one["new"]}, old={"w": one["old"]}, fingerprint=False) for one in data]
-    positions = [(raw(one["old"]) != raw(one["new"])).view(-1).nonzero()[:, 0] for one in data]
+    positions = [(bits.bitcast(one["old"]) != bits.bitcast(one["new"])).view(-1).nonzero()[:, 0] for one in data]
     values = [one["new"].view(-1)[at] for one, at in zip(data, positions, strict=True)]
     targets = [one["old"].clone() for one in data]
 
     def byte_diff(i):
         one = data[i % p.sets]
-        at = (raw(one["old"]) != raw(one["new"])).view(-1).nonzero()[:, 0]
+        at = (bits.bitcast(one["old"]) != bits.bitcast(one["new"])).view(-1).nonzero()[:, 0]
         return at.int(), one["new"].view(-1)[at]
 
     calls = {
@@ -201,10 +201,6 @@ def fold_calls(p: Problem, data: list[dict]) -> dict[str, dict]:
 
 def fold_bytes(p: Problem, mode: str) -> int:
     return 4 * p.N * p.K * itemsize(p)
-
-
-def raw(t: torch.Tensor) -> torch.Tensor:
-    return t.view({2: torch.int16, 4: torch.int32}[t.element_size()])
 
 
 def itemsize(p: Problem) -> int:

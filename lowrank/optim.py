@@ -266,7 +266,7 @@ class AdamW(torch.optim.Optimizer):
                 self._see_foreign_writes(p)
                 shared = p.data_ptr() == q.data_ptr() and _version(q)[0] not in (0, _version(p)[0])
                 if p.shape == q.shape and p.dtype is q.dtype and p.untyped_storage().nbytes() and not shared:
-                    differs = bits.pack(adamw._raw(p) != adamw._raw(q.to(p.device)))
+                    differs = bits.pack(bits.bitcast(p) != bits.bitcast(q.to(p.device)))
                     self._changes[q].copy_(self._changes[p].to(p.device) | differs)
                 else:
                     self.mark_all_changed(q)

@@ -37,18 +37,10 @@ def step(params: list[Tensor], *args) -> None:
 
 def block_offsets(words: Tensor, numel: int) -> Tensor:
     """int64 [ceil(numel / 1024) + 1]: how many mask bits are set before each block, and in all."""
-    counts = _popcount(words)
+    counts = bits.popcount(words)
     counts = torch.nn.functional.pad(counts, (0, -len(counts) % 32)).view(-1, 32).sum(1)
     blocks = -(-numel // BLOCK)
     return torch.nn.functional.pad(counts[:blocks].cumsum(0), (1, 0))
-
-
-def _popcount(words: Tensor) -> Tensor:
-    x = words.long() & 0xFFFFFFFF
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return (x * 0x01010101 >> 24) & 0xFF
 
 
 def _in_torch(
@@ -63,7 +55,7 @@ def _in_torch(
         wide = torch.float64 if p.dtype is torch.float64 else torch.float32
         x = p.to(wide, copy=True)
         if master is not None:  # where it is not the stored number's any more, somebody has replaced that
-            x = torch.where(_raw(master.to(p.dtype)) == _raw(p), master, x)
+            x = torch.where(bits.bitcast(master.to(p.dtype)) == bits.bitcast(p), master, x)
         mi, vi = m, v
         if offset is not None:
             mi, vi = (torch.zeros(p.shape, dtype=wide, device=p.device).masked_scatter_(active, s) for s in (m, v))
@@ -83,7 +75,7 @@ def _in_torch(
             else:
                 m.copy_(torch.where(active, mi, m)), v.copy_(torch.where(active, vi, v))
         if changed is not None:
-            changed |= bits.pack(_raw(fresh) != _raw(p))
+            changed |= bits.pack(bits.bitcast(fresh) != bits.bitcast(p))
         p.copy_(fresh)
         if master is not None:
             master.copy_(x)
@@ -95,10 +87,6 @@ def _element(p, g, m, v, scalars) -> None:
     m.lerp_(g, lerp)
     v.mul_(beta2).addcmul_(g, g, value=beta2_rest)
     p.mul_(decay).addcdiv_(m, v.sqrt().div_(bias2_sqrt).add_(eps), value=-step_size)
-
-
-def _raw(t: Tensor) -> Tensor:
-    return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 def random_bits(numel: int, first: int, stream: int, seed: int, step: int, device=None) -> Tensor:
@@ -125,7 +113,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def round_stochastically(x: Tensor, dtype: torch.dtype, first: int, stream: int, seed: int, step: int) -> Tensor:
     """fp32 x in bf16 or fp16, up or down with the probability of its distance from the other neighbour."""
     random = random_bits(x.numel(), first, stream, seed, step, x.device).view(x.shape)
-    word = x.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    word = bits.bitcast(x).long() & 0xFFFFFFFF
     rest, nearest = word & 0x7FFFFFFF, x.to(dtype)
     if dtype is torch.bfloat16:
         found, limit = (word + random) >> 16, 0x7F7F0000

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, bits
-from .adamw import _popcount, _raw
 
 # csrc/analysis.h's
 BLOCK, LANES = 4096, 256
@@ -60,7 +59,7 @@ def _diff_in_torch(old, new, tol, rel, ulp, counts, sums) -> None:
         i, j = _ordered(x), _ordered(y)
         steps = torch.maximum(i, j) - torch.minimum(i, j)  # below 0: 2^63 or more
         beyond_ulp = (((steps > ulp) | (steps < 0)) & ~same) | d.isnan()
-        flags = _raw(x) != _raw(y), ~(d <= tol), ~(d <= limit), beyond_ulp
+        flags = bits.bitcast(x) != bits.bitcast(y), ~(d <= tol), ~(d <= limit), beyond_ulp
         counts[rows] = torch.stack([f.view(-1, BLOCK).sum(1) for f in flags], 1)
         d, a = (torch.where(t.isnan(), 0, t.abs()) for t in (d, a))
         sums[rows, 0] = d.view(-1, BLOCK).amax(1).double()
@@ -83,7 +82,7 @@ def _wide(t: Tensor) -> Tensor:
 
 def _ordered(t: Tensor) -> Tensor:
     """int64 in the order of the numbers: neighbours differ by 1, -0 is +0."""
-    raw = _raw(t)
+    raw = bits.bitcast(t)
     magnitude = (raw & torch.iinfo(raw.dtype).max).long()
     return torch.where(raw < 0, -magnitude, magnitude)
 
@@ -147,10 +146,11 @@ def _select(histogram, width: int, k: int, largest: bool) -> tuple[int, int, int
 def _histogram(scores, key, hash_, above, shift, tied, width, reduce) -> list[int]:
     """How often each digit (bits shift ... above - 1) occurs, of keys or of the ties' hashes, below the given prefix."""
     by_device: dict[torch.device, Tensor] = {}
+    hash_ = bits.wrap_int64(hash_)
     for s in scores:
         if s.new.device not in by_device:
             by_device[s.new.device] = torch.zeros(BINS + 1, dtype=torch.int64, device=s.new.device)
-        arguments = (s.new, s.old, key, _signed(hash_), above, shift, tied, s.seed, s.first, by_device[s.new.device])
+        arguments = (s.new, s.old, key, hash_, above, shift, tied, s.seed, s.first, by_device[s.new.device])
         if width == 31 and _native.takes(s.new, "topk_mask"):
             torch.ops.lowrank.topk_histogram.default(*arguments)
         else:
@@ -170,9 +170,9 @@ def _histogram_in_torch(new, old, key, hash_, above, shift, tied, seed, first, c
         else:
             counts[BINS] += (keys > (0x7F800000 if width == 31 else 0x7FF0000000000000)).sum()
         if above < 64:
-            under = _shifted(numbers, above) == (hash_ if tied else key)
+            under = bits.logical_shift_right(numbers, above) == (hash_ if tied else key)
             numbers = numbers[under]
-        digits = _shifted(numbers, shift) & ((1 << (above - shift)) - 1)
+        digits = bits.logical_shift_right(numbers, shift) & ((1 << (above - shift)) - 1)
         counts[:BINS] += torch.bincount(digits, minlength=BINS)
 
 
@@ -180,12 +180,12 @@ def emit(s: Scores, key: int, hash_: int, width: int) -> Tensor:
     """int32 words: whose key is larger, or the same with at most that hash."""
     words = torch.zeros(-(-s.new.numel() // 32), dtype=torch.int32, device=s.new.device)
     if width == 31 and _native.takes(s.new, "topk_mask"):
-        torch.ops.lowrank.topk_emit.default(s.new, s.old, key, _signed(hash_), s.seed, s.first, words)
+        torch.ops.lowrank.topk_emit.default(s.new, s.old, key, bits.wrap_int64(hash_), s.seed, s.first, words)
         return words
     for at, keys in _keys(s.new, s.old, width):
         taken = keys > key
         tied = (keys == key).nonzero().view(-1)
-        taken[tied] = (hashes(tied + (s.first + at), s.seed) ^ _UNSIGNED) <= (_signed(hash_) ^ _UNSIGNED)
+        taken[tied] = (hashes(tied + (s.first + at), s.seed) ^ _UNSIGNED) <= (bits.wrap_int64(hash_) ^ _UNSIGNED)
         words[at // 32 : (at + CHUNK) // 32] = bits.pack(taken)
     return words
 
@@ -197,25 +197,12 @@ def _keys(new: Tensor, old: Tensor | None, width: int):
         score = _wide(new[at : at + CHUNK])
         if old is not None:
             score = score - _wide(old[at : at + CHUNK])
-        yield at, _raw(score.abs() if width == 31 else score.abs().double()).long()
+        yield at, bits.bitcast(score.abs() if width == 31 else score.abs().double()).long()
 
 
 def hashes(index: Tensor, seed: int) -> Tensor:
     """SplitMix64's number ``index`` of the sequence that starts at ``seed``, in int64's bits."""
-    z = seed + (index + 1) * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shifted(z, 31)
-
-
-def _shifted(t: Tensor, by: int) -> Tensor:
-    """t >> by of int64 as if it had no sign."""
-    return t >> by & ((1 << (64 - by)) - 1) if by else t
-
-
-def _signed(n: int) -> int:
-    """The int64 of the same 64 bits."""
-    return n - (1 << 64) if n >> 63 else n
+    return bits.splitmix64_((index + 1).mul_(bits.GOLDEN_GAMMA).add_(seed))
 
 
 # masks
@@ -234,6 +221,6 @@ def intersections(masks: list[Tensor]) -> Tensor:
                 torch.ops.lowrank.mask_overlap.default(chosen, counts)
             else:
                 for i, j in torch.triu_indices(len(both), len(both)).mT.tolist():
-                    counts[i, j] = _popcount(chosen[i] & chosen[j]).sum()
+                    counts[i, j] = bits.popcount(chosen[i] & chosen[j]).sum()
             found[both[:, None], both] = counts.cpu()
     return found

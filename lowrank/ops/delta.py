@@ -32,7 +32,7 @@ def _(*args):
 
 def map_changes(old: Tensor, new: Tensor) -> Tensor:
     """int32 [ceil(numel / 32)] (:mod:`lowrank.bits`): which elements differ in their bits."""
-    old, new = _raw(old), _raw(new)
+    old, new = _flat(old), _flat(new)
     if not _native.takes(new, "delta"):
         return bits.pack(old != new)
     words = new.new_empty(-(-new.numel() // 32), dtype=torch.int32)
@@ -48,7 +48,7 @@ def encode(new: Tensor, changed: Tensor, old: Tensor | None = None, codes: bool 
     """
     if codes and old is None:
         raise ValueError("delta: codes need old")
-    data, before, changed = _raw(new), _raw(old) if codes else None, changed.contiguous()
+    data, before, changed = _flat(new), _flat(old) if codes else None, changed.contiguous()
     numel = data.numel()
     if not _native.takes(data, "delta"):
         heads, index, values = _encode(data, changed, before)
@@ -94,7 +94,7 @@ def apply_(tensor: Tensor, heads: Tensor, index: Tensor, values: Tensor) -> None
     """Write a delta that :func:`check` has passed into a contiguous tensor, whose version counts on."""
     if not tensor.is_contiguous():
         raise ValueError(f"delta: expected a contiguous tensor, got strides {tensor.stride()}")
-    data, values = _raw(tensor), _raw(values)
+    data, values = _flat(tensor), _flat(values)
     if _native.takes(data, "delta"):
         starts = _starts(data.numel(), heads)
         _run("apply", data.numel(), data=data, heads=heads, index=index, values=values, starts=starts)
@@ -122,7 +122,7 @@ def fingerprint(tensor: Tensor, changed: Tensor | None = None) -> int:
 
     A sum of hashes of place and bits: against mistakes, not against who means to deceive.  Waits for the device.
     """
-    data = _raw(tensor)
+    data = _flat(tensor)
     if _native.takes(data, "delta"):
         found = torch.empty(-(-data.numel() // BLOCK), dtype=torch.int64, device=data.device)
         changed = None if changed is None else changed.contiguous()
@@ -131,24 +131,17 @@ def fingerprint(tensor: Tensor, changed: Tensor | None = None) -> int:
     total = 0
     for first in range(0, data.numel(), 1 << 20):
         part = data[first : first + (1 << 20)]
-        x = (torch.arange(first + 1, first + len(part) + 1, device=data.device) * _signed(0x9E3779B97F4A7C15)) + (
-            part.long() & ((1 << 8 * data.element_size()) - 1 if data.element_size() < 8 else -1)
-        )
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-            x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+        place = torch.arange(first + 1, first + len(part) + 1, device=data.device)
+        unsigned = part.long() & ((1 << 8 * data.element_size()) - 1 if data.element_size() < 8 else -1)
+        x = bits.splitmix64_(place.mul_(bits.GOLDEN_GAMMA).add_(unsigned))
         if changed is not None:
             x = x.masked_fill(bits.unpack(changed[first // 32 : -(-(first + len(part)) // 32)], part.shape), 0)
         total += int(x.sum())
     return total & 0xFFFFFFFFFFFFFFFF
 
 
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
-
-
-def _raw(t: Tensor) -> Tensor:
-    t = t.detach().contiguous().view(-1)
-    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+def _flat(t: Tensor) -> Tensor:
+    return bits.bitcast(t.detach().contiguous().view(-1))
 
 
 def _run(

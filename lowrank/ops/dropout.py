@@ -23,8 +23,6 @@ _lib.define("dropout_draw_(Tensor x, Tensor seed, int first_row, int cut, Tensor
 _lib.define("dropout_apply_(Tensor x, Tensor keep, Tensor(a!) out, bool add) -> ()")
 draw_, apply_ = torch.ops.lowrank.dropout_draw_.default, torch.ops.lowrank.dropout_apply_.default
 
-_STEP = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden gamma, as the signed integer torch wants
-
 
 def in_one_pass(t: torch.Tensor) -> bool:
     """Whether :data:`draw_` and :data:`apply_` do there what :func:`draw`, :func:`apply` and bits.py do, in one pass."""
@@ -100,11 +98,11 @@ def draw(seed: torch.Tensor, rows: int, columns: int, cut: int) -> Iterator[tupl
     for block in row_blocks(rows, 4 * per_row, seed.device):
         n = (block.stop - block.start) * per_row
         if steps is None:
-            steps = torch.arange(n, dtype=torch.int64, device=seed.device).mul_(_STEP)
+            steps = torch.arange(n, dtype=torch.int64, device=seed.device).mul_(bits.GOLDEN_GAMMA)
             z, scratch = torch.empty_like(steps), torch.empty_like(steps)
-        first = (block.start * per_row * _STEP + 2**63) % 2**64 - 2**63  # wrapped as int64 arithmetic wraps
+        first = bits.wrap_int64(block.start * per_row * bits.GOLDEN_GAMMA)
         torch.add(steps[:n], seed + first, out=z[:n])
-        drawn = _splitmix64_(z[:n], scratch[:n]).view(torch.int16)
+        drawn = bits.splitmix64_(z[:n], scratch[:n]).view(torch.int16)
         if cut == 65536:
             drawn.zero_()
         else:
@@ -115,9 +113,9 @@ def draw(seed: torch.Tensor, rows: int, columns: int, cut: int) -> Iterator[tupl
 def apply(t: torch.Tensor, mask: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """``out`` = t [rows, columns], 0 where ``mask`` [rows, >= columns] is False, even if t is inf or nan there."""
     # all-ones or all-zeros integers and a bitwise and: ten times faster on a CPU than torch.where
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    ones = mask[:, : t.shape[1]].view(torch.int8).neg().to(integer)
-    torch.bitwise_and(t.view(integer), ones, out=out.view(integer))
+    t = bits.bitcast(t)
+    ones = mask[:, : t.shape[1]].view(torch.int8).neg().to(t.dtype)
+    torch.bitwise_and(t, ones, out=bits.bitcast(out))
     return out
 
 
@@ -125,13 +123,3 @@ def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]
     """Slices of rows that make blocks of about a million elements (cache-sized) on a CPU, 64 million on a GPU."""
     step = max(1, (1 << 20 if device.type == "cpu" else 1 << 26) // max(columns, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _splitmix64_(z: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
-        # torch shifts arithmetically: the mask makes the shift a logical one
-        torch.bitwise_right_shift(z, shift, out=scratch)
-        z.bitwise_xor_(scratch.bitwise_and_((1 << (64 - shift)) - 1))
-        if factor != 1:  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-            z.mul_(factor)
-    return z

@@ -234,7 +234,7 @@ def _in_torch(weight, A, m, B, out) -> None:
 
 
 def _map_changes(weight, out, changed) -> None:
-    old, new = _raw(weight).view(-1), _raw(out).view(-1)
+    old, new = bits.bitcast(weight).view(-1), bits.bitcast(out).view(-1)
     for block in row_blocks(changed.numel(), 32, weight.device):
         elements = slice(32 * block.start, 32 * block.stop)
         changed[block] = bits.pack(old[elements] != new[elements])
@@ -245,11 +245,7 @@ def _sum_changes(weight, A, m, B, out, stats) -> None:
         delta, step = delta.double(), out[rows].double() - weight[rows].double()
         stats[0, 0] += delta.square().sum()
         stats[0, 1] += (delta * step).sum()
-        stats[0, 2] += (_raw(out[rows]) != _raw(weight[rows])).sum()
-
-
-def _raw(t: torch.Tensor) -> torch.Tensor:
-    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+        stats[0, 2] += (bits.bitcast(out[rows]) != bits.bitcast(weight[rows])).sum()
 
 
 def _was_written(out: torch.Tensor) -> None:
