@@ -2,14 +2,14 @@
 
 import math
 import warnings
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from operator import is_, itemgetter
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from . import bits
+from ._memory import Memory
 from .ops import adamw
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,81 +63,6 @@ def _zeros(size, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _no_changes(p: Tensor) -> Tensor:
     return _zeros(-(-p.numel() // 32), torch.int32, p.device)
-
-
-class _Memory:
-    """Where parameters lie: the spans of each device's memory that they take, apart and in order."""
-
-    def __init__(self):
-        self.pointers: list[int] = []
-        self.spans: dict[torch.device, list[tuple[int, int, list[Tensor]]]] = {}  # first byte, end, whose
-
-    def add(self, params: list[Tensor]) -> list[Tensor]:
-        """The first two that overlap, or one that overlaps itself, if there are any: then all of this is void."""
-        crowded: dict[int, list[Tensor]] = {}
-        for p in params:
-            self.pointers.append(p.data_ptr())
-            if p.is_meta or p.numel() == 0:
-                continue
-            first, end, run, outer = _pieces(p)
-            spans = self.spans.setdefault(p.device, [])
-            shared = slice(bisect_right(spans, first, key=itemgetter(1)), bisect_left(spans, end, key=itemgetter(0)))
-            owners: list[Tensor] = []
-            for start, stop, others in spans[shared]:
-                first, end = min(first, start), max(end, stop)
-                crowded.pop(id(others), None)
-                owners = [*owners, *others] if owners else others
-            if not any(p is q for q in owners):
-                owners.append(p)
-            spans[shared] = [(first, end, owners)]
-            if len(owners) > 1 or any(stride < inner for stride, inner in _nesting(run, outer)):
-                crowded[id(owners)] = owners
-        return next((found for owners in crowded.values() if (found := _first_overlap(owners))), [])
-
-
-def _pieces(t: Tensor) -> tuple[int, int, int, list[tuple[int, int]]]:
-    """(first byte, end, bytes of a contiguous piece, [(stride in bytes, size)]: how these repeat, from the inside)."""
-    run, outer = t.element_size(), []
-    strides = sorted((stride * run, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
-    for stride, size in strides:
-        if stride == run and not outer:
-            run *= size
-        else:
-            outer.append((stride, size))
-    first = t.data_ptr()
-    return first, first + run + sum(stride * (size - 1) for stride, size in outer), run, outer
-
-
-def _nesting(run: int, outer: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
-    """(stride, what it has to step over) of each."""
-    for stride, size in outer:
-        yield stride, run
-        run += stride * (size - 1)
-
-
-def _first_overlap(params: list[Tensor]) -> list[Tensor]:
-    """On a map of the memory that they span, in the largest unit that all of their pieces are whole multiples of."""
-    pieces = [_pieces(p) for p in params]
-    start, end = min(first for first, *_ in pieces), max(end for _, end, *_ in pieces)
-    unit = math.gcd(*(n for first, _, run, outer in pieces for n in (first - start, run, *(s for s, _ in outer))))
-    taken = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
-
-    def place(first, _, run, outer, on=taken):
-        sizes, strides = [*(size for _, size in outer), run // unit], [*(stride // unit for stride, _ in outer), 1]
-        return on.as_strided(sizes, strides, (first - start) // unit)
-
-    for p, piece in zip(params, pieces, strict=True):
-        if place(*piece).any():
-            taken.zero_()
-            place(*piece).fill_(True)
-            return [next(q for q, other in zip(params, pieces, strict=True) if place(*other).any()), p]
-        place(*piece).fill_(True)
-        if any(stride < inner for stride, inner in _nesting(*piece[2:])):
-            alone = torch.zeros_like(taken)
-            place(*piece, on=alone).fill_(True)
-            if int(alone.sum()) != place(*piece).numel():
-                return [p]
-    return []
 
 
 class AdamW(torch.optim.Optimizer):
@@ -197,9 +122,9 @@ class AdamW(torch.optim.Optimizer):
         self._changes: dict[Tensor, Tensor] = {}
         self._versions: dict[Tensor, tuple] = {}
         self._known: list[Tensor] = []  # the parameters, as last seen in the groups
-        self._memory: _Memory | None = None  # looked at once for all groups, below
+        self._memory: Memory | None = None  # looked at once for all groups, below
         super().__init__(params, dict(lr=lr, betas=tuple(map(float, betas)), eps=eps, weight_decay=weight_decay))
-        self._memory = _Memory()
+        self._memory = Memory()
         self._refuse_overlaps()
         for p, words in self._by_parameter(masks, "masks"):
             self._set_mask(p, words, self._masks, self._prefixes)
@@ -276,7 +201,7 @@ class AdamW(torch.optim.Optimizer):
                 if p in heirs:
                     kept[heirs[p]] = value
         self._changes = {p: self._changes[p] for p in params if p in self._changes}
-        self._known, self._memory = params, _Memory()
+        self._known, self._memory = params, Memory()
 
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -306,9 +231,9 @@ class AdamW(torch.optim.Optimizer):
         params = self.param_groups[-1]["params"]
         before = [p.data_ptr() for group in self.param_groups[:-1] for p in group["params"]]
         if before != self._memory.pointers:
-            self._memory, params = _Memory(), list(self._parameters())
+            self._memory, params = Memory(), list(self._parameters())
         if found := self._memory.add(params):
-            self._memory = _Memory()
+            self._memory = Memory()
             names = " and ".join(map(self._name, found))
             raise ValueError(f"AdamW: {names} overlap{'s itself' if len(found) == 1 else ''} in memory")
 
@@ -534,7 +459,7 @@ class AdamW(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         if "_changes" in state:  # a copy; torch's load_state_dict comes here with groups and state alone
-            self._known, self._memory = list(self._parameters()), _Memory()
+            self._known, self._memory = list(self._parameters()), Memory()
             self._versions = {p: _version(p) for p in self._changes}
 
     def state_dict(self):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .._memory import overlap
 from . import delta
 from . import materialize as _update
 from .materialize import MergeReport
@@ -115,7 +116,7 @@ def _check(weight, A, m, B, name="fold_"):
     if not weight.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous weight, got strides {weight.stride()}")
     for what, t in (("A", A), ("m", m), ("B", B)):
-        if _update._overlap(weight, t):
+        if overlap(weight, t):
             raise ValueError(f"{name}: expected {what} apart from weight, got memory that overlaps")
     return weight.detach(), A.detach(), m, B.detach(), _update._form(weight, A.shape[0])
 

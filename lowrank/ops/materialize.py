@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _native, bits
+from .._memory import overlap
 from ._choice import backend
 from .dropout import row_blocks
 from .validation import DTYPES
@@ -255,19 +256,8 @@ def _was_written(out: torch.Tensor) -> None:
 
 def _refuse_overlap(out, weight, A, m, B) -> None:
     for name, t in (("weight", weight), ("A", A), ("m", m), ("B", B)):
-        if out is not None and not out.is_meta and _overlap(out, t):
+        if out is not None and overlap(out, t):
             raise ValueError(f"materialize: expected out apart from {name}, got memory that overlaps")
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    def extent(t):
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-    if a.numel() == 0 or b.numel() == 0:
-        return False
-    (first, end), (other, other_end) = extent(a), extent(b)
-    return a.device == b.device and first < other_end and other < end
 
 
 _lib.impl("materialize", _materialize, "CompositeExplicitAutograd")
