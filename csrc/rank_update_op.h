@@ -1,4 +1,4 @@
-// From the tensors of torch.ops.lowrank.rank_update, which lowrank/ops/materialize.py has checked, to the numbers of
+// From the tensors of torch.ops.lowrank.rank_update, which lowrank/ops/_rank_update.py has checked, to the numbers of
 // rank_update.h.
 #pragma once
 

@@ -6,7 +6,7 @@ becomes NaN).  Each block of r is summed outside the MMA, because tensor cores t
 sum is 0, W's own bits.
 For ranks too large for csrc/rank_update's chains of FMAs.  FLOPs: 2 N K r, three times that for a split; floor: 4 N K bytes
 in 16 bits (+ N K / 8 with the map), and the MMAs above r = 128 or so: 140 us at 4096 x 4096 x 1024, split, at 720 TFLOP/s.
-Plain form: lowrank/ops/materialize.py.
+Plain form: lowrank/ops/_rank_update.py.
 """
 
 from dataclasses import dataclass

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from .._memory import overlap
 from . import delta
-from . import materialize as _update
-from .materialize import MergeReport
+from ._rank_update import MergeReport, check, form_of, merge_report, run, run_with_sums, there_and_back
 
 CHUNK = 1 << 19  # elements at a time on a CPU: the new weights stay in its caches until they are compared and written
 
@@ -61,15 +60,15 @@ def fold_(weight: Tensor, A: Tensor, m, B: Tensor) -> Receipt:
     for rows in _chunks(weight, form):
         old = weight[rows]
         if form == "torch":
-            new, part = _update.materialize_with_sums(old, A, m, B[rows])
+            new, part = run_with_sums(old, A, m, B[rows])
             found.append((old.clone(),))
         else:
-            new, back, lost, part = _update.there_and_back(old, A, m, B[rows])
+            new, back, lost, part = there_and_back(old, A, m, B[rows])
             found.append(delta.encode(old, lost, old=back, codes=True))
         sums.append(part)
         old.copy_(new)
     fixes = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-    report = _update.report([sum(column) for column in zip(*sums, strict=True)], weight.numel())
+    report = merge_report([sum(column) for column in zip(*sums, strict=True)], weight.numel())
     return Receipt(weight.shape, weight.dtype, report, factors, delta.fingerprint(weight), form, fixes)
 
 
@@ -104,21 +103,18 @@ def unfold_(weight: Tensor, A: Tensor, m, B: Tensor, receipt: Receipt) -> None:
         weight.copy_(fixes[0])
         return
     for rows in _chunks(weight, form):
-        weight[rows].copy_(_update._run(weight[rows], A, -m, B[rows], None, None))
+        weight[rows].copy_(run(weight[rows], A, -m, B[rows]))
     delta.apply_(weight, *fixes)
 
 
-def _check(weight, A, m, B, name="fold_"):
-    try:
-        weight, A, m, B, _, _ = _update._check(weight, A, m, B, None, None)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("materialize:", f"{name}:")) from None
+def _check(weight, A, m, B, op="fold_"):
+    weight, A, m, B = check(op, weight, A, m, B)
     if not weight.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous weight, got strides {weight.stride()}")
-    for what, t in (("A", A), ("m", m), ("B", B)):
+        raise ValueError(f"{op}: expected a contiguous weight, got strides {weight.stride()}")
+    for name, t in (("A", A), ("m", m), ("B", B)):
         if overlap(weight, t):
-            raise ValueError(f"{name}: expected {what} apart from weight, got memory that overlaps")
-    return weight.detach(), A.detach(), m, B.detach(), _update._form(weight, A.shape[0])
+            raise ValueError(f"{op}: expected {name} apart from weight, got memory that overlaps")
+    return weight.detach(), A.detach(), m, B.detach(), form_of(weight, A.shape[0])
 
 
 def _chunks(weight: Tensor, form: str):
