@@ -7,7 +7,7 @@
 KL is not the difference of large numbers, and an error of ℓ counts in second order.  Where both sides hold the same bits, δ
 is 0: KL and gradient are exactly 0.  A program owns a row and walks it twice.
 Floor: bytes.  Forward reads 16 C V, backward reads 8 C V and writes C V in the GEMMs' dtype.
-Eager form: lowrank/ops/kl_impl.py.
+Eager form: lowrank/ops/kl_eager.py.
 """
 
 import torch

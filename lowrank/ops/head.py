@@ -65,13 +65,9 @@ def scales_of(scales: tuple, at: slice) -> tuple:
     return inv_t[at] if isinstance(inv_t, Tensor) else inv_t, *others
 
 
-def row_passes(kernel: str, eager, device: torch.device, wide: torch.dtype):
-    """lowrank.kernels.``kernel`` or ``eager``: the same two functions over rows of logits."""
-    if wide is torch.float32 and backend(device)[0] == "triton":
-        import importlib
-
-        return importlib.import_module(f"lowrank.kernels.{kernel}")
-    return eager
+def in_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels take logits of ``dtype``."""
+    return dtype is torch.float32 and backend(device)[0] == "triton"
 
 
 class Products:
@@ -96,7 +92,7 @@ class Products:
     def logits(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """z [C, V] in fp32, before scales; and scaling h Aᵀ [C, r]."""
         C, alone = h.shape[0], self.batch_invariant
-        if alone and self.wide is torch.float32 and backend(h.device)[0] == "triton":
+        if alone and in_kernels(h.device, self.wide):
             from ..kernels.logits import logits
 
             t = None if self.A is None else logits(h, self.A).mul_(self.scaling)

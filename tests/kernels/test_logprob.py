@@ -7,7 +7,7 @@ from right import within
 from thin_inputs import DEVICE
 
 from lowrank.kernels import logprob
-from lowrank.ops.logprob_impl import Eager
+from lowrank.ops import logprob_eager
 
 SMALL = logprob.Config(256, 4)
 
@@ -77,7 +77,8 @@ def test_growing_shrinking_and_distant_maxima():
     targets = torch.tensor([500, 3, 400, 300, 300, 5], device=DEVICE)
     g, h = torch.randn(6, device=DEVICE), torch.randn(6, device=DEVICE)
     mine, eager = (
-        run(z, targets, (1.0, 1.0, 0.0), g, h, module=m, **c) for m, c in ((logprob, dict(config=SMALL)), (Eager, {}))
+        run(z, targets, (1.0, 1.0, 0.0), g, h, module=m, **c)
+        for m, c in ((logprob, dict(config=SMALL)), (logprob_eager, {}))
     )
     for a, b in zip(mine, eager, strict=True):
         assert a.isfinite().all()
@@ -86,7 +87,7 @@ def test_growing_shrinking_and_distant_maxima():
     torch.testing.assert_close(mine[1].double(), -(lp.exp() * lp.clamp_min(-1e30)).sum(1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("module", [logprob, Eager])
+@pytest.mark.parametrize("module", [logprob, logprob_eager])
 def test_targets_that_are_none(module):
     z, _ = inputs(5, 130)
     targets = torch.tensor([0, 130, -1, -100, 129], device=DEVICE)
@@ -99,7 +100,7 @@ def test_targets_that_are_none(module):
     assert dz.any(1).tolist() == [True, False, False, False, True]
 
 
-@pytest.mark.parametrize("module", [logprob, Eager])
+@pytest.mark.parametrize("module", [logprob, logprob_eager])
 def test_ignoring_a_class(module):
     z, _ = inputs(3, 130)
     targets, ones = torch.tensor([5, 7, 5], device=DEVICE), torch.ones(3, device=DEVICE)
