@@ -25,7 +25,7 @@ from .ops import (
     svf_linear,
     unfold_,
 )
-from .ops.validation import debug_checks
+from .ops._debug import debug_checks
 from .svd import SVDFactors, svd_factors
 
 __all__ = [

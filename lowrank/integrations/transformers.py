@@ -14,8 +14,8 @@ from torch import nn
 from transformers import LogitsProcessor, TrainerCallback
 
 from .. import _stats
+from ..ops._head_checks import check_alpha
 from ..ops.combine import combine_logits
-from ..ops.validation import check_alpha
 
 
 class PatchCallback(TrainerCallback):

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from .validation import check_logits
+from ._head_checks import check_logits
 
 
 def combine_logits(

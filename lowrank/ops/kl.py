@@ -11,10 +11,10 @@ from torch import Tensor
 from .. import _stats
 from . import kl_impl
 from ._boundary import autocast_dtype, is_plain
+from ._head_checks import check_chunk_bytes, check_heads
 from .head import CHUNK_BYTES, SCHEMA, Head, as_arguments
 from .logprob import differentiated, spread
 from .node import AGAIN, FORWARD_MODE, again, followed, has_tangent, must_follow
-from .validation import check_chunk_bytes, check_heads
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
 # hidden and base_hidden [T,H].  stats: fp32 [5,T], max and ℓ of both, KL.

@@ -16,9 +16,9 @@ from torch import Tensor
 from .. import _stats
 from . import logprob_impl
 from ._boundary import autocast_dtype, is_plain
+from ._head_checks import check_head, check_logprob
 from .head import CHUNK_BYTES, SCHEMA, Head, as_arguments
 from .node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow
-from .validation import check_head, check_logprob
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
 # hidden [T,H], targets int64 [T].  stats: fp32 [3,T], max, ℓ and Ē.

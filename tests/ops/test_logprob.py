@@ -496,18 +496,18 @@ def test_refuses(case):
 
 
 def test_debug_checks_is_a_switch_and_a_context():
-    from lowrank.ops import validation
+    from lowrank.ops import _debug
 
     meta = torch.empty(2, device="meta")
-    assert validation.may_look(torch.empty(2))
+    assert _debug.may_look(torch.empty(2))
     with lowrank.debug_checks():
-        assert validation.debug_checks.enabled
-        assert not validation.may_look(meta)
-    assert not validation.debug_checks.enabled
+        assert _debug.debug_checks.enabled
+        assert not _debug.may_look(meta)
+    assert not _debug.debug_checks.enabled
     lowrank.debug_checks()
-    assert validation.debug_checks.enabled
+    assert _debug.debug_checks.enabled
     lowrank.debug_checks(False)
-    assert not validation.debug_checks.enabled
+    assert not _debug.debug_checks.enabled
 
 
 @pytest.mark.gpu
