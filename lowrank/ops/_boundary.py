@@ -80,6 +80,13 @@ def dense(dy: Tensor) -> Tensor:
     return dy if 1 in dy.stride() and 0 not in dy.stride() else dy.contiguous()
 
 
+def was_written(*tensors: Tensor) -> None:
+    """Tell autograd, which sees nothing of what csrc/ and kernels write."""
+    for t in tensors:
+        if not t.is_inference():
+            torch.autograd.graph.increment_version(t)
+
+
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """a + b, where None is nothing."""
     return b if a is None else a if b is None else a + b

@@ -16,6 +16,7 @@ import torch
 
 from .. import _native, bits
 from .._memory import overlap
+from ._boundary import was_written
 from ._choice import backend
 from .dropout import row_blocks
 from .validation import DTYPES
@@ -133,14 +134,14 @@ def _materialize(weight, A, m, B, out, changed, stats) -> None:
         changed[-1:].zero_()  # the bits after the last element
     if form == "native":
         torch.ops.lowrank.rank_update.default(weight, A.contiguous(), m, B.contiguous(), out, changed, stats)
-        _was_written(out)
+        was_written(out)
         return
     if form == "triton":
         from ..kernels.materialize import materialize
 
         in_kernel = weight.shape[1] % 8 == 0  # a row's bits then start on a byte
         materialize(weight, A, m, B, out, changed if in_kernel else None)
-        _was_written(out)
+        was_written(out)
     else:
         in_kernel = False
         _in_torch(weight, A, m, B, out)
@@ -189,11 +190,6 @@ def _sum_changes(weight, A, m, B, out, stats) -> None:
         stats[0, 0] += delta.square().sum()
         stats[0, 1] += (delta * step).sum()
         stats[0, 2] += (bits.bitcast(out[rows]) != bits.bitcast(weight[rows])).sum()
-
-
-def _was_written(out: torch.Tensor) -> None:
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)
 
 
 def refuse_overlap(out, weight, A, m, B) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, bits
+from ._boundary import was_written
 
 BLOCK = 1024  # elements per entry of offsets: csrc/adamw.h's
 
@@ -30,9 +31,7 @@ def step(params: list[Tensor], *args) -> None:
     if not _native.takes(params[0], "adamw"):
         return _in_torch(params, *args)
     torch.ops.lowrank.adamw.default(params, *args)
-    for t in (*params, *args[1], *args[2], *args[3], *args[6]):
-        if not t.is_inference():
-            torch.autograd.graph.increment_version(t)
+    was_written(*params, *args[1], *args[2], *args[3], *args[6])
 
 
 def block_offsets(words: Tensor, numel: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, bits
+from ._boundary import was_written
 
 BLOCK = 1024
 DTYPES = (
@@ -104,8 +105,7 @@ def apply_(tensor: Tensor, heads: Tensor, index: Tensor, values: Tensor) -> None
         for code, step in ((_NEXT, 1), (_BEFORE, -1)):
             order = _order(data[codes == code]) + step
             data[codes == code] = _order(order)
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
+    was_written(tensor)
 
 
 def changed_words(numel: int, heads: Tensor, index: Tensor) -> Tensor:
