@@ -3,6 +3,8 @@
 Lists of tensors, one entry per parameter; ``masters``, ``masks``, ``offsets`` and ``changes`` may be empty, or have entries
 without elements for parameters that have none.  ``scalars``: grad_scale, 1 - beta1, beta2, 1 - beta2, 1 - lr wd,
 lr / (1 - beta1^t), sqrt(1 - beta2^t), eps.  Everything is written in place.
+
+Files: lowrank/optim.py, csrc/adamw.*; tests/test_optim.py; bench adamw.
 """
 
 import torch

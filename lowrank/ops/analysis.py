@@ -1,6 +1,8 @@
 """Passes over weights for :mod:`lowrank.analysis`: csrc/analysis, and the same numbers in PyTorch where it is not built.
 
 The caller (lowrank/analysis.py) has checked what comes in.  fp64 is PyTorch's alone.
+
+Files: lowrank/analysis.py, csrc/analysis.*; tests/test_analysis.py; bench diff_stats, topk_mask.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,8 @@
 """Proxy-tuning's arithmetic on logits: base + alpha (expert - antiexpert) (Liu et al. 2024, arXiv 2401.08565).
 
 Plain PyTorch: three models run for every one of these calls.
+
+Files: tests/ops/test_combine.py.
 """
 
 import functools

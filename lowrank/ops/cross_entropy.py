@@ -1,4 +1,7 @@
-"""linear_cross_entropy: torch.nn.functional's own function, over linear_logprob."""
+"""linear_cross_entropy: torch.nn.functional's own function, over linear_logprob.
+
+Files: logprob.py; tests/ops/test_cross_entropy.py; bench linear_logprob.
+"""
 
 import torch
 from torch import Tensor

@@ -3,6 +3,8 @@
 A delta is three flat tensors: heads, uint16 [ceil(numel / 1024)]; index, uint8; values, in the tensor's dtype.  It goes by
 the elements in row-major order, and by their bits: NaN and zeros of either sign are what they are.  Elements of 16 and 32
 bits run natively, of 64 in PyTorch; the bytes are the same.  All tensors of a call on one device.
+
+Files: lowrank/delta.py, csrc/delta.*; tests/test_delta.py; bench delta.
 """
 
 import torch

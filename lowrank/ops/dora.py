@@ -9,6 +9,8 @@ own norm, which PEFT starts the magnitudes from: where B is 0 ours is that, bit 
 for backward: x itself, S, the base's output v (PEFT keeps two of its size), and one bit per element of a dropout mask.
 
 Schemas live here, so that a machine without a GPU traces every op.  Autograd is a plain Function outside the op.
+
+Files: dora_impl.py, dora_eager.py, kernels/dora.py; tests/ops/test_dora.py; bench dora_linear.
 """
 
 import math

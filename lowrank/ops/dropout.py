@@ -4,6 +4,8 @@ SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number genera
 to save, no host synchronisation, safe under checkpointing and CUDA graphs.  Each 64-bit output decides four elements by
 comparing 16 bits with a threshold, so p is exact to 2**-17 (7.6e-6).  The stream differs from nn.Dropout's; the
 distribution is the same.  Or the decisions are nn.Dropout's own (:func:`as_torch`), drawn before the pass that needs them.
+
+Files: kernels/_tile.py, csrc/dropout.*, csrc/splitmix64.h; tests/ops/test_dropout.py.
 """
 
 import math

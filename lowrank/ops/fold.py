@@ -7,6 +7,8 @@ Rounding loses what the receipt keeps: the elements that subtracting Δ does not
 it.  They are kept as a delta (lowrank/ops/delta.py): sparse, or a dense code of two bits where that is smaller, or verbatim
 where nothing is.  Where the sums of Δ may come out otherwise next time (PyTorch's GEMMs: another number of threads, another
 alignment), the receipt is a copy of the weight.
+
+Files: _rank_update.py, delta.py; tests/ops/test_fold.py; bench fold.
 """
 
 import math

@@ -3,6 +3,8 @@
     KL(p || q) = Σ p (log p − log q)        dKL/dz_v = p_v (log p_v − log q_v − KL)
 
 Written so that no small KL is the difference of large numbers (kernels/kl.py).  Saved for backward: five numbers per token.
+
+Files: head.py, kl_impl.py, kl_eager.py, kernels/kl.py; tests/ops/test_kl.py.
 """
 
 import torch

@@ -8,6 +8,8 @@ ops/lora.py's general form, which gives the same bits where both can answer.
 
 One call has four forms, of the same bits: through kernels/thin.py; through ops/thin_eager.py; eager's operations without its
 functions (linear_eager.py); and those in one call of csrc/linear.h, under this node or under that of csrc/node.cpp.
+
+Files: linear_eager.py, thin_eager.py, kernels/thin.py, csrc/linear.h, csrc/node.cpp; tests/ops/test_linear.py; bench small.
 """
 
 import weakref

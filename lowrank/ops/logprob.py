@@ -6,6 +6,8 @@
 
 Saved for backward: max, ℓ and Ē of each token.  lse and Σ p z alone would lose the entropy where the logits are large: its
 digits go into their offset.  Rows are taken together (a chunk), never parts of the vocabulary: each row of dh is written once.
+
+Files: head.py, logprob_impl.py, logprob_eager.py, kernels/logprob.py; tests/ops/test_logprob.py; bench linear_logprob.
 """
 
 from typing import NamedTuple

@@ -8,6 +8,8 @@ adding afterwards, and less rounding error where the thin term is the smaller on
 x itself, S = drop(x) Aᵀ, and one bit per element of each dropout mask.
 
 Schemas live here, so that a machine without a GPU traces every op.  Autograd is a plain Function outside the op.
+
+Files: linear.py, lora_impl.py, thin_eager.py, kernels/thin.py; tests/ops/test_lora.py; bench lora_linear.
 """
 
 import math

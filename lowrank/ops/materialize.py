@@ -1,6 +1,8 @@
 """W + B diag(m) A in W's own dtype, out of place: LoRA merge and SVF compose.
 
 Computed by _rank_update.py, as ops/fold.py's fold and unfold are, so that all give the same bits.
+
+Files: _rank_update.py, kernels/materialize.py, csrc/rank_update.*; tests/ops/test_materialize.py; bench materialize.
 """
 
 import torch

@@ -2,6 +2,8 @@
 
 A CPU does bf16, where it has AVX512-BF16 and csrc/ is built: PyTorch's own GEMMs there give bf16.  A number of the result is a
 sum over k in one order, whatever the other rows, the threads and the strides are.  On every other CPU operands are widened.
+
+Files: csrc/gemm_cpu.cpp; tests/ops/test_mixed.py.
 """
 
 import functools

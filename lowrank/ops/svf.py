@@ -7,6 +7,8 @@ z and m (σ, the identity at z = 1, normalisation, the mixing of experts) is k n
 own autograd.  Transformer² (Sun, Cetin, Tang 2025, arXiv 2501.06252).
 
 Schemas live here, so that a machine without a GPU traces every op.  Autograd is a plain Function outside the op.
+
+Files: svf_impl.py, svf_eager.py, svf_wide.py, kernels/svf.py; tests/ops/test_svf.py; bench svf_linear.
 """
 
 import math
