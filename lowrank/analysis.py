@@ -381,7 +381,7 @@ def stable_rank(delta: Tensor) -> float:
     _check_tensor("stable_rank", "", delta)
     if delta.dim() != 2 or delta.numel() == 0:
         raise ValueError(f"stable_rank: expected delta [N, K], got {list(delta.shape)}")
-    delta = _ops._wide(delta)
+    delta = _ops.at_least_fp32(delta)
     largest = float(delta.abs().max())  # nan, if there is one
     if not math.isfinite(largest):
         raise ValueError("stable_rank: expected delta to be finite, got infinities or NaN")

@@ -23,10 +23,10 @@ class Choice(NamedTuple):
 
 def choice(device: torch.device) -> Choice:
     """Made once per device.  Raises ValueError if LOWRANK_BACKEND asks for what this device cannot do."""
-    made = _choices.get(device)
-    if made is None:
-        made = _choices[device] = _choose(device, _forced or os.environ.get("LOWRANK_BACKEND"))
-    return made
+    chosen = _choices.get(device)
+    if chosen is None:
+        chosen = _choices[device] = _choose(device, _forced or os.environ.get("LOWRANK_BACKEND"))
+    return chosen
 
 
 def backend(device: torch.device) -> tuple[str, str]:
@@ -36,8 +36,8 @@ def backend(device: torch.device) -> tuple[str, str]:
 
 def read_environment() -> None:
     """Let the next calls see what LOWRANK_BACKEND and TRITON_INTERPRET are now."""
-    for made in _choices_of.values():
-        made.clear()
+    for choices in _choices_of.values():
+        choices.clear()
 
 
 @contextlib.contextmanager

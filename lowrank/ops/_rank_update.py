@@ -162,11 +162,11 @@ def form_of(weight: torch.Tensor, r: int) -> str:
 
 def _deltas(weight, A, m, B):
     """(row block, its B diag(m) A) with no N x K temporary."""
-    wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
-    A, m = A.to(wide), m.to(wide)
+    acc_dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    A, m = A.to(acc_dtype), m.to(acc_dtype)
     for rows in row_blocks(*weight.shape, weight.device):
         with torch.autocast(weight.device.type, enabled=False):
-            delta = (B[rows].to(wide) * m) @ A
+            delta = (B[rows].to(acc_dtype) * m) @ A
         yield rows, delta
 
 

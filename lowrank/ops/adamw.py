@@ -53,16 +53,16 @@ def _in_torch(
         entry = [lst[i] if lst and lst[i].numel() else None for lst in (masters, masks, offsets, changes)]
         master, mask, offset, changed = entry
         active = None if mask is None else bits.unpack(mask, p.shape)
-        wide = torch.float64 if p.dtype is torch.float64 else torch.float32
-        x = p.to(wide, copy=True)
+        acc_dtype = torch.float64 if p.dtype is torch.float64 else torch.float32
+        x = p.to(acc_dtype, copy=True)
         if master is not None:  # where it is not the stored number's any more, somebody has replaced that
             x = torch.where(bits.bitcast(master.to(p.dtype)) == bits.bitcast(p), master, x)
         mi, vi = m, v
         if offset is not None:
-            mi, vi = (torch.zeros(p.shape, dtype=wide, device=p.device).masked_scatter_(active, s) for s in (m, v))
+            mi, vi = (torch.zeros(p.shape, dtype=acc_dtype, device=p.device).masked_scatter_(active, s) for s in (m, v))
         elif active is not None:
             mi, vi = m.clone(), v.clone()
-        _element(x, g.to(wide), mi, vi, scalars)
+        _element(x, g.to(acc_dtype), mi, vi, scalars)
         if stochastic and p.dtype in (torch.bfloat16, torch.float16):
             fresh = round_stochastically(x, p.dtype, firsts[i], streams[i], seed, step)
         else:
@@ -117,12 +117,12 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, first: int, stream: int,
     word = bits.bitcast(x).long() & 0xFFFFFFFF
     rest, nearest = word & 0x7FFFFFFF, x.to(dtype)
     if dtype is torch.bfloat16:
-        found, limit = (word + random) >> 16, 0x7F7F0000
+        rounded, limit = (word + random) >> 16, 0x7F7F0000
     else:
         scaled = torch.where(rest < 0x38800000, x.abs() * 2.0**24, 0)
         whole = scaled.floor()
         subnormal = whole.long() + ((scaled - whole) * 65536 > (65535 - random).float() + 0.5)
         normal = (rest - (112 << 23) + (random >> 3)) >> 13
-        found, limit = word >> 16 & 0x8000 | torch.where(rest < 0x38800000, subnormal, normal), 0x477FE000
-    found = ((found & 0xFFFF) ^ 0x8000) - 0x8000  # as int16
-    return torch.where(rest >= limit, nearest, found.to(torch.int16).view(dtype))
+        rounded, limit = word >> 16 & 0x8000 | torch.where(rest < 0x38800000, subnormal, normal), 0x477FE000
+    rounded = ((rounded & 0xFFFF) ^ 0x8000) - 0x8000  # as int16
+    return torch.where(rest >= limit, nearest, rounded.to(torch.int16).view(dtype))

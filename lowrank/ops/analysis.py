@@ -54,7 +54,7 @@ def _diff_in_torch(old, new, tol, rel, ulp, counts, sums) -> None:
         if pad := -len(x) % BLOCK:  # zeros, which do not differ
             x, y = (torch.nn.functional.pad(t, (0, pad)) for t in (x, y))
         rows = slice(at // BLOCK, (at + len(x)) // BLOCK)
-        a, b = _wide(x), _wide(y)
+        a, b = at_least_fp32(x), at_least_fp32(y)
         same = (a == b) | (a.isnan() & b.isnan())
         d = torch.where(same, 0, (b - a).abs())
         limit = (a.abs() * rel).nan_to_num(torch.finfo(a.dtype).max)  # an infinite d is beyond, too
@@ -78,7 +78,7 @@ def _sum_of_squares(t: Tensor) -> Tensor:
     return lanes[:, 0]
 
 
-def _wide(t: Tensor) -> Tensor:
+def at_least_fp32(t: Tensor) -> Tensor:
     return t if t.dtype is torch.float64 else t.float()
 
 
@@ -185,10 +185,10 @@ def emit(s: Scores, key: int, hash_: int, width: int) -> Tensor:
         torch.ops.lowrank.topk_emit.default(s.new, s.old, key, bits.wrap_int64(hash_), s.seed, s.first, words)
         return words
     for at, keys in _keys(s.new, s.old, width):
-        taken = keys > key
+        selected = keys > key
         tied = (keys == key).nonzero().view(-1)
-        taken[tied] = (hashes(tied + (s.first + at), s.seed) ^ _UNSIGNED) <= (bits.wrap_int64(hash_) ^ _UNSIGNED)
-        words[at // 32 : (at + CHUNK) // 32] = bits.pack(taken)
+        selected[tied] = (hashes(tied + (s.first + at), s.seed) ^ _UNSIGNED) <= (bits.wrap_int64(hash_) ^ _UNSIGNED)
+        words[at // 32 : (at + CHUNK) // 32] = bits.pack(selected)
     return words
 
 
@@ -196,9 +196,9 @@ def _keys(new: Tensor, old: Tensor | None, width: int):
     """(index of the first, int64 keys) of a chunk of elements at a time."""
     new, old = new.view(-1), None if old is None else old.view(-1)
     for at in range(0, new.numel(), CHUNK):
-        score = _wide(new[at : at + CHUNK])
+        score = at_least_fp32(new[at : at + CHUNK])
         if old is not None:
-            score = score - _wide(old[at : at + CHUNK])
+            score = score - at_least_fp32(old[at : at + CHUNK])
         yield at, bits.bitcast(score.abs() if width == 31 else score.abs().double()).long()
 
 
@@ -213,7 +213,7 @@ def hashes(index: Tensor, seed: int) -> Tensor:
 def intersections(masks: list[Tensor]) -> Tensor:
     """int64 [E, E] on the CPU: how many bits masks i and j share, for i <= j; int32 words of one length on one device."""
     E = len(masks)
-    found = torch.zeros((E, E), dtype=torch.int64)
+    shared = torch.zeros((E, E), dtype=torch.int64)
     for rows in torch.arange(E).split(MASKS // 2):
         for columns in torch.arange(int(rows[0]), E).split(MASKS // 2):
             both = torch.cat([rows, columns]).unique()
@@ -224,5 +224,5 @@ def intersections(masks: list[Tensor]) -> Tensor:
             else:
                 for i, j in torch.triu_indices(len(both), len(both)).mT.tolist():
                     counts[i, j] = bits.popcount(chosen[i] & chosen[j]).sum()
-            found[both[:, None], both] = counts.cpu()
-    return found
+            shared[both[:, None], both] = counts.cpu()
+    return shared

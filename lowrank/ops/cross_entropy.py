@@ -47,9 +47,16 @@ def linear_cross_entropy(
             raise NotImplementedError(f"{reason} in linear_cross_entropy is not supported {beside}")
         _stats.op_fell_back(f"linear_cross_entropy: {reason}")
         return torchs(
-            input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
-            ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
-        )  # fmt: skip
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
     ignore_index = -100 if ignore_index is None else ignore_index
     logp, _ = linear_logprob(input, linear_weight, target, bias=linear_bias, lora=lora, ignore_index=ignore_index)
     loss, counted = -logp, target != ignore_index

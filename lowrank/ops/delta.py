@@ -15,8 +15,14 @@ from ._boundary import was_written
 
 BLOCK = 1024
 DTYPES = (
-    torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int16, torch.int32, torch.int64,
-)  # fmt: skip
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
 _PASSES = ("map", "size", "encode", "check", "apply", "mark", "fingerprint")  # csrc/delta.h's DeltaPass
 _GAPS, _INDICES, _BITMAP, _CODES = range(4)
 _NEXT, _BEFORE, _VALUE = 1, 2, 3
@@ -82,9 +88,9 @@ def check(numel: int, dtype: torch.dtype, heads: Tensor, index: Tensor, values: 
             f"delta: the heads need {totals[0]} bytes of index and {totals[1]} values, got {len(index)} and {len(values)}"
         )
     if _native.takes(values, "delta"):
-        found = torch.empty(len(heads), dtype=torch.int64, device=heads.device)
-        _run("check", numel, heads=heads, index=index, starts=starts, found=found)
-        bad = found != 0
+        misfits = torch.empty(len(heads), dtype=torch.int64, device=heads.device)
+        _run("check", numel, heads=heads, index=index, starts=starts, found=misfits)
+        bad = misfits != 0
     else:
         bad = _decode(numel, heads, index)[1]
     if not codes:
@@ -126,10 +132,10 @@ def fingerprint(tensor: Tensor, changed: Tensor | None = None) -> int:
     """
     data = _flat(tensor)
     if _native.takes(data, "delta"):
-        found = torch.empty(-(-data.numel() // BLOCK), dtype=torch.int64, device=data.device)
+        sums = torch.empty(-(-data.numel() // BLOCK), dtype=torch.int64, device=data.device)
         changed = None if changed is None else changed.contiguous()
-        _run("fingerprint", data.numel(), data=data, changed=changed, found=found)
-        return int(found.sum()) & 0xFFFFFFFFFFFFFFFF
+        _run("fingerprint", data.numel(), data=data, changed=changed, found=sums)
+        return int(sums.sum()) & 0xFFFFFFFFFFFFFFFF
     total = 0
     for first in range(0, data.numel(), 1 << 20):
         part = data[first : first + (1 << 20)]
@@ -203,8 +209,8 @@ def _encode(data: Tensor, changed: Tensor, old: Tensor | None) -> tuple[Tensor, 
     code = torch.full_like(i, _VALUE)
     if old is not None:
         new, before = _order(data[at]), _order(old[at])
-        for other, found in ((before, 0), (before + 1, _NEXT), (before - 1, _BEFORE)):
-            code.masked_fill_(new == other, found)
+        for candidate, candidate_code in ((before, 0), (before + 1, _NEXT), (before - 1, _BEFORE)):
+            code.masked_fill_(new == candidate, candidate_code)
         values = _sum_by(block, code == _VALUE, blocks)
         dense = length + 3 >> 2
         smaller = dense + width * values < size + width * n
@@ -213,9 +219,9 @@ def _encode(data: Tensor, changed: Tensor, old: Tensor | None) -> tuple[Tensor, 
     owner, place, which = _bytes_of(kind, size)
     index = torch.full((len(owner),), 255, dtype=torch.uint8, device=device)
 
-    mine = kind[block] == _GAPS
-    gaps = torch.full(((gap[mine] // 255 + 1).sum(),), 255, dtype=torch.uint8, device=device)
-    gaps[(gap[mine] // 255 + 1).cumsum(0) - 1] = (gap[mine] % 255).to(torch.uint8)
+    in_gaps = kind[block] == _GAPS
+    gaps = torch.full(((gap[in_gaps] // 255 + 1).sum(),), 255, dtype=torch.uint8, device=device)
+    gaps[(gap[in_gaps] // 255 + 1).cumsum(0) - 1] = (gap[in_gaps] % 255).to(torch.uint8)
     index[which == _GAPS] = gaps
     pairs = torch.stack([i & 255, i >> 8], 1)[kind[block] == _INDICES]
     index[which == _INDICES] = pairs.view(-1).to(torch.uint8)
@@ -224,8 +230,8 @@ def _encode(data: Tensor, changed: Tensor, old: Tensor | None) -> tuple[Tensor, 
         stored = code if packed == _CODES else torch.ones_like(code)
         dense = torch.zeros(blocks * BLOCK // per_byte, dtype=torch.int64, device=device)
         dense.index_add_(0, at // per_byte, stored << bit * (i % per_byte))
-        mine = which == packed
-        index[mine] = dense.view(blocks, BLOCK // per_byte)[owner[mine], place[mine]].to(torch.uint8)
+        of_kind = which == packed
+        index[of_kind] = dense.view(blocks, BLOCK // per_byte)[owner[of_kind], place[of_kind]].to(torch.uint8)
     return _uint16(heads), index, data[at[(kind[block] != _CODES) | (code == _VALUE)]]
 
 
@@ -240,31 +246,31 @@ def _decode(numel: int, heads: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     owner, place, which = _bytes_of(kind, size)
     bad = (kind != _GAPS) & (escapes != 0)
     byte = index.long()
-    found = []  # (block, index in it, code)
+    parts = []  # (block, index in it, code)
 
-    mine = which == _GAPS
-    gap, block = byte[mine], owner[mine]
+    of_kind = which == _GAPS
+    gap, block = byte[of_kind], owner[of_kind]
     steps = torch.where(gap == 255, 255, gap + 1)
     total = _sum_by(block, steps, blocks)
     at = steps.cumsum(0) - (total.cumsum(0) - total)[block] - 1
-    found.append((block[gap != 255], at[gap != 255], torch.full_like(gap[gap != 255], _VALUE)))
-    ends = place[mine] == size[block] - 1
+    parts.append((block[gap != 255], at[gap != 255], torch.full_like(gap[gap != 255], _VALUE)))
+    ends = place[of_kind] == size[block] - 1
     bad[block[ends & (gap == 255)]] = True
 
-    mine = which == _INDICES
-    low, high = byte[mine].view(-1, 2).unbind(1)
-    at, block = low | high << 8, owner[mine][::2]
+    of_kind = which == _INDICES
+    low, high = byte[of_kind].view(-1, 2).unbind(1)
+    at, block = low | high << 8, owner[of_kind][::2]
     bad[block[1:][(block[1:] == block[:-1]) & (at[1:] <= at[:-1])]] = True
-    found.append((block, at, torch.full_like(at, _VALUE)))
+    parts.append((block, at, torch.full_like(at, _VALUE)))
 
     for packed, bit in ((_BITMAP, 1), (_CODES, 2)):
-        mine, per_byte = which == packed, 8 // bit
+        of_kind, per_byte = which == packed, 8 // bit
         lanes = torch.arange(per_byte, device=heads.device)
-        code = byte[mine][:, None] >> bit * lanes & (1 << bit) - 1
-        at, block = place[mine][:, None] * per_byte + lanes, owner[mine][:, None].expand_as(code)
-        found.append((block[code != 0], at[code != 0], code[code != 0] if bit == 2 else code[code != 0] * _VALUE))
+        code = byte[of_kind][:, None] >> bit * lanes & (1 << bit) - 1
+        at, block = place[of_kind][:, None] * per_byte + lanes, owner[of_kind][:, None].expand_as(code)
+        parts.append((block[code != 0], at[code != 0], code[code != 0] if bit == 2 else code[code != 0] * _VALUE))
 
-    block, at, code = map(torch.cat, zip(*found, strict=True))
+    block, at, code = map(torch.cat, zip(*parts, strict=True))
     bad |= _sum_by(block, code == _VALUE, blocks) != n
     bad[block[at >= length[block]]] = True
     codes = torch.zeros(blocks * BLOCK, dtype=torch.uint8, device=heads.device)

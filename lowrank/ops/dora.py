@@ -115,33 +115,45 @@ def of_layer(
     reason = followed()
     if reason is AGAIN:
         return again(
-            of_layer, layer, x, weight, lora_A, lora_B, magnitude, scaling, bias,
-            dropout_p=dropout_p, base_dropout=base_dropout, cache=cache, key=key, copy=copy,
-        )  # fmt: skip
+            of_layer,
+            layer,
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            magnitude,
+            scaling,
+            bias,
+            dropout_p=dropout_p,
+            base_dropout=base_dropout,
+            cache=cache,
+            key=key,
+            copy=copy,
+        )
     autocast = autocast_dtype(x)
     adapter = Adapter(lora_A, lora_B, scaling, None, dropout_p)
     check_projection(x, Projection(weight, bias, (adapter,)), autocast is not None)
     check_dora(magnitude, weight, base_dropout, x)
     dtype = autocast or x.dtype
-    wide = torch.promote_types(torch.promote_types(dtype, torch.float32), lora_B.dtype)
+    acc_dtype = torch.promote_types(torch.promote_types(dtype, torch.float32), lora_B.dtype)
 
     if reason is FORWARD_MODE and not has_tangent((x, weight, lora_A, lora_B, magnitude, scaling, bias)):
         reason = None
     if isinstance(scaling, torch.Tensor):
         away = scaling.device != x.device and is_plain(x)  # on a CPU, then: reading it waits for nothing
-        scaling = float(scaling) if away else scaling.to(device=x.device, dtype=wide)
+        scaling = float(scaling) if away else scaling.to(device=x.device, dtype=acc_dtype)
     norm = None if cache is None else cache.get(key)
     if norm is None or norm.device != x.device or norm.is_inference():
         with torch.no_grad() if cache is None else torch.inference_mode(False), torch.no_grad():
             if reason is None:
-                norm = _norm(weight, lora_A, lora_B.to(wide) * scaling, lora_A.dtype)
+                norm = _norm(weight, lora_A, lora_B.to(acc_dtype) * scaling, lora_A.dtype)
             else:
                 norm = dora_impl.norm_formula(
-                    weight.detach(), lora_A.detach(), lora_B.detach().to(wide) * scaling, lora_A.dtype
+                    weight.detach(), lora_A.detach(), lora_B.detach().to(acc_dtype) * scaling, lora_A.dtype
                 )
         if cache is not None:
             cache[key] = norm
-    g = magnitude.to(wide) / norm
+    g = magnitude.to(acc_dtype) / norm
     drawn = dropout_p if isinstance(dropout_p, dropout.Drawn) else None
     dropout_p = dropout.drawable(dropout_p) if drawn is None else drawn.p
     twice, kept = base_dropout and dropout_p > 0, dropout.keep_scale(dropout_p)
@@ -180,10 +192,16 @@ class _DoRALinear(torch.autograd.Function):
         ctx.spec, ctx.x_shape = spec, x.shape
         ctx.layers, ctx.remembered = layers, remember(layers, x) if layers and keep_x else None
         ctx.save_for_backward(
-            x if keep_x else None, weight if need_x else None, A, B, gain,
-            S if need_B else None, v if need_gain else None,
-            bias if need_gain and not spec.twice else None, *(keeps if need_x or need_A else ()),
-        )  # fmt: skip
+            x if keep_x else None,
+            weight if need_x else None,
+            A,
+            B,
+            gain,
+            S if need_B else None,
+            v if need_gain else None,
+            bias if need_gain and not spec.twice else None,
+            *(keeps if need_x or need_A else ()),
+        )
         return y
 
     @staticmethod
@@ -196,8 +214,8 @@ class _DoRALinear(torch.autograd.Function):
         if must_follow((dy,)):
             _stats.op_fell_back(DIFFERENTIABLE, alive(ctx.layers))
             run = dora_impl.differentiable
-        found = iter(run(dy, x, weight, A, B, gain, S, v, keeps, spec.twice, spec.dtype, needs, bias))
-        dx, db, dA, dB, dgain = (next(found) if need else None for need in needs)
+        grads = iter(run(dy, x, weight, A, B, gain, S, v, keeps, spec.twice, spec.dtype, needs, bias))
+        dx, db, dA, dB, dgain = (next(grads) if need else None for need in needs)
         return None, None, None, None if dx is None else dx.view(x_shape), None, db, dA, dB, dgain
 
 

@@ -63,10 +63,10 @@ def _started(first: Tensor, whole: Tensor, alone: Tensor) -> Tensor:
 def _torch_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.promote_types(weight.dtype, dtype) is dtype:  # no copy of W, and the bits of one
         return torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
-    found = weight.new_empty(weight.shape[0], dtype=dtype)
+    norms = weight.new_empty(weight.shape[0], dtype=dtype)
     for rows in dropout.row_blocks(*weight.shape, weight.device):
-        found[rows] = torch.linalg.vector_norm(weight[rows].to(dtype), dim=1)
-    return found
+        norms[rows] = torch.linalg.vector_norm(weight[rows].to(dtype), dim=1)
+    return norms
 
 
 def forward(x, weight, bias, A, B, gain, p, seed, twice, dtype):

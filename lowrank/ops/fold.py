@@ -58,18 +58,18 @@ def fold_(weight: Tensor, A: Tensor, m, B: Tensor) -> Receipt:
     """
     weight, A, m, B, form = _check(weight, A, m, B)
     factors = _hash(A, m, B)
-    found, sums = [], []
+    chunk_fixes, sums = [], []
     for rows in _chunks(weight, form):
         old = weight[rows]
         if form == "torch":
             new, part = run_with_sums(old, A, m, B[rows])
-            found.append((old.clone(),))
+            chunk_fixes.append((old.clone(),))
         else:
             new, back, lost, part = there_and_back(old, A, m, B[rows])
-            found.append(delta.encode(old, lost, old=back, codes=True))
+            chunk_fixes.append(delta.encode(old, lost, old=back, codes=True))
         sums.append(part)
         old.copy_(new)
-    fixes = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    fixes = tuple(torch.cat(parts) for parts in zip(*chunk_fixes, strict=True))
     report = merge_report([sum(column) for column in zip(*sums, strict=True)], weight.numel())
     return Receipt(weight.shape, weight.dtype, report, factors, delta.fingerprint(weight), form, fixes)
 

@@ -40,8 +40,8 @@ def as_arguments(head: Head) -> tuple[list[Tensor | None], list[float]]:
     A, B, scaling = head.lora or (None, None, 1.0)
     inverse, temperature = None, head.temperature
     if isinstance(temperature, Tensor):
-        wide = torch.float64 if head.hidden.dtype is torch.float64 else torch.float32
-        inverse = temperature.detach().to(wide).reciprocal().expand(head.hidden.shape[:-1]).reshape(-1)
+        acc_dtype = torch.float64 if head.hidden.dtype is torch.float64 else torch.float32
+        inverse = temperature.detach().to(acc_dtype).reciprocal().expand(head.hidden.shape[:-1]).reshape(-1)
         temperature = 1.0
     numbers = [float(scaling), 1.0 / temperature, float(head.logit_scale), float(head.softcap or 0.0)]
     return [head.hidden, head.weight, head.bias, A, B, inverse], numbers
@@ -61,8 +61,8 @@ def cached(z: Tensor):
 
 def scales_of(scales: tuple, at: slice) -> tuple:
     """Those rows' of :meth:`Products.scales`."""
-    inv_t, *others = scales
-    return inv_t[at] if isinstance(inv_t, Tensor) else inv_t, *others
+    inv_t, *rest = scales
+    return inv_t[at] if isinstance(inv_t, Tensor) else inv_t, *rest
 
 
 def in_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -74,13 +74,13 @@ class Products:
     """What one call multiplies: hidden rows with the head and its LoRA, and the logits' gradient with both again."""
 
     def __init__(self, hidden, weight, bias, A, B, inv_t, numbers, dtype, batch_invariant: bool):
-        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
+        self.dtype, self.acc_dtype = dtype, torch.promote_types(dtype, torch.float32)
         self.hidden, self.weight, self.bias = hidden, weight.to(dtype), bias
-        self.A, self.B = (None if t is None else t.to(self.wide) for t in (A, B))
+        self.A, self.B = (None if t is None else t.to(self.acc_dtype) for t in (A, B))
         self.inv_t, (self.scaling, self.inv_temperature, self.logit_scale, self.softcap) = inv_t, numbers
         self.batch_invariant = batch_invariant
         self.mixed = mixed.takes(hidden.device, dtype)
-        self.dz_dtype = dtype if hidden.device.type == "cuda" else self.wide
+        self.dz_dtype = dtype if hidden.device.type == "cuda" else self.acc_dtype
 
     def rows(self, at: slice) -> Tensor:
         return self.hidden[at].to(self.dtype)
@@ -92,19 +92,19 @@ class Products:
     def logits(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """z [C, V] in fp32, before scales; and scaling h Aᵀ [C, r]."""
         C, alone = h.shape[0], self.batch_invariant
-        if alone and in_kernels(h.device, self.wide):
+        if alone and in_kernels(h.device, self.acc_dtype):
             from ..kernels.logits import logits
 
             t = None if self.A is None else logits(h, self.A).mul_(self.scaling)
             return logits(h, self.weight, self.bias, t, self.B), t
-        z = h.new_empty((C, self.weight.shape[0]), dtype=self.wide)
-        t = None if self.A is None else h.new_empty((C, self.A.shape[0]), dtype=self.wide)
+        z = h.new_empty((C, self.weight.shape[0]), dtype=self.acc_dtype)
+        t = None if self.A is None else h.new_empty((C, self.A.shape[0]), dtype=self.acc_dtype)
         # copies of rows, because BLAS may sum otherwise from another alignment
         parts = [(slice(i, i + 1), h[i : i + 1].clone()) for i in range(C)] if alone else [(slice(0, C), h)]
         started = self.bias is not None or t is not None
         for at, part in parts:
             if t is not None:
-                t[at] = one = self.scaling * mm(part, self.A.mT, self.wide)
+                t[at] = one = self.scaling * mm(part, self.A.mT, self.acc_dtype)
                 if alone:  # into memory of its own, for the same reason
                     z[at] = one @ self.B.mT
                 else:
@@ -117,13 +117,13 @@ class Products:
                 add_product(z[:, block], h, W.mT, started)
                 continue
             for at, part in parts:
-                product = mm(part, W.mT, self.wide)
+                product = mm(part, W.mT, self.acc_dtype)
                 z[at, block] = z[at, block] + product if started else product
         return z, t
 
     def times_weight(self, dz: Tensor, start: Tensor | None) -> Tensor:
         """dz W + start, fp32 [C, H]; start is overwritten."""
-        out = dz.new_empty((dz.shape[0], self.weight.shape[1]), dtype=self.wide) if start is None else start
+        out = dz.new_empty((dz.shape[0], self.weight.shape[1]), dtype=self.acc_dtype) if start is None else start
         for i, (block, W) in enumerate(self._blocks()):
             add_product(out, dz[:, block], W, start is not None or i > 0)
         return out
@@ -132,11 +132,11 @@ class Products:
         """(slice of the vocabulary, those rows of the head in a dtype the GEMMs take)."""
         V, H = self.weight.shape
         rows = V
-        if self.weight.dtype is not self.wide and not self.mixed:
-            rows = max(1, BLOCK_BYTES // (H * self.wide.itemsize))
+        if self.weight.dtype is not self.acc_dtype and not self.mixed:
+            rows = max(1, BLOCK_BYTES // (H * self.acc_dtype.itemsize))
         for first in range(0, V, rows):
             at = slice(first, min(first + rows, V))
-            yield at, self.weight[at] if self.mixed else self.weight[at].to(self.wide)
+            yield at, self.weight[at] if self.mixed else self.weight[at].to(self.acc_dtype)
 
 
 class Gradients:
@@ -144,33 +144,33 @@ class Gradients:
 
     def __init__(self, products: Products, like: tuple[Tensor | None, ...], needs: list[bool]):
         self.products, self.like, self.needs = products, like, needs
-        hidden, *others = like
+        hidden, *head = like
         self.dh = hidden.new_empty(hidden.shape) if needs[0] else None
         self.dW, self.db, self.dA, self.dB = (
-            t.new_zeros(t.shape, dtype=products.wide) if need else None
-            for t, need in zip(others, needs[1:], strict=True)
+            t.new_zeros(t.shape, dtype=products.acc_dtype) if need else None
+            for t, need in zip(head, needs[1:], strict=True)
         )
 
     def add(self, at: slice, h: Tensor, t: Tensor | None, dz: Tensor) -> None:
         """One chunk's: rows h [C, H], t = scaling h Aᵀ, and the gradient dz [C, V] of its logits."""
         products = self.products
-        wide, A, u = products.wide, products.A, None
+        acc_dtype, A, u = products.acc_dtype, products.A, None
         if self.dA is not None or (self.dh is not None and A is not None):
-            u = products.scaling * mm(dz, products.B, wide)
+            u = products.scaling * mm(dz, products.B, acc_dtype)
         if self.dA is not None:
-            self.dA += mm(u.mT, h, wide)
+            self.dA += mm(u.mT, h, acc_dtype)
         if self.db is not None:
-            self.db += dz.sum(0, dtype=wide)
+            self.db += dz.sum(0, dtype=acc_dtype)
         if self.dB is not None:
-            self.dB += mm(dz.mT, t, wide)
+            self.dB += mm(dz.mT, t, acc_dtype)
         if products.mixed:
             dz = dz.to(products.dtype)
         if self.dh is not None:
-            self.dh[at] = products.times_weight(dz, None if u is None else mm(u, A, wide))
+            self.dh[at] = products.times_weight(dz, None if u is None else mm(u, A, acc_dtype))
         if self.dW is not None:
             add_product(self.dW, dz.mT, h, True)
 
-    def found(self) -> list[Tensor]:
+    def as_list(self) -> list[Tensor]:
         """In their tensors' dtypes."""
         grads = self.dh, self.dW, self.db, self.dA, self.dB
         return [g.to(t.dtype) for g, t, need in zip(grads, self.like, self.needs, strict=True) if need]

@@ -47,33 +47,33 @@ def kl_to(policy: Head, base: Head, *, chunk_bytes: int = CHUNK_BYTES, batch_inv
     autocast = autocast_dtype(policy.hidden) if isinstance(getattr(policy, "hidden", None), Tensor) else None
     check_heads(policy, base, Head, autocast is not None)
     check_chunk_bytes(chunk_bytes)
-    (tensors, numbers), (others, base_numbers) = as_arguments(policy), as_arguments(base)
-    others = [None if t is None else t.detach() for t in others]
+    (tensors, numbers), (base_tensors, base_numbers) = as_arguments(policy), as_arguments(base)
+    base_tensors = [None if t is None else t.detach() for t in base_tensors]
     call = numbers, base_numbers, (chunk_bytes, bool(batch_invariant), autocast or policy.hidden.dtype)
     if reason is not None and (reason is not FORWARD_MODE or has_tangent(tensors)):
         _stats.op_fell_back(reason)
-        kl = kl_impl.formula(*_arguments(call, tensors, others))
+        kl = kl_impl.formula(*_arguments(call, tensors, base_tensors))
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        kl = _KL.apply(call, others, *tensors)
+        kl = _KL.apply(call, base_tensors, *tensors)
     else:
-        kl, _ = _forward(*_arguments(call, tensors, others))
+        kl, _ = _forward(*_arguments(call, tensors, base_tensors))
     return kl.view(policy.hidden.shape[:-1])
 
 
-def _arguments(call, tensors, others):
+def _arguments(call, tensors, base_tensors):
     """As the op takes them."""
     numbers, base_numbers, rest = call
-    (hidden, *tensors), (base_hidden, *others) = tensors, others
+    (hidden, *tensors), (base_hidden, *base_tensors) = tensors, base_tensors
     flat, base_flat = (h.reshape(-1, h.shape[-1]) for h in (hidden, base_hidden))
-    return flat, *tensors, numbers, base_flat, *others, base_numbers, *rest
+    return flat, *tensors, numbers, base_flat, *base_tensors, base_numbers, *rest
 
 
 class _KL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, others, *tensors):
-        kl, stats = _forward(*_arguments(call, tensors, others))
+    def forward(ctx, call, base_tensors, *tensors):
+        kl, stats = _forward(*_arguments(call, tensors, base_tensors))
         ctx.call = call
-        ctx.save_for_backward(stats, *tensors, *others)
+        ctx.save_for_backward(stats, *tensors, *base_tensors)
         return kl
 
     @staticmethod
@@ -107,9 +107,9 @@ _lib.impl("kl_to_backward", kl_impl.backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("lowrank::kl_to", lib=_lib)
 def _(hidden, *rest):
-    wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+    acc_dtype = torch.float64 if hidden.dtype is torch.float64 else torch.float32
     T = hidden.shape[0]
-    return hidden.new_empty(T, dtype=wide), hidden.new_empty((5, T), dtype=wide)
+    return hidden.new_empty(T, dtype=acc_dtype), hidden.new_empty((5, T), dtype=acc_dtype)
 
 
 @torch.library.register_fake("lowrank::kl_to_backward", lib=_lib)

@@ -24,7 +24,9 @@ def forward(*arguments):
     policy, base, passes, parts = _setup(*arguments)
     hidden = policy.hidden
     with no_autocast(hidden.device):
-        kl, stats = (hidden.new_empty(shape, dtype=policy.wide) for shape in (hidden.shape[0], (5, hidden.shape[0])))
+        kl, stats = (
+            hidden.new_empty(shape, dtype=policy.acc_dtype) for shape in (hidden.shape[0], (5, hidden.shape[0]))
+        )
         for at in parts:
             (z, _), (z0, _) = policy.logits(policy.rows(at)), base.logits(base.rows(at))
             passes.forward(z, z0, policy.scales(at), base.scales(at), kl[at], stats[:, at])
@@ -57,13 +59,13 @@ def backward(dkl, stats, *arguments):
             dz = passes.backward(z, z0, policy.scales(at), base.scales(at), stats[:, at], dkl[at], policy.dz_dtype)
             del z, z0
             grads.add(at, h, t, dz)
-        return grads.found()
+        return grads.as_list()
 
 
 def _setup(*arguments):
     *heads, chunk_bytes, batch_invariant, dtype = arguments
     with no_autocast(heads[0].device):
         policy, base = (Products(*head, dtype, batch_invariant) for head in (heads[:7], heads[7:]))
-    passes = row_passes(policy.hidden.device, policy.wide)
+    passes = row_passes(policy.hidden.device, policy.acc_dtype)
     per_logit = passes.per_logit(policy.dz_dtype, policy.softcap)
     return policy, base, passes, chunks(policy.hidden.shape[0], policy.weight.shape[0], chunk_bytes, per_logit)

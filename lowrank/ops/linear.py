@@ -160,16 +160,16 @@ def linears(x: Tensor, projections: tuple[Projection, ...], shared_mask: bool = 
             or size[0] == 0
             or N == 0
             or B.shape != (N, size[0])
-            or (found := A.dtype) is not B.dtype
-            or (factor_dtype is not None and found is not factor_dtype)
-            or found not in _FLOATS
+            or (A_dtype := A.dtype) is not B.dtype
+            or (factor_dtype is not None and A_dtype is not factor_dtype)
+            or A_dtype not in _FLOATS
             or lora_bias is not None
             or type(scaling) not in _NUMBERS
             or not -_INFINITY < scaling < _INFINITY
             or (grad and not (A.requires_grad and B.requires_grad))
         ):
             return None
-        factor_dtype = found
+        factor_dtype = A_dtype
         outputs += N
         factors += A, B
         scalings.append(scaling)
@@ -266,9 +266,9 @@ def _forward(call, weights, starts, seeds, x, factors):
     """(ys, S of all adapters, keep bits per mask)."""
     dtype, thin_dtype, masks, _, cuts, _, scales, native, _ = call
     if native:
-        made = _in_one_call(x, weights, starts, factors, scales, masks, cuts, seeds, dtype, thin_dtype)
+        outputs = _in_one_call(x, weights, starts, factors, scales, masks, cuts, seeds, dtype, thin_dtype)
         n = len(scales)
-        return tuple(made[:n]), made[n], made[n + 1 :]
+        return tuple(outputs[:n]), outputs[n], outputs[n + 1 :]
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _forward(call, weights, starts, seeds, x, factors)
@@ -320,10 +320,10 @@ def _backward(call, dys, x, S, factors, keeps, weights, need_x):
     return [None if dX is None else dX.view(shape), *chain.from_iterable(zip(dAs, dBs, strict=True))]
 
 
-def _thin(x, weights, others, As, Bs, call):
+def _thin(x, weights, bases_or_dys, As, Bs, call):
     if choice(x.device).backend == "eager":
         return thin_eager
-    return thin_products(x, weights, others, As, Bs, call.thin_dtype, bool(call.ps))
+    return thin_products(x, weights, bases_or_dys, As, Bs, call.thin_dtype, bool(call.ps))
 
 
 def _backward_of_some(call, dys, x, S, factors, keeps, weights, need_x, layers):
@@ -338,9 +338,21 @@ def _backward_of_some(call, dys, x, S, factors, keeps, weights, need_x, layers):
     dys = [None if dy is None else rows_of(dy, dy.dtype) for dy in dys]
     needs = [need_x, *[False] * 2 * n, *live, *live, *[False] * n]
     rest = (
-        x, weights or [None] * n, factors[::2], factors[1::2], [None] * n, S, keeps, scalings, [1] * n, masks, ps, dtype,
-        thin_dtype, needs,
-    )  # fmt: skip
+        x,
+        weights or [None] * n,
+        factors[::2],
+        factors[1::2],
+        [None] * n,
+        S,
+        keeps,
+        scalings,
+        [1] * n,
+        masks,
+        ps,
+        dtype,
+        thin_dtype,
+        needs,
+    )
     if follow:
         grads = lora_impl.differentiable(dys, None, *rest)
     else:

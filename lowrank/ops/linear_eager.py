@@ -19,11 +19,11 @@ def is_small(x, Bs) -> bool:
 def _nothing(like: Tensor) -> Tensor:
     """What addmm starts from under beta = 0, which does not read it."""
     key = like.dtype, like.device
-    found = _nothings.get(key)
-    if found is None:
+    nothing = _nothings.get(key)
+    if nothing is None:
         with torch.inference_mode(False):
-            found = _nothings[key] = like.new_zeros(1)
-    return found
+            nothing = _nothings[key] = like.new_zeros(1)
+    return nothing
 
 
 _nothings: dict[tuple, Tensor] = {}

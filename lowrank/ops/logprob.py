@@ -99,9 +99,9 @@ def with_stats(
     return logp.view(lead), entropy.view(lead), stats
 
 
-def _arguments(numbers, call, targets, hidden, *others):
+def _arguments(numbers, call, targets, hidden, *head):
     """As the op takes them."""
-    return hidden.reshape(-1, hidden.shape[-1]), *others, numbers, targets.reshape(-1), *call
+    return hidden.reshape(-1, hidden.shape[-1]), *head, numbers, targets.reshape(-1), *call
 
 
 class _LinearLogProb(torch.autograd.Function):
@@ -135,15 +135,15 @@ def differentiated(formula, tensors, needs: list[bool], grads) -> list[Tensor | 
     with torch.enable_grad():
         outs = formula()
     wanted = [t for t, need in zip(tensors, needs, strict=False) if need]
-    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=create_graph))
-    return [next(found) if need else None for need in needs]
+    input_grads = iter(torch.autograd.grad(outs, wanted, grads, create_graph=create_graph))
+    return [next(input_grads) if need else None for need in needs]
 
 
 def spread(grads, needs: list[bool], shape) -> list[Tensor | None]:
     """The gradients of hidden, weight, bias, A and B, None where none was asked for; hidden's in its ``shape``."""
-    found = iter(grads)
-    dh, *others = (next(found) if need else None for need in needs)
-    return [None if dh is None else dh.view(shape), *others]
+    grads = iter(grads)
+    dh, *head_grads = (next(grads) if need else None for need in needs)
+    return [None if dh is None else dh.view(shape), *head_grads]
 
 
 def _forward(hidden, *rest):
@@ -162,9 +162,13 @@ _lib.impl("linear_logprob_backward", logprob_impl.backward, "CompositeExplicitAu
 
 @torch.library.register_fake("lowrank::linear_logprob", lib=_lib)
 def _(hidden, *rest):
-    wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+    acc_dtype = torch.float64 if hidden.dtype is torch.float64 else torch.float32
     T = hidden.shape[0]
-    return hidden.new_empty(T, dtype=wide), hidden.new_empty(T, dtype=wide), hidden.new_empty((3, T), dtype=wide)
+    return (
+        hidden.new_empty(T, dtype=acc_dtype),
+        hidden.new_empty(T, dtype=acc_dtype),
+        hidden.new_empty((3, T), dtype=acc_dtype),
+    )
 
 
 @torch.library.register_fake("lowrank::linear_logprob_backward", lib=_lib)

@@ -32,9 +32,9 @@ def forward(*arguments):
     hidden, weight = head[:2]
     with no_autocast(hidden.device):
         products = Products(*head, dtype, batch_invariant)
-        wide, (T, V) = products.wide, (hidden.shape[0], weight.shape[0])
-        logp, entropy, stats = (hidden.new_empty(shape, dtype=wide) for shape in (T, T, (3, T)))
-        passes = row_passes(hidden.device, wide)
+        acc_dtype, (T, V) = products.acc_dtype, (hidden.shape[0], weight.shape[0])
+        logp, entropy, stats = (hidden.new_empty(shape, dtype=acc_dtype) for shape in (T, T, (3, T)))
+        passes = row_passes(hidden.device, acc_dtype)
         for at in chunks(T, V, chunk_bytes, passes.per_logit(products.dz_dtype, products.softcap)):
             z, _ = products.logits(_without(products.rows(at), targets[at] == ignore_index))
             passes.forward(z, targets[at], ignore_index, products.scales(at), logp[at], entropy[at], stats[:, at])
@@ -64,11 +64,11 @@ def formula(*arguments):
 def plain_logits(hidden, weight, bias, A, B, inv_t, numbers, dtype) -> Tensor:
     """z [T, V] in fp32 or wider, after scale, cap and temperature, out of place."""
     scaling, inv_temperature, logit_scale, softcap = numbers
-    wide = torch.promote_types(dtype, torch.float32)
-    h = hidden.to(dtype).to(wide)
-    z = torch.nn.functional.linear(h, weight.to(dtype).to(wide), None if bias is None else bias.to(wide))
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    h = hidden.to(dtype).to(acc_dtype)
+    z = torch.nn.functional.linear(h, weight.to(dtype).to(acc_dtype), None if bias is None else bias.to(acc_dtype))
     if A is not None:
-        z = z + scaling * (h @ A.to(wide).mT) @ B.to(wide).mT
+        z = z + scaling * (h @ A.to(acc_dtype).mT) @ B.to(acc_dtype).mT
     z = z * logit_scale
     z = softcap * (z / softcap).tanh() if softcap else z
     return z * (inv_temperature if inv_t is None else inv_t[:, None])
@@ -81,17 +81,24 @@ def backward(dlogp, dentropy, stats, *arguments):
     with no_autocast(hidden.device):
         products = Products(*head, dtype, batch_invariant)
         grads = Gradients(products, head[:5], needs)
-        passes = row_passes(hidden.device, products.wide)
+        passes = row_passes(hidden.device, products.acc_dtype)
         per_logit = passes.per_logit(products.dz_dtype, products.softcap)
         for at in chunks(hidden.shape[0], weight.shape[0], chunk_bytes, per_logit):
             h = _without(products.rows(at), targets[at] == ignore_index)
             z, t = products.logits(h)
             dz = passes.backward(
-                z, targets[at], ignore_index, products.scales(at), stats[:, at], dlogp[at], dentropy[at], products.dz_dtype
-            )  # fmt: skip
+                z,
+                targets[at],
+                ignore_index,
+                products.scales(at),
+                stats[:, at],
+                dlogp[at],
+                dentropy[at],
+                products.dz_dtype,
+            )
             del z
             grads.add(at, h, t, dz)
-        return grads.found()
+        return grads.as_list()
 
 
 def _without(h: Tensor, ignored: Tensor) -> Tensor:

@@ -118,9 +118,9 @@ def lora_linears(
     """
     n = len(weights)
     biases = [None] * n if biases is None else biases
-    for name, given in (("lora_As", lora_As), ("lora_Bs", lora_Bs), ("scalings", scalings), ("biases", biases)):
-        if len(given) != n:
-            raise ValueError(f"lora_linears: {name} has {len(given)} entries; weights has {n}")
+    for name, values in (("lora_As", lora_As), ("lora_Bs", lora_Bs), ("scalings", scalings), ("biases", biases)):
+        if len(values) != n:
+            raise ValueError(f"lora_linears: {name} has {len(values)} entries; weights has {n}")
     if n == 0:
         return ()
     projections = tuple(
@@ -191,10 +191,22 @@ def general(
         _stats.op_fell_back(reason)
         return tuple(
             lora_impl.formula(
-                x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
-                scalings, counts, masks, ps, dtype, thin_dtype,
+                x,
+                weights,
+                biases,
+                bases,
+                As,
+                Bs,
+                lora_biases,
+                scaling_tensors,
+                scalings,
+                counts,
+                masks,
+                ps,
+                dtype,
+                thin_dtype,
             )
-        )  # fmt: skip
+        )
     seeds = torch.stack(drawn) if drawn else dropout.draw_seeds(len(ps), x.device) if ps else None
     spec = _Spec(tuple(counts), tuple(scalings), tuple(masks), tuple(ps), dtype, thin_dtype)
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
@@ -203,9 +215,22 @@ def general(
         ys = _LoRALinears.apply(spec, layers, x, seeds, *tensors)[: len(weights)]
     else:
         ys, _, _ = _forward(
-            x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
-            spec.scalings, spec.counts, spec.masks, spec.ps, seeds, dtype, thin_dtype,
-        )  # fmt: skip
+            x,
+            weights,
+            biases,
+            bases,
+            As,
+            Bs,
+            lora_biases,
+            scaling_tensors,
+            spec.scalings,
+            spec.counts,
+            spec.masks,
+            spec.ps,
+            seeds,
+            dtype,
+            thin_dtype,
+        )
     return tuple(as_shaped(y, x.shape) for y in ys)
 
 
@@ -239,9 +264,22 @@ class _LoRALinears(torch.autograd.Function):
     def forward(ctx, spec, layers, x, seeds, *tensors):
         weights, biases, bases, As, Bs, lora_biases, scaling_tensors = spec.split(tensors)
         ys, S, keeps = _forward(
-            x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors,
-            spec.scalings, spec.counts, spec.masks, spec.ps, seeds, spec.dtype, spec.thin_dtype,
-        )  # fmt: skip
+            x,
+            weights,
+            biases,
+            bases,
+            As,
+            Bs,
+            lora_biases,
+            scaling_tensors,
+            spec.scalings,
+            spec.counts,
+            spec.masks,
+            spec.ps,
+            seeds,
+            spec.dtype,
+            spec.thin_dtype,
+        )
         keeps = seeds.unbind() if dropout.are_drawn(seeds) else keeps
         _, _, need_x, _, *needs = ctx.needs_input_grad
         n, a = len(weights), len(As)
@@ -256,8 +294,11 @@ class _LoRALinears(torch.autograd.Function):
             x if keep_x else None,
             S if need_B else None,
             *(weights if need_x else [None] * n),
-            *As, *Bs, *scaling_tensors, *(keeps if need_x or need_A else ()),
-        )  # fmt: skip
+            *As,
+            *Bs,
+            *scaling_tensors,
+            *(keeps if need_x or need_A else ()),
+        )
         return (*ys, S) if ctx.linked else tuple(ys)
 
     @staticmethod
@@ -270,9 +311,20 @@ class _LoRALinears(torch.autograd.Function):
         _, _, need_x, _, *flags = ctx.needs_input_grad
         needs = [need_x, *flags[: 2 * n], *flags[3 * n : 3 * n + 3 * a]]
         rest = (
-            x, weights, As, Bs, scaling_tensors, S, keeps,
-            spec.scalings, spec.counts, spec.masks, spec.ps, spec.dtype, spec.thin_dtype,
-        )  # fmt: skip
+            x,
+            weights,
+            As,
+            Bs,
+            scaling_tensors,
+            S,
+            keeps,
+            spec.scalings,
+            spec.counts,
+            spec.masks,
+            spec.ps,
+            spec.dtype,
+            spec.thin_dtype,
+        )
         live = [dy is not None for dy in dys]
         if not any(live) and dS is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -280,14 +332,14 @@ class _LoRALinears(torch.autograd.Function):
         if follow:
             _stats.op_fell_back(DIFFERENTIABLE, alive(ctx.layers))
         if follow or dS is not None:
-            found = lora_impl.differentiable(dys, dS, *rest, needs)
+            needed = lora_impl.differentiable(dys, dS, *rest, needs)
         else:
             if not all(live):  # what a projection that nobody used is made of gets None
                 owned = [it for it, count in zip(live, spec.counts, strict=True) for _ in range(count)]
                 needs = [need and it for need, it in zip(needs, [True, *live * 2, *owned * 3], strict=True)]
-            found = _backward(list(dys), *rest, needs)
-        found = iter(found)
-        dx, *grads = [next(found) if need else None for need in needs]
+            needed = _backward(list(dys), *rest, needs)
+        needed = iter(needed)
+        dx, *grads = [next(needed) if need else None for need in needs]
         dx = None if dx is None else dx.view(x_shape)
         dbases = [
             dy.view(*x_shape[:-1], dy.shape[1]) if need and dy is not None else None
@@ -343,12 +395,12 @@ def _(
 @torch.library.register_fake("lowrank::lora_linears_backward", lib=_lib)
 def _(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, masks, ps, dtype, thin_dtype, needs):
     K = next(t for t in (x, *As, *weights) if t is not None).shape[-1]
-    wide = torch.promote_types(thin_dtype, torch.float32)
+    acc_dtype = torch.promote_types(thin_dtype, torch.float32)
     owners = [dy for dy, count in zip(dys, counts, strict=True) for _ in range(count)]
     some = next(dy for dy in dys if dy is not None)
     grads = [some.new_empty((some.shape[0], K), dtype=dtype)]
     grads += [None if dy is None else dy.new_empty((dy.shape[1], K)) for dy in dys]
-    grads += [None if dy is None else dy.new_empty(dy.shape[1], dtype=wide) for dy in dys]
+    grads += [None if dy is None else dy.new_empty(dy.shape[1], dtype=acc_dtype) for dy in dys]
     grads += [factor.new_empty(factor.shape) for factor in (*As, *Bs)]
-    grads += [None if dy is None else dy.new_empty(dy.shape[1], dtype=wide) for dy in owners]
+    grads += [None if dy is None else dy.new_empty(dy.shape[1], dtype=acc_dtype) for dy in owners]
     return [grad for grad, need in zip(grads, needs, strict=True) if need]

@@ -16,12 +16,14 @@ from ._dispatch import in_kernels
 from .thin_eager import add_product_, times
 
 
-def thin_products(x, weights, others, As, Bs, thin_dtype, has_dropout) -> ModuleType:
-    """thin_eager.py or kernels/thin.py for one call.  ``others``: base outputs [..., N] or gradients [M, N], or None."""
-    activations = [t for t in (x, *others) if t is not None]
+def thin_products(x, weights, bases_or_dys, As, Bs, thin_dtype, has_dropout) -> ModuleType:
+    """thin_eager.py or kernels/thin.py for one call.  ``bases_or_dys``: each [..., N] or [M, N], or None."""
+    activations = [t for t in (x, *bases_or_dys) if t is not None]
     if not As or not activations:
         return thin_eager
-    widths = [t.shape[-1] if weight is None else weight.shape[0] for t, weight in zip(others, weights, strict=True)]
+    widths = [
+        t.shape[-1] if weight is None else weight.shape[0] for t, weight in zip(bases_or_dys, weights, strict=True)
+    ]
     rows = activations[0].numel() // max(activations[0].shape[-1], 1)
     if rows == 0 or 0 in widths:
         return thin_eager
@@ -34,8 +36,22 @@ def thin_products(x, weights, others, As, Bs, thin_dtype, has_dropout) -> Module
 
 
 def forward(
-    x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors, scalings, counts, masks, ps, seeds, dtype, thin_dtype
-):  # fmt: skip
+    x,
+    weights,
+    biases,
+    bases,
+    As,
+    Bs,
+    lora_biases,
+    scaling_tensors,
+    scalings,
+    counts,
+    masks,
+    ps,
+    seeds,
+    dtype,
+    thin_dtype,
+):
     with no_autocast(x.device):
         x = rows_of(x, dtype)
         thin = thin_products(x, weights, bases, As, Bs, thin_dtype, bool(ps))
@@ -47,7 +63,7 @@ def forward(
             S, keeps = thin.shrink(x, As, thin_dtype, masks, [dropout.threshold(p) for p in ps], seeds)
 
         ys = []
-        for i, (mine, columns) in enumerate(_spans(counts, As)):
+        for i, (span, columns) in enumerate(_spans(counts, As)):
             weight, base = weights[i], bases[i]
             constants = [] if biases[i] is None else [biases[i]]
             if counts[i] and weight is not None and may_overflow(dtype, thin_dtype):
@@ -55,7 +71,7 @@ def forward(
                 constants = []
             constants += [
                 times(lora_biases[j].to(thin_dtype), scalings[j], scaling_tensors[j])
-                for j in range(mine.start, mine.stop)
+                for j in range(span.start, span.stop)
                 if lora_biases[j] is not None
             ]
             if base is not None:
@@ -67,7 +83,7 @@ def forward(
                 start, weight = torch.nn.functional.linear(x, weight.to(dtype), start), None
             out_dtype = dtype if base is None else base.dtype
             if counts[i]:
-                y = thin.expand(S[:, columns], Bs[mine], scales[mine], scaling_tensors[mine], start, out_dtype)
+                y = thin.expand(S[:, columns], Bs[span], scales[span], scaling_tensors[span], start, out_dtype)
                 ys.append(y if weight is None else y.addmm_(x, weight.to(dtype).mT))
             else:
                 start = None if start is None else start.to(dtype)
@@ -84,33 +100,35 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
         need_x, need_dS = need_x[0], need_x[0] or any(need_A)
         dys = [None if dy is None else dense(dy) for dy in dys]
         x = None if x is None else rows_of(x, dtype)
-        live, theirs = dys, weights
+        live_dys, live_weights = dys, weights
         if len(whole) < n:
-            live, theirs = zip(*(pair for pair in zip(dys, weights, strict=True) if pair[0] is not None), strict=True)
-        thin = thin_products(x, theirs, live, As, Bs, thin_dtype, bool(ps))
+            live_dys, live_weights = zip(
+                *(pair for pair in zip(dys, weights, strict=True) if pair[0] is not None), strict=True
+            )
+        thin = thin_products(x, live_weights, live_dys, As, Bs, thin_dtype, bool(ps))
         scalings, scaling_tensors = _on_device(scalings, scaling_tensors, some.device)
         scales = _scales(scalings, masks, ps)
 
         dW, db, dlb = [None] * n, [None] * n, [None] * a
         dS: list[Tensor] = [None] * a
         dB: list[Tensor] = [None] * a
-        for i, (mine, columns) in enumerate(_spans(counts, As)):
+        for i, (span, columns) in enumerate(_spans(counts, As)):
             if dys[i] is None:
                 continue
             if need_W[i]:
                 dW[i] = dys[i].mT @ x
-            if need_b[i] or any(need_lb[mine]):
+            if need_b[i] or any(need_lb[span]):
                 db[i] = dys[i].sum(0, dtype=torch.promote_types(thin_dtype, torch.float32))
-                for j in range(mine.start, mine.stop):
+                for j in range(span.start, span.stop):
                     dlb[j] = times(db[i], scalings[j], scaling_tensors[j])
-            if counts[i] and (need_dS or any(need_B[mine])):
-                dS[mine], dB[mine] = thin.dy_pass(
+            if counts[i] and (need_dS or any(need_B[span])):
+                dS[span], dB[span] = thin.dy_pass(
                     dys[i],
-                    Bs[mine],
-                    scales[mine],
-                    scaling_tensors[mine],
-                    S[:, columns] if any(need_B[mine]) else None,
-                    need_B[mine],
+                    Bs[span],
+                    scales[span],
+                    scaling_tensors[span],
+                    S[:, columns] if any(need_B[span]) else None,
+                    need_B[span],
                     need_dS,
                     thin_dtype,
                 )
@@ -123,12 +141,12 @@ def backward(dys, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, count
         started = first and add_base(dX, dys, weights, False)
         used = [j for j in range(a) if dS[j] is not None]
         if used:
-            mine = dS, As, need_A, masks
+            arguments = dS, As, need_A, masks
             if len(used) < a:
-                mine = [[of[j] for j in used] for of in mine]
-            *mine, masks = mine
-            found = thin.x_pass(x if any(need_A) else None, *mine, dX, masks, keeps, add=started)
-            for j, grad in zip(used, found, strict=True):
+                arguments = [[of[j] for j in used] for of in arguments]
+            *arguments, masks = arguments
+            grads = thin.x_pass(x if any(need_A) else None, *arguments, dX, masks, keeps, add=started)
+            for j, grad in zip(used, grads, strict=True):
                 dA[j] = grad
             started = True
         if need_x and not first:
@@ -160,7 +178,7 @@ def add_base(dX, dys, weights, started: bool) -> bool:
 
 def formula(
     x, weights, biases, bases, As, Bs, lora_biases, scaling_tensors, scalings, counts, masks, ps, dtype, thin_dtype
-):  # fmt: skip
+):
     """:func:`forward`'s ys, in x's leading shape and in operations that torch.func, forward mode and tracers follow.
 
     Dropout is torch's own, which vmap knows how to draw.
@@ -171,13 +189,13 @@ def formula(
         dropped = [torch.nn.functional.dropout(wide, p) for p in ps]
         scalings, scaling_tensors = _on_device(scalings, scaling_tensors, x.device)
         ys = []
-        for i, (mine, _) in enumerate(_spans(counts, As)):
+        for i, (span, _) in enumerate(_spans(counts, As)):
             bias = None if biases[i] is None else biases[i].to(dtype)
             y = bases[i]
             if y is None:
                 y = torch.nn.functional.linear(x, weights[i].to(dtype), bias)
             out_dtype = y.dtype
-            for j in range(mine.start, mine.stop):
+            for j in range(span.start, span.stop):
                 S = (wide if masks[j] < 0 else dropped[masks[j]]) @ As[j].to(thin_dtype).mT
                 constant = None if lora_biases[j] is None else lora_biases[j].to(thin_dtype)
                 term = torch.nn.functional.linear(S, Bs[j].to(thin_dtype), constant)
@@ -188,7 +206,7 @@ def formula(
 
 def differentiable(
     dys, dS, x, weights, As, Bs, scaling_tensors, S, keeps, scalings, counts, masks, ps, dtype, thin_dtype, needs
-):  # fmt: skip
+):
     """:func:`backward`'s gradients in out-of-place operations, which autograd and vmap follow.  A dy may be None.
 
     S is computed again from x where x or A has a graph; without x it is a constant, or an output of the node, which ``dS`` is
@@ -207,15 +225,15 @@ def differentiable(
         handed = [None] * a if dS is None else dS.split(ranks, 1)
         dX, low, dW, db = None, None, [None] * n, [None] * n
         dA, dB, dlb = [None] * a, [None] * a, [None] * a
-        for i, (mine, _) in enumerate(_spans(counts, As)):
+        for i, (span, _) in enumerate(_spans(counts, As)):
             dy = dys[i]
             if dy is not None and need_x[0] and weights[i] is not None:
                 dX = plus(dX, dy @ weights[i].to(dtype))
             if dy is not None and need_W[i]:
                 dW[i] = dy.mT @ x
-            if dy is not None and (need_b[i] or any(need_lb[mine])):
+            if dy is not None and (need_b[i] or any(need_lb[span])):
                 db[i] = dy.sum(0, dtype=torch.promote_types(thin_dtype, torch.float32))
-            for j in range(mine.start, mine.stop):
+            for j in range(span.start, span.stop):
                 scaled = None if dy is None else times(dy.to(thin_dtype), scales[j], scaling_tensors[j])
                 if scaled is not None and need_B[j]:
                     dB[j] = scaled.mT @ (parts[j] if constant else drop(wide, masks[j]) @ As[j].to(thin_dtype).mT)
@@ -264,8 +282,8 @@ def _spans(counts, As) -> list[tuple[slice, slice]]:
 
 def runs(items, sizes) -> list[list]:
     """Consecutive runs of the given sizes."""
-    found, start = [], 0
+    lists, start = [], 0
     for size in sizes:
-        found.append(list(items[start : start + size]))
+        lists.append(list(items[start : start + size]))
         start += size
-    return found
+    return lists

@@ -30,13 +30,13 @@ def materialize(weight, A, m, B, *, out=None, changed=None):
     if not isinstance(weight, (list, tuple)):
         return run(*_check(weight, A, m, B, out, changed))
     n = len(weight)
-    given = {"A": A, "m": m, "B": B, "out": [None] * n if out is None else out}
-    given["changed"] = [None] * n if changed is None else changed
-    for name, values in given.items():
+    lists = {"A": A, "m": m, "B": B, "out": [None] * n if out is None else out}
+    lists["changed"] = [None] * n if changed is None else changed
+    for name, values in lists.items():
         if not isinstance(values, (list, tuple)) or len(values) != n:
             got = f"{len(values)} entries" if isinstance(values, (list, tuple)) else type(values).__name__
             raise ValueError(f"materialize: expected {name} to be a list of {n} like weight, got {got}")
-    calls = [_check(*arguments) for arguments in zip(weight, *given.values(), strict=True)]
+    calls = [_check(*arguments) for arguments in zip(weight, *lists.values(), strict=True)]
     if not torch.compiler.is_compiling():
         for w, a, scale, b, o, _ in calls:
             refuse_overlap(o, w, a, scale, b)

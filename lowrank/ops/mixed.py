@@ -27,9 +27,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return f"no fp32 products of {dtype} on {device.type}"
-    made = choice(device)
-    if not made.native:
-        return _native.why_not("cpu") or made.reason
+    chosen = choice(device)
+    if not chosen.native:
+        return _native.why_not("cpu") or chosen.reason
     return "this CPU has no AVX512-BF16, or LOWRANK_ISA leaves it out"
 
 
@@ -45,13 +45,13 @@ def _has_bf16() -> bool:
     return torch.ops.lowrank.has_mixed_mm()
 
 
-def mm(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """a @ b in ``wide``, fp32 or fp64; either may be 16-bit."""
+def mm(a: Tensor, b: Tensor, acc_dtype: torch.dtype) -> Tensor:
+    """a @ b in ``acc_dtype``, fp32 or fp64; either may be 16-bit."""
     if a.dtype is not b.dtype or not takes(a.device, a.dtype):
-        return a.to(wide) @ b.to(wide)
+        return a.to(acc_dtype) @ b.to(acc_dtype)
     if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=wide)
-    out = a.new_empty((a.shape[0], b.shape[1]), dtype=wide)
+        return torch.mm(a, b, out_dtype=acc_dtype)
+    out = a.new_empty((a.shape[0], b.shape[1]), dtype=acc_dtype)
     torch.ops.lowrank.mixed_mm_(out, a, b, False)
     return out
 

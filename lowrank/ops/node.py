@@ -95,14 +95,14 @@ def recall(ctx, remembered: tuple | None) -> tuple[torch.Tensor | None, ...]:
         if x is None or x._version == version or "graph a second time" in str(error):
             raise
         raise RuntimeError(hand_over(layers)) from error
-    found = saved[0]
-    if found is not None and found._version != version and (again or _is_same(ref(), found)):
+    saved_x = saved[0]
+    if saved_x is not None and saved_x._version != version and (again or _is_same(ref(), saved_x)):
         raise RuntimeError(hand_over(layers))
     return saved
 
 
-def _is_same(x: torch.Tensor | None, found: torch.Tensor) -> bool:
-    return x is not None and x.data_ptr() == found.data_ptr()
+def _is_same(x: torch.Tensor | None, saved: torch.Tensor) -> bool:
+    return x is not None and x.data_ptr() == saved.data_ptr()
 
 
 def alive(layers) -> list:

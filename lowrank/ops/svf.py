@@ -8,7 +8,7 @@ own autograd.  Transformer² (Sun, Cetin, Tang 2025, arXiv 2501.06252).
 
 Schemas live here, so that a machine without a GPU traces every op.  Autograd is a plain Function outside the op.
 
-Files: svf_impl.py, svf_eager.py, svf_wide.py, kernels/svf.py; tests/ops/test_svf.py; bench svf_linear.
+Files: svf_impl.py, svf_eager.py, svf_large_k.py, kernels/svf.py; tests/ops/test_svf.py; bench svf_linear.
 """
 
 import math
@@ -89,9 +89,16 @@ def svf_linear(
 
 
 def cheapest(
-    N: int, K: int, k: int, rows: int, *, weight: bool = True, mixed: bool = False, training: bool = True,
+    N: int,
+    K: int,
+    k: int,
+    rows: int,
+    *,
+    weight: bool = True,
+    mixed: bool = False,
+    training: bool = True,
     cached: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """The mode with the fewest FLOPs for ``rows`` rows between two changes of z; ties go to the earlier of the table.
 
         delta        2 NK + 2 k(N+K) per row forward, as many backward; the only one below k = min(N, K)
@@ -210,11 +217,11 @@ class _SVFLinear(torch.autograd.Function):
         if follow := must_follow((dy, dS)):
             _stats.op_fell_back(DIFFERENTIABLE)
         if follow or dy is None or dS is not None:
-            found = iter(svf_impl.differentiable(dy, dS, *arguments))
+            grads = iter(svf_impl.differentiable(dy, dS, *arguments))
         else:
             run = svf_impl.backward if is_plain(dy) else torch.ops.lowrank.svf_linear_backward.default
-            found = iter(run(dy, *arguments))
-        dx, dW, db, dscales, dmix = (next(found) if need else None for need in needs)
+            grads = iter(run(dy, *arguments))
+        dx, dW, db, dscales, dmix = (next(grads) if need else None for need in needs)
         dx = None if dx is None else dx.view(x_shape)
         dbase = dy.view(*x_shape[:-1], dy.shape[1]) if need_base and dy is not None else None
         return None, dx, dW, db, dbase, None, None, dscales, dmix

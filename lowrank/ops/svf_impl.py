@@ -7,7 +7,8 @@
 m is ``scales`` [k], the same for every row, or ``mix @ scales`` with mix [M,E] and scales [E,k], which is never written to
 memory as a whole.  h is not either: dscales = Σ_t h (or mixᵀ h) and dmix = h scalesᵀ are summed on the way.
 Up to _dispatch.MAX_RANK columns kernels/svf.py does both thin products and their scales in one pass over the activations each;
-beyond (svf_wide.py) the products are GEMMs and only the passes over [M,k] are kernels; svf_eager.py is all of it in PyTorch.
+beyond (svf_large_k.py) the products are GEMMs and only the passes over [M,k] are kernels; svf_eager.py is all of it in
+PyTorch.
 """
 
 from types import ModuleType
@@ -15,21 +16,21 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import svf_eager, svf_wide
+from . import svf_eager, svf_large_k
 from ._boundary import dense, no_autocast, plus, rows_of
 from ._dispatch import MAX_RANK, in_kernels
 from .lora_impl import may_overflow
 from .thin_eager import add_product_
 
 
-def svf_products(x, other, A, B, thin_dtype) -> ModuleType:
-    """kernels/svf.py, svf_eager.py or svf_wide.py for one call.  ``other``: a base output, or a backward's saved x, or None."""
+def svf_products(x, base_or_x, A, B, thin_dtype) -> ModuleType:
+    """kernels/svf.py, svf_eager.py or svf_large_k.py for one call.  ``base_or_x``: a base output, or a backward's x."""
     sizes = x.shape[0], A.shape[1], B.shape[0], x.dtype, (A, B), thin_dtype, False
-    activations = [t for t in (x, other) if t is not None]
+    activations = [t for t in (x, base_or_x) if t is not None]
     if x.shape[0] == 0 or not in_kernels(activations, min(A.shape[0], MAX_RANK), thin_dtype, sizes):
         return svf_eager
     if A.shape[0] > MAX_RANK:
-        return svf_wide
+        return svf_large_k
     from ..kernels import svf
 
     return svf

@@ -281,7 +281,9 @@ def _scaled(S: Tensor | None, Bs, scales, scale_tensors) -> tuple[Tensor | None,
     if S is None:
         return None, 1.0
     parts = S.split([B.shape[1] for B in Bs], 1)
-    return _joined([times(*each) for each in zip(parts, scales, scale_tensors, strict=True)], S.dtype, 1), 1.0
+    return _joined(
+        [times(part, s, t) for part, s, t in zip(parts, scales, scale_tensors, strict=True)], S.dtype, 1
+    ), 1.0
 
 
 def _mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:

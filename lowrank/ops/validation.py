@@ -121,11 +121,11 @@ def check_svf(x, weight, factors, z, bias, mix, mode, normalize, autocast: bool)
 
 
 def _check_z(z, k: int, mix, x: torch.Tensor) -> None:
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    acc_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     for name, t in (("z", z), ("mix", mix)):
         if t is not None or name == "z":
             check_tensor(name, t, x)
-            if t.dtype not in (torch.float32, wide):
+            if t.dtype not in (torch.float32, acc_dtype):
                 raise TypeError(f"{name}: expected torch.float32 (16 bits hold six values near 0.5), got {t.dtype}")
     if mix is None:
         if z.shape != (k,):
