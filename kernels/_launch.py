@@ -106,35 +106,36 @@ def layouts(tensors) -> tuple[Layout | None, ...]:
 class Plan:
     """One launch.  A kernel's parameters are, in this order: pointers, floats, integers, constants.
 
-    ``given``: per pointer its tensor's Layout, or None; ``float`` per float; or a tuple of these.  A call brings as many.
+    ``arguments``: per pointer its tensor's Layout, or None; ``float`` per float; or a tuple of these.  A call brings as
+    many.
     """
 
     kernel: triton.JITFunction
     grid: tuple[int, ...]
-    given: tuple
+    arguments: tuple
     integers: tuple  # or tuples of integers
     constants: dict[str, Any]  # by name: constexpr parameters, and num_warps, num_stages
 
     def __post_init__(self):
         self.launch = self.kernel[self.grid]
-        tensors = [leaf for leaf in flat(self.given) if leaf is not float]
-        self.tensors, self.floats = len(tensors), flat(self.given).count(float)
+        tensors = [leaf for leaf in flat(self.arguments) if leaf is not float]
+        self.tensors, self.floats = len(tensors), flat(self.arguments).count(float)
         self.device = tensors[0].device
         self.several = self.device.type == "cuda" and torch.cuda.device_count() > 1  # another may be the current one
         self.compiled = None  # what Triton's launch returns; from the second on, _host.register's handle stands for it
         self.handle = 0
 
 
-def run(plan: Plan, *given) -> None:
-    """Launch on the current stream; ``given``: as plan.given has them."""
+def run(plan: Plan, *arguments) -> None:
+    """Launch on the current stream; ``arguments``: as plan.arguments has them."""
     if plan.several and torch.cuda.current_device() != plan.device.index:
         with torch.cuda.device(plan.device):
-            run(plan, *given)
+            run(plan, *arguments)
     elif plan.handle and not _hooked():
-        leaves = flat(given)
+        leaves = flat(arguments)
         _host.launch(plan.handle, leaves[: plan.tensors], leaves[plan.tensors :])
     else:
-        compiled = plan.launch(*given, *plan.integers, **plan.constants)
+        compiled = plan.launch(*arguments, *plan.integers, **plan.constants)
         if compiled is not plan.compiled:
             plan.compiled, plan.handle = compiled, _host.register(plan, compiled)
 
@@ -145,9 +146,9 @@ def _hooked() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def dot_kind(wide: torch.dtype, thin: torch.dtype) -> str:
+def dot_kind(wide_dtype: torch.dtype, thin_dtype: torch.dtype) -> str:
     """What dots a thin product takes: "same" 16-bit dtype, "split" (fp32 over 16 bits), or "fp32"."""
-    return "fp32" if wide is torch.float32 else "same" if wide is thin else "split"
+    return "fp32" if wide_dtype is torch.float32 else "same" if wide_dtype is thin_dtype else "split"
 
 
 def precision(kind: str, matmul: str, gpu: GPU) -> str:
@@ -160,15 +161,17 @@ def precision(kind: str, matmul: str, gpu: GPU) -> str:
     return "tf32" if kind == "fp32" and matmul != "highest" else "ieee"
 
 
-def check(name: str, wide: Layout, thin: torch.dtype, factors, ranks) -> None:
+def check(name: str, wide: Layout, thin_dtype: torch.dtype, factors, ranks) -> None:
     """Raise ValueError on what the thin kernels do not take: dtypes, ranks, devices, a strided last dim of ``wide``."""
     for t in (wide, *factors):
         if t.dtype not in DTYPES:
             raise ValueError(f"{name}: expected fp16, bf16 or fp32, got {t.dtype}")
         if t.device != wide.device:
             raise ValueError(f"{name}: tensors on {wide.device} and {t.device}")
-    if thin not in (wide.dtype, torch.float32):
-        raise ValueError(f"{name}: thin products in {thin} over {wide.dtype}; expected {wide.dtype} or torch.float32")
+    if thin_dtype not in (wide.dtype, torch.float32):
+        raise ValueError(
+            f"{name}: thin products in {thin_dtype} over {wide.dtype}; expected {wide.dtype} or torch.float32"
+        )
     if wide.strides[-1] != 1 and wide.shape[-1] > 1:
         raise ValueError(f"{name}: the last dim must be contiguous, got strides {wide.strides}")
     for rank in ranks:
@@ -182,9 +185,9 @@ def pad_rank(rank: int) -> int:
 
 def batches(ranks, width: int) -> list[slice]:
     """Consecutive adapters that one launch takes: together at most ``width`` padded columns, or a single adapter."""
-    found, start = [], 0
+    slices, start = [], 0
     for j in range(1, len(ranks) + 1):
         if j == len(ranks) or (j + 1 - start) * pad_rank(max(ranks[start : j + 1])) > width:
-            found.append(slice(start, j))
+            slices.append(slice(start, j))
             start = j
-    return found
+    return slices

@@ -15,12 +15,12 @@ __all__ = ["drop", "dy_pass", "expand", "gain_dy", "norm", "shrink", "x_pass"]
 
 def norm(W, A, B, alone=False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """‖W + B A‖ of each row, and with ``alone`` ‖W‖, the same bits where B is 0."""
-    wide, B = A.to(B.dtype), B.contiguous()
-    found = dora_norm(W, A, B, B @ (wide @ wide.mT), alone=alone)
+    A_cast, B = A.to(B.dtype), B.contiguous()
+    squares = dora_norm(W, A, B, B @ (A_cast @ A_cast.mT), alone=alone)
     if not alone:
-        return found.sum(0).clamp_(min=0).sqrt_()
-    parts, squares = found
-    return parts.sum(0).clamp_(min=0).sqrt_(), squares.sum(0).sqrt_()
+        return squares.sum(0).clamp_(min=0).sqrt_()
+    merged, base = squares
+    return merged.sum(0).clamp_(min=0).sqrt_(), base.sum(0).sqrt_()
 
 
 def expand(S, B, v, gain, bias, base=None) -> torch.Tensor:

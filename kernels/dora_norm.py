@@ -42,11 +42,28 @@ def pick_config(N: int, K: int, block_r: int, kind: str, sms: int) -> Config:
 
 @triton.jit
 def _dora_norm_kernel(
-    w_ptr, a_ptr, b_ptr, bg_ptr, out_ptr, squares_ptr, N, K, R, K_SPLIT,
-    stride_wn, stride_ar, stride_ak, stride_bn, stride_bgn,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, R_BLOCKS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    bg_ptr,
+    out_ptr,
+    squares_ptr,
+    N,
+    K,
+    R,
+    K_SPLIT,
+    stride_wn,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_bgn,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     pid_r = tl.program_id(0) % R_BLOCKS  # programs that share W run side by side
     offs_n = (tl.program_id(0) // R_BLOCKS).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -69,8 +86,8 @@ def _dora_norm_kernel(
             other=0.0,
         )
         acc = dot(w, cast(a, DTYPE).T, acc, PRECISION)
-        wide = w.to(tl.float32)
-        square += tl.sum(wide * wide, 1)
+        w32 = w.to(tl.float32)
+        square += tl.sum(w32 * w32, 1)
 
     mask = mask_n[:, None] & mask_r[None, :]
     b = tl.load(b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :], mask=mask, other=0.0)
@@ -117,10 +134,16 @@ def plan(
         (W, A, B, BG, parts, parts if alone else None),
         (N, K, R, k_split, W.strides[0], *A.strides, B.strides[0], BG.strides[0]),
         dict(
-            BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=r_blocks,
-            DTYPE=DTYPES[thin], PRECISION=precision(how, matmul, gpu), num_warps=c.num_warps, num_stages=c.num_stages,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            BLOCK_R=block_r,
+            R_BLOCKS=r_blocks,
+            DTYPE=DTYPES[thin],
+            PRECISION=precision(how, matmul, gpu),
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
         ),
-    )  # fmt: skip
+    )
     return parts.shape, launch
 
 

@@ -24,8 +24,17 @@ class Config:
 
 @triton.jit
 def _drop_kernel(
-    t_ptr, keep_ptr, out_ptr, M, K, stride_tm, stride_om, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
+    t_ptr,
+    keep_ptr,
+    out_ptr,
+    M,
+    K,
+    stride_tm,
+    stride_om,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_b = tl.program_id(1) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
@@ -48,9 +57,11 @@ def _drop_kernel(
 def plan(t: Layout, keep: Layout, out: Layout | None, config: Config | None = None) -> Plan | None:
     """Of :func:`drop`; None where t is empty."""
     M, K = t.shape
-    for each in (t, out or t):
-        if each.dtype not in DTYPES or each.dtype is not t.dtype or (each.strides[1] != 1 and K > 1):
-            raise ValueError(f"drop: expected fp16, bf16 or fp32, last dim contiguous, got {each.dtype} {each.strides}")
+    for operand in (t, out or t):
+        if operand.dtype not in DTYPES or operand.dtype is not t.dtype or (operand.strides[1] != 1 and K > 1):
+            raise ValueError(
+                f"drop: expected fp16, bf16 or fp32, last dim contiguous, got {operand.dtype} {operand.strides}"
+            )
     if keep.shape != (M, triton.cdiv(K, 32)) or keep.dtype is not torch.int32 or not keep.contiguous:
         raise ValueError(
             f"drop: expected contiguous int32 keep bits [{M}, {triton.cdiv(K, 32)}], got {list(keep.shape)}"

@@ -60,11 +60,33 @@ def one_pass_pays(M: int, N: int, R: int, dtype: torch.dtype, thin_dtype: torch.
 
 @triton.jit
 def _dy_pass_kernel(
-    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, scale_ptr, scale,
-    R, M, N, ROWS, stride_dym, stride_bn, stride_br, stride_sm, stride_dsm, stride_dsg, stride_dbn, stride_dbc,
-    PER_COLUMN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    b_ptr,
+    s_ptr,
+    ds_ptr,
+    db_ptr,
+    scale_ptr,
+    scale,
+    R,
+    M,
+    N,
+    ROWS,
+    stride_dym,
+    stride_bn,
+    stride_br,
+    stride_sm,
+    stride_dsm,
+    stride_dsg,
+    stride_dbn,
+    stride_dbc,
+    PER_COLUMN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     first_n = tl.program_id(1).to(tl.int64) * (BLOCKS * BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
@@ -177,15 +199,24 @@ def _one_pass(dY, B, S, dS, dB, scale_tensor, matmul, c, gpu) -> OnePass:
         (R, M, N, rows, dY.strides[0], *B.strides, S.strides[0], (ds or dS).strides[-2], M * R, R, N * R),
         dict(
             PER_COLUMN=scale_tensor is not None and len(scale_tensor.shape) == 1,
-            BLOCKS=c.blocks, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=pad_rank(R), DTYPE=DTYPES[dS.dtype],
+            BLOCKS=c.blocks,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            BLOCK_R=pad_rank(R),
+            DTYPE=DTYPES[dS.dtype],
             PRECISION=precision(dot_kind(dY.dtype, dS.dtype), matmul, gpu),
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
         ),
-    )  # fmt: skip
+    )
     return OnePass(
-        dS.shape, launch, ds and ds.shape, db and db.shape,
-        ds and _reduce.plan(groups, M * R, (dS,)), db and _reduce.plan(chunks, N * R, (dB,)),
-    )  # fmt: skip
+        dS.shape,
+        launch,
+        ds and ds.shape,
+        db and db.shape,
+        ds and _reduce.plan(groups, M * R, (dS,)),
+        db and _reduce.plan(chunks, N * R, (dB,)),
+    )
 
 
 def dy_pass(
@@ -206,9 +237,16 @@ def dy_pass(
     Raises: ValueError before anything is launched (see _launch.check).
     """
     p = plan(
-        layout(dY), layouts(Bs), layouts(scale_tensors), layout(S), tuple(need_dB), need_dS, dtype,
-        torch.get_float32_matmul_precision(), config,
-    )  # fmt: skip
+        layout(dY),
+        layouts(Bs),
+        layouts(scale_tensors),
+        layout(S),
+        tuple(need_dB),
+        need_dS,
+        dtype,
+        torch.get_float32_matmul_precision(),
+        config,
+    )
     dS = dY.new_empty(p.dS, dtype=dtype) if need_dS else None
     if type(p) is OnePass:
         return [dS], [_run_one_pass(p, dY, Bs[0], S, dS, scale_tensors[0], scales[0])]

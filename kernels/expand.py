@@ -39,11 +39,35 @@ def pick_config(M: int, N: int, block_r: int, kind: str) -> Config:
 
 @triton.jit
 def _expand_kernel(
-    s_ptrs, b_ptrs, bias_ptr, start_ptr, y_ptr, keep_ptrs, scale_ptrs, mix_ptr, gain_ptr, base_ptr, scales,
-    ranks, M, N, strides_sm, strides_bn, strides_br, stride_startm, stride_ym, E, stride_basem,
-    PER_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    R_PADDED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    s_ptrs,
+    b_ptrs,
+    bias_ptr,
+    start_ptr,
+    y_ptr,
+    keep_ptrs,
+    scale_ptrs,
+    mix_ptr,
+    gain_ptr,
+    base_ptr,
+    scales,
+    ranks,
+    M,
+    N,
+    strides_sm,
+    strides_bn,
+    strides_br,
+    stride_startm,
+    stride_ym,
+    E,
+    stride_basem,
+    PER_COLUMN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    R_PADDED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
@@ -159,17 +183,29 @@ def plan(
         (triton.cdiv(M, c.block_m), triton.cdiv(N, c.block_n)),
         (S, Bs, bias, matrix, Y, keeps, scale_tensors, mix, gain, base, (float,) * len(S)),
         (
-            ranks, M, N, tuple(s.strides[0] for s in S), tuple(B.strides[0] for B in Bs), tuple(B.strides[1] for B in Bs),
-            0 if matrix is None else matrix.strides[0], Y.strides[0], 0 if mix is None else mix.shape[1],
+            ranks,
+            M,
+            N,
+            tuple(s.strides[0] for s in S),
+            tuple(B.strides[0] for B in Bs),
+            tuple(B.strides[1] for B in Bs),
+            0 if matrix is None else matrix.strides[0],
+            Y.strides[0],
+            0 if mix is None else mix.shape[1],
             0 if base is None else base.strides[0],
         ),
         dict(
             PER_COLUMN=tuple(t is not None and len(t.shape) >= 1 for t in scale_tensors),
-            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_R=block_r, R_PADDED=triton.cdiv(max(ranks), block_r) * block_r,
-            DTYPE=DTYPES[S[0].dtype], PRECISION=precision(how, matmul, gpu),
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            BLOCK_R=block_r,
+            R_PADDED=triton.cdiv(max(ranks), block_r) * block_r,
+            DTYPE=DTYPES[S[0].dtype],
+            PRECISION=precision(how, matmul, gpu),
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
         ),
-    )  # fmt: skip
+    )
 
 
 def _apart(start, bias):
@@ -211,9 +247,19 @@ def expand(
     """
     n = len(Bs)
     shape, p = plan_new(
-        layout(S), layouts(Bs), dtype, layouts(scale_tensors), layout(start), (None,) * n, layout(mix), layout(gain),
-        layout(bias), layout(base), torch.get_float32_matmul_precision(), config,
-    )  # fmt: skip
+        layout(S),
+        layouts(Bs),
+        dtype,
+        layouts(scale_tensors),
+        layout(start),
+        (None,) * n,
+        layout(mix),
+        layout(gain),
+        layout(bias),
+        layout(base),
+        torch.get_float32_matmul_precision(),
+        config,
+    )
     Y = S.new_empty(shape, dtype=dtype)
     parts = (S,) if n == 1 else S.split([B.shape[1] for B in Bs], 1)
     execute(p, Y, parts, Bs, scales, scale_tensors, start, (None,) * n, mix, gain, bias, base)
@@ -233,9 +279,19 @@ def expand_into(
     """Overwrite Y, with drop_j if ``keeps`` are given.  ``S``: one [M, R_j] per factor, last dim contiguous."""
     keeps = keeps or (None,) * len(S)
     p = plan(
-        layout(Y), layouts(S), layouts(Bs), layouts(scale_tensors), layout(start), layouts(keeps), None, None, None, None,
-        torch.get_float32_matmul_precision(), config,
-    )  # fmt: skip
+        layout(Y),
+        layouts(S),
+        layouts(Bs),
+        layouts(scale_tensors),
+        layout(start),
+        layouts(keeps),
+        None,
+        None,
+        None,
+        None,
+        torch.get_float32_matmul_precision(),
+        config,
+    )
     execute(p, Y, S, Bs, scales, scale_tensors, start, keeps)
 
 

@@ -32,9 +32,21 @@ def pick_config(M: int) -> Config:
 
 @triton.jit
 def _gain_dy_kernel(
-    dy_ptr, v_ptr, bias_ptr, gain_ptr, out_ptr, dots_ptr, sums_ptr, M, N, stride_dym, stride_vm, stride_om,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    v_ptr,
+    bias_ptr,
+    gain_ptr,
+    out_ptr,
+    dots_ptr,
+    sums_ptr,
+    M,
+    N,
+    stride_dym,
+    stride_vm,
+    stride_om,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     block_m = tl.program_id(0).to(tl.int64)
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

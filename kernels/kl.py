@@ -44,10 +44,26 @@ def _excess(delta, p, q):
 
 @triton.jit
 def _kl_kernel(
-    z_ptr, base_ptr, kl_ptr, stats_ptr, inv_t_ptr, base_inv_t_ptr,
-    inv_t, logit_scale, softcap, base_inv_t, base_logit_scale, base_softcap, V, stride_z, stride_base, stride_stats,
-    CAPPED: tl.constexpr, BASE_CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    base_ptr,
+    kl_ptr,
+    stats_ptr,
+    inv_t_ptr,
+    base_inv_t_ptr,
+    inv_t,
+    logit_scale,
+    softcap,
+    base_inv_t,
+    base_logit_scale,
+    base_softcap,
+    V,
+    stride_z,
+    stride_base,
+    stride_stats,
+    CAPPED: tl.constexpr,
+    BASE_CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     scale, cap, _slope = row_scales(inv_t, inv_t_ptr, row, logit_scale, softcap, CAPPED)
     base_scale, base_cap, _s = row_scales(base_inv_t, base_inv_t_ptr, row, base_logit_scale, base_softcap, BASE_CAPPED)
@@ -74,11 +90,28 @@ def _kl_kernel(
 
 @triton.jit
 def _dkl_kernel(
-    z_ptr, base_ptr, stats_ptr, dkl_ptr, dz_ptr, inv_t_ptr, base_inv_t_ptr,
-    inv_t, logit_scale, softcap, base_inv_t, base_logit_scale, base_softcap,
-    V, stride_z, stride_base, stride_stats, stride_dkl,
-    CAPPED: tl.constexpr, BASE_CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    base_ptr,
+    stats_ptr,
+    dkl_ptr,
+    dz_ptr,
+    inv_t_ptr,
+    base_inv_t_ptr,
+    inv_t,
+    logit_scale,
+    softcap,
+    base_inv_t,
+    base_logit_scale,
+    base_softcap,
+    V,
+    stride_z,
+    stride_base,
+    stride_stats,
+    stride_dkl,
+    CAPPED: tl.constexpr,
+    BASE_CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     scale, cap, slope = row_scales(inv_t, inv_t_ptr, row, logit_scale, softcap, CAPPED)
@@ -170,9 +203,16 @@ def forward(z, base, scales, base_scales, kl, stats, config: Config | None = Non
     """
     (inv_t, floats), (base_inv_t, base_floats) = apart(scales), apart(base_scales)
     p = plan_forward(
-        layout(z), layout(base), layout(inv_t), layout(base_inv_t), layout(kl), layout(stats),
-        scales[2] != 0, base_scales[2] != 0, config,
-    )  # fmt: skip
+        layout(z),
+        layout(base),
+        layout(inv_t),
+        layout(base_inv_t),
+        layout(kl),
+        layout(stats),
+        scales[2] != 0,
+        base_scales[2] != 0,
+        config,
+    )
     if p is not None:
         run(p, z, base, kl, stats, inv_t, base_inv_t, *floats, *base_floats)
 
@@ -181,9 +221,17 @@ def backward(z, base, scales, base_scales, stats, dkl, dtype, config: Config | N
     """The gradient of z [C, V] in ``dtype``, from :func:`forward`'s stats and the gradient [C] of its result."""
     (inv_t, floats), (base_inv_t, base_floats) = apart(scales), apart(base_scales)
     p = plan_backward(
-        layout(z), layout(base), layout(inv_t), layout(base_inv_t), layout(stats), layout(dkl),
-        scales[2] != 0, base_scales[2] != 0, dtype, config,
-    )  # fmt: skip
+        layout(z),
+        layout(base),
+        layout(inv_t),
+        layout(base_inv_t),
+        layout(stats),
+        layout(dkl),
+        scales[2] != 0,
+        base_scales[2] != 0,
+        dtype,
+        config,
+    )
     dz = z.new_empty(z.shape, dtype=dtype)
     if p is not None:
         run(p, z, base, stats, dkl, dz, inv_t, base_inv_t, *floats, *base_floats)

@@ -39,11 +39,30 @@ def pick_config(V: int, kind: str, tail: bool, arch: int) -> Config:
 
 @triton.jit
 def _logits_kernel(
-    h_ptr, w_ptr, bias_ptr, t_ptr, b_ptr, z_ptr,
-    C, V, H, R, stride_hc, stride_hh, stride_wv, stride_wh, stride_tc, stride_bv, stride_br,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, TAIL_PRECISION: tl.constexpr,
-):  # fmt: skip
+    h_ptr,
+    w_ptr,
+    bias_ptr,
+    t_ptr,
+    b_ptr,
+    z_ptr,
+    C,
+    V,
+    H,
+    R,
+    stride_hc,
+    stride_hh,
+    stride_wv,
+    stride_wh,
+    stride_tc,
+    stride_bv,
+    stride_br,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TAIL_PRECISION: tl.constexpr,
+):
     blocks_m = tl.cdiv(C, BLOCK_M)  # programs that share a block of W run side by side
     first_m = (tl.program_id(0) % blocks_m).to(tl.int64) * BLOCK_M
     first_n = (tl.program_id(0) // blocks_m).to(tl.int64) * BLOCK_N
@@ -101,9 +120,9 @@ def plan(
 ) -> Plan | None:
     """Of :func:`logits`; None where z is empty."""
     (C, H), V = h.shape, W.shape[0]
-    others = [x for x in (W, bias, t, B) if x is not None]
-    if any(x.dtype not in DTYPES or x.device != h.device for x in (h, *others)):
-        raise ValueError(f"logits: expected fp16, bf16 or fp32 on {h.device}, got {[x.dtype for x in (h, *others)]}")
+    operands = [x for x in (h, W, bias, t, B) if x is not None]
+    if any(x.dtype not in DTYPES or x.device != h.device for x in operands):
+        raise ValueError(f"logits: expected fp16, bf16 or fp32 on {h.device}, got {[x.dtype for x in operands]}")
     if h.dtype is not W.dtype and torch.float32 not in (h.dtype, W.dtype):
         raise ValueError(f"logits: expected h and W in one dtype, or one in fp32, got {h.dtype} and {W.dtype}")
     if W.shape[1] != H or (bias is not None and (bias.shape != (V,) or bias.strides[0] != 1)):
@@ -124,12 +143,16 @@ def plan(
         (h, W, bias, t, B, Layout.new((C, V), torch.float32, h.device)),
         (C, V, H, R, *h.strides, *W.strides, R, *((0, 0) if B is None else B.strides)),
         dict(
-            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=MAX_BLOCK_R,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            BLOCK_R=MAX_BLOCK_R,
             PRECISION=precision(kind, matmul, gpu),
             TAIL_PRECISION=precision("fp32" if kind == "fp32" else "split", matmul, gpu),
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
         ),
-    )  # fmt: skip
+    )
 
 
 def logits(

@@ -78,10 +78,22 @@ def online(y, largest, total):
 
 @triton.jit
 def _logprob_kernel(
-    z_ptr, targets_ptr, logp_ptr, entropy_ptr, stats_ptr, inv_t_ptr, inv_t, logit_scale, softcap,
-    V, stride_z, stride_stats, ignore_index,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    targets_ptr,
+    logp_ptr,
+    entropy_ptr,
+    stats_ptr,
+    inv_t_ptr,
+    inv_t,
+    logit_scale,
+    softcap,
+    V,
+    stride_z,
+    stride_stats,
+    ignore_index,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     scale, cap, _slope = row_scales(inv_t, inv_t_ptr, row, logit_scale, softcap, CAPPED)
@@ -115,10 +127,25 @@ def _logprob_kernel(
 
 @triton.jit
 def _dlogits_kernel(
-    z_ptr, targets_ptr, stats_ptr, dlogp_ptr, dentropy_ptr, dz_ptr, inv_t_ptr, inv_t, logit_scale, softcap,
-    V, stride_z, stride_stats, stride_dlogp, stride_dentropy, ignore_index,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    targets_ptr,
+    stats_ptr,
+    dlogp_ptr,
+    dentropy_ptr,
+    dz_ptr,
+    inv_t_ptr,
+    inv_t,
+    logit_scale,
+    softcap,
+    V,
+    stride_z,
+    stride_stats,
+    stride_dlogp,
+    stride_dentropy,
+    ignore_index,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(targets_ptr + row)
@@ -206,9 +233,16 @@ def forward(z, targets, ignore_index, scales, logp, entropy, stats, config: Conf
     """
     inv_t, floats = apart(scales)
     p = plan_forward(
-        layout(z), layout(targets), layout(inv_t), layout(logp), layout(entropy), layout(stats), ignore_index,
-        scales[2] != 0, config,
-    )  # fmt: skip
+        layout(z),
+        layout(targets),
+        layout(inv_t),
+        layout(logp),
+        layout(entropy),
+        layout(stats),
+        ignore_index,
+        scales[2] != 0,
+        config,
+    )
     if p is not None:
         run(p, z, targets, logp, entropy, stats, inv_t, *floats)
 
@@ -219,9 +253,17 @@ def backward(
     """The gradient of z [C, V] in ``dtype``, from :func:`forward`'s stats and the gradients [C] of its results."""
     inv_t, floats = apart(scales)
     p = plan_backward(
-        layout(z), layout(targets), layout(inv_t), layout(stats), layout(dlogp), layout(dentropy), ignore_index,
-        scales[2] != 0, dtype, config,
-    )  # fmt: skip
+        layout(z),
+        layout(targets),
+        layout(inv_t),
+        layout(stats),
+        layout(dlogp),
+        layout(dentropy),
+        ignore_index,
+        scales[2] != 0,
+        dtype,
+        config,
+    )
     dz = z.new_empty(z.shape, dtype=dtype)
     if p is not None:
         run(p, z, targets, stats, dlogp, dentropy, dz, inv_t, *floats)

@@ -37,10 +37,25 @@ def pick_config(kind: str) -> Config:
 
 @triton.jit
 def _materialize_kernel(
-    w_ptr, a_ptr, m_ptr, b_ptr, out_ptr, changed_ptr,
-    N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
-    SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    w_ptr,
+    a_ptr,
+    m_ptr,
+    b_ptr,
+    out_ptr,
+    changed_ptr,
+    N,
+    K,
+    R,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     tiles_k = tl.cdiv(K, BLOCK_K)
     offs_n = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = (tl.program_id(0) % tiles_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -119,10 +134,15 @@ def plan(
         (weight, A, m, B, out, changed),
         (N, K, r, *A.strides, *B.strides),
         dict(
-            SCALE=scale, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=c.block_r, PRECISION=precision,
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            SCALE=scale,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            BLOCK_R=c.block_r,
+            PRECISION=precision,
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
         ),
-    )  # fmt: skip
+    )
 
 
 def materialize(

@@ -68,13 +68,32 @@ def pick_config(M: int, K: int, columns: int, masks: int, kind: str, arch: int, 
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, a_ptrs, out_ptr, keep_ptrs, seeds_ptr, scale_ptrs, scales,
-    ranks, thresholds, M, K, K_SPLIT,
-    stride_xm, strides_ar, strides_ak, stride_om, stride_os,
-    MASKS: tl.constexpr, PER_COLUMN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, R_BLOCKS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    a_ptrs,
+    out_ptr,
+    keep_ptrs,
+    seeds_ptr,
+    scale_ptrs,
+    scales,
+    ranks,
+    thresholds,
+    M,
+    K,
+    K_SPLIT,
+    stride_xm,
+    strides_ar,
+    strides_ak,
+    stride_om,
+    stride_os,
+    MASKS: tl.constexpr,
+    PER_COLUMN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     pid_r = tl.program_id(0) % R_BLOCKS  # programs that share x run side by side
     offs_m = (tl.program_id(0) // R_BLOCKS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -189,40 +208,59 @@ def plan(
         raise ValueError(f"shrink: expected contiguous keep bits {[len(thresholds), *words]}, got {list(seeds.shape)}")
     keep = Layout.new(words, torch.int32, x.device)._replace(aligned=not drawn)
     S = out or Layout.new((M, sum(ranks)), dtype, x.device)
-    parts, found, column = S.split(ranks), [], 0
-    for mine in batches(ranks, width) if M else ():
-        rs, ms, n = ranks[mine], masks[mine], len(ranks[mine])
-        S_mine = parts[mine.start]._replace(shape=(M, sum(rs)))
+    parts, launches, column = S.split(ranks), [], 0
+    for adapters in batches(ranks, width) if M else ():
+        rs, ms, n = ranks[adapters], masks[adapters], len(ranks[adapters])
+        S_batch = parts[adapters.start]._replace(shape=(M, sum(rs)))
         block_r = min(WIDTH, pad_rank(max(rs)))
         c = config or pick_config(M, K, n * block_r, len({m for m in ms if m >= 0}), how, gpu.arch, gpu.sms)
         k_split = triton.cdiv(triton.cdiv(K, c.split_k), c.block_k) * c.block_k
         splits, r_blocks = triton.cdiv(K, k_split), triton.cdiv(max(rs), block_r)
-        to = S_mine if splits == 1 else Layout.new((splits, *S_mine.shape), torch.float32, x.device)
+        to = S_batch if splits == 1 else Layout.new((splits, *S_batch.shape), torch.float32, x.device)
         launch = Plan(
             _shrink_kernel,
             (triton.cdiv(M, c.block_m) * r_blocks, splits),
             (
-                x, As[mine], to, tuple(keep if m >= 0 else None for m in ms), None if drawn else seeds,
-                scale_tensors[mine], (float,) * n,
+                x,
+                As[adapters],
+                to,
+                tuple(keep if m >= 0 else None for m in ms),
+                None if drawn else seeds,
+                scale_tensors[adapters],
+                (float,) * n,
             ),
             (
-                tuple(rs), tuple(_in_upper_half(thresholds[m]) if m >= 0 else 0 for m in ms), M, K, k_split,
-                x.strides[0], tuple(A.strides[0] for A in As[mine]), tuple(A.strides[1] for A in As[mine]),
-                to.strides[-2], S_mine.numel,
+                tuple(rs),
+                tuple(_in_upper_half(thresholds[m]) if m >= 0 else 0 for m in ms),
+                M,
+                K,
+                k_split,
+                x.strides[0],
+                tuple(A.strides[0] for A in As[adapters]),
+                tuple(A.strides[1] for A in As[adapters]),
+                to.strides[-2],
+                S_batch.numel,
             ),
             dict(
-                MASKS=ms, PER_COLUMN=tuple(t is not None and len(t.shape) == 1 for t in scale_tensors[mine]),
-                BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=r_blocks,
-                DTYPE=DTYPES[dtype], PRECISION=precision(how, matmul, gpu), num_warps=c.num_warps, num_stages=c.num_stages,
+                MASKS=ms,
+                PER_COLUMN=tuple(t is not None and len(t.shape) == 1 for t in scale_tensors[adapters]),
+                BLOCK_M=c.block_m,
+                BLOCK_K=c.block_k,
+                BLOCK_R=block_r,
+                R_BLOCKS=r_blocks,
+                DTYPE=DTYPES[dtype],
+                PRECISION=precision(how, matmul, gpu),
+                num_warps=c.num_warps,
+                num_stages=c.num_stages,
             ),
-        )  # fmt: skip
+        )
         columns = slice(column, column + sum(rs))
         if splits == 1:
-            found.append(Batch(mine, columns, launch, None, None))
+            launches.append(Batch(adapters, columns, launch, None, None))
         else:
-            found.append(Batch(mine, columns, launch, to.shape, _reduce.plan(splits, S_mine.numel, (S_mine,))))
+            launches.append(Batch(adapters, columns, launch, to.shape, _reduce.plan(splits, S_batch.numel, (S_batch,))))
         column += sum(rs)
-    return Shrink((M, sum(ranks)), words, tuple(found))
+    return Shrink((M, sum(ranks)), words, tuple(launches))
 
 
 def shrink(
@@ -246,15 +284,23 @@ def shrink(
     n = len(As)
     scale_tensors = scale_tensors or (None,) * n
     p = plan(
-        layout(x), layouts(As), dtype, tuple(masks), tuple(thresholds), layout(seeds), layouts(scale_tensors), layout(out),
-        torch.get_float32_matmul_precision(), config,
-    )  # fmt: skip
+        layout(x),
+        layouts(As),
+        dtype,
+        tuple(masks),
+        tuple(thresholds),
+        layout(seeds),
+        layouts(scale_tensors),
+        layout(out),
+        torch.get_float32_matmul_precision(),
+        config,
+    )
     S = x.new_empty(p.S, dtype=dtype) if out is None else out
     if are_drawn(seeds):
-        keeps, given, seeds = [], seeds.unbind(), None
+        keeps, keep_bits, seeds = [], seeds.unbind(), None
     else:
-        keeps = given = [x.new_empty(p.words, dtype=torch.int32) for _ in thresholds]
-    execute(p, x, As, S, masks, given, seeds, scales or (1.0,) * n, scale_tensors)
+        keeps = keep_bits = [x.new_empty(p.words, dtype=torch.int32) for _ in thresholds]
+    execute(p, x, As, S, masks, keep_bits, seeds, scales or (1.0,) * n, scale_tensors)
     return S, keeps
 
 
@@ -262,10 +308,10 @@ def execute(p: Shrink, x, As, S, masks, keeps, seeds, scales, scale_tensors) -> 
     """As only with the strides of the plan: a pointer is what is read of each."""
     of = tuple([keeps[m] if m >= 0 else None for m in masks])
     As, scales, scale_tensors = tuple(As), tuple(scales), tuple(scale_tensors)
-    for mine, columns, launch, partials, total in p.batches:
+    for adapters, columns, launch, partials, total in p.batches:
         part = S if len(p.batches) == 1 else S[:, columns]
         out = part if total is None else x.new_empty(partials, dtype=torch.float32)
-        run(launch, x, As[mine], out, of[mine], seeds, scale_tensors[mine], scales[mine])
+        run(launch, x, As[adapters], out, of[adapters], seeds, scale_tensors[adapters], scales[adapters])
         if total is not None:
             run(total, out, (part,))
 

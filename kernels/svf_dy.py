@@ -21,11 +21,34 @@ from .svf_scale import Sums, check_mix, scale_tile, store_dots, svf_scale
 
 @triton.jit
 def _svf_dy_kernel(
-    dy_ptr, b_ptr, s_ptr, scales_ptr, mix_ptr, out_ptr, dscales_ptr, dmix_ptr,
-    M, N, R, E, N_SPLIT, stride_dym, stride_bn, stride_br, stride_sm, stride_om, stride_os, stride_dmix,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, R_BLOCKS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    b_ptr,
+    s_ptr,
+    scales_ptr,
+    mix_ptr,
+    out_ptr,
+    dscales_ptr,
+    dmix_ptr,
+    M,
+    N,
+    R,
+    E,
+    N_SPLIT,
+    stride_dym,
+    stride_bn,
+    stride_br,
+    stride_sm,
+    stride_om,
+    stride_os,
+    stride_dmix,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     block_r = tl.program_id(0) % R_BLOCKS  # programs that share dY run side by side
     block_m = (tl.program_id(0) // R_BLOCKS).to(tl.int64)
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -54,9 +77,21 @@ def _svf_dy_kernel(
         if s_ptr is not None:
             s = tl.load(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], mask=mask, other=0.0).to(tl.float32)
             store_dots(
-                acc * s, scales_ptr, mix_ptr, dscales_ptr, dmix_ptr,
-                offs_m, offs_r, mask_m, mask_r, R, E, block_m, block_r, stride_dmix,
-            )  # fmt: skip
+                acc * s,
+                scales_ptr,
+                mix_ptr,
+                dscales_ptr,
+                dmix_ptr,
+                offs_m,
+                offs_r,
+                mask_m,
+                mask_r,
+                R,
+                E,
+                block_m,
+                block_r,
+                stride_dmix,
+            )
         acc *= scale_tile(scales_ptr, mix_ptr, offs_m, offs_r, mask_m, mask_r, R, E, BLOCK_M, BLOCK_R)
     if out_ptr is not None:
         out = out_ptr + tl.program_id(1) * stride_os + offs_m[:, None] * stride_om + offs_r[None, :]
@@ -107,14 +142,30 @@ def plan(
         (blocks_m * blocks_r, splits),
         (dY, B, S if splits == 1 else None, scales, mix, out, *((None, None) if sums is None else sums.partials)),
         (
-            M, N, R, 0 if mix is None else mix.shape[1], n_split, dY.strides[0], *B.strides,
-            0 if S is None else S.strides[0], R, M * R, 0 if mix is None else mix.numel,
+            M,
+            N,
+            R,
+            0 if mix is None else mix.shape[1],
+            n_split,
+            dY.strides[0],
+            *B.strides,
+            0 if S is None else S.strides[0],
+            R,
+            M * R,
+            0 if mix is None else mix.numel,
         ),
         dict(
-            SPLIT=splits > 1, BLOCK_M=c.block_m, BLOCK_N=c.block_k, BLOCK_R=block_r, R_BLOCKS=blocks_r,
-            DTYPE=DTYPES[dtype], PRECISION=precision(how, matmul, gpu), num_warps=c.num_warps, num_stages=c.num_stages,
+            SPLIT=splits > 1,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_k,
+            BLOCK_R=block_r,
+            R_BLOCKS=blocks_r,
+            DTYPE=DTYPES[dtype],
+            PRECISION=precision(how, matmul, gpu),
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
         ),
-    )  # fmt: skip
+    )
     return SVFdY(out, launch, sums, splits > 1)
 
 
@@ -133,9 +184,16 @@ def svf_dy(
     Raises: ValueError before anything is launched (see _launch.check).
     """
     p = plan(
-        layout(dY), layout(B), layout(scales), layout(mix), layout(S), need_dS, dtype,
-        torch.get_float32_matmul_precision(), config,
-    )  # fmt: skip
+        layout(dY),
+        layout(B),
+        layout(scales),
+        layout(mix),
+        layout(S),
+        need_dS,
+        dtype,
+        torch.get_float32_matmul_precision(),
+        config,
+    )
     if p is None:
         return svf_scale(dY.new_empty((0, B.shape[1])), scales, mix, S, dtype if need_dS else None)
     out = p.out and torch.empty(p.out.shape, dtype=p.out.dtype, device=dY.device)

@@ -63,10 +63,25 @@ def store_dots(
 
 @triton.jit
 def _svf_scale_kernel(
-    d_ptr, s_ptr, scales_ptr, mix_ptr, ds_ptr, dscales_ptr, dmix_ptr,
-    M, R, E, P, stride_dp, stride_dm, stride_sm, stride_dsm, stride_dmix,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    d_ptr,
+    s_ptr,
+    scales_ptr,
+    mix_ptr,
+    ds_ptr,
+    dscales_ptr,
+    dmix_ptr,
+    M,
+    R,
+    E,
+    P,
+    stride_dp,
+    stride_dm,
+    stride_sm,
+    stride_dsm,
+    stride_dmix,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     block_m, block_r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -80,9 +95,21 @@ def _svf_scale_kernel(
     if s_ptr is not None:
         s = tl.load(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], mask=mask, other=0.0).to(tl.float32)
         store_dots(
-            d * s, scales_ptr, mix_ptr, dscales_ptr, dmix_ptr,
-            offs_m, offs_r, mask_m, mask_r, R, E, block_m, block_r, stride_dmix,
-        )  # fmt: skip
+            d * s,
+            scales_ptr,
+            mix_ptr,
+            dscales_ptr,
+            dmix_ptr,
+            offs_m,
+            offs_r,
+            mask_m,
+            mask_r,
+            R,
+            E,
+            block_m,
+            block_r,
+            stride_dmix,
+        )
     if ds_ptr is not None:
         m = scale_tile(scales_ptr, mix_ptr, offs_m, offs_r, mask_m, mask_r, R, E, BLOCK_M, BLOCK_R)
         tl.store(
@@ -148,15 +175,26 @@ def plan(
         _svf_scale_kernel,
         grid,
         (
-            D, S, scales, mix, None if dtype is None else Layout.new((M, R), dtype, D.device),
+            D,
+            S,
+            scales,
+            mix,
+            None if dtype is None else Layout.new((M, R), dtype, D.device),
             *((None, None) if sums is None else sums.partials),
         ),
         (
-            M, R, 0 if mix is None else mix.shape[1], P, D.strides[0] if P > 1 else 0, D.strides[-2],
-            0 if S is None else S.strides[0], R, 0 if mix is None else mix.numel,
+            M,
+            R,
+            0 if mix is None else mix.shape[1],
+            P,
+            D.strides[0] if P > 1 else 0,
+            D.strides[-2],
+            0 if S is None else S.strides[0],
+            R,
+            0 if mix is None else mix.numel,
         ),
         dict(BLOCK_M=c.block_m, BLOCK_R=c.block_r, num_warps=c.num_warps),
-    )  # fmt: skip
+    )
     return launch, sums
 
 

@@ -68,12 +68,34 @@ def pick_config(M: int, K: int, columns: int, kind: str, arch: int, sms: int) ->
 
 @triton.jit
 def _x_pass_kernel(
-    x_ptr, ds_ptrs, a_ptrs, keep_ptrs, da_ptrs, dx_ptr, scale_ptrs, scales,
-    ranks, M, K, ROWS, stride_xm, strides_dsm, strides_ar, strides_ak, strides_dar, strides_dak, stride_dac, stride_dxm,
-    MASKS: tl.constexpr, PER_COLUMN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
+    x_ptr,
+    ds_ptrs,
+    a_ptrs,
+    keep_ptrs,
+    da_ptrs,
+    dx_ptr,
+    scale_ptrs,
+    scales,
+    ranks,
+    M,
+    K,
+    ROWS,
+    stride_xm,
+    strides_dsm,
+    strides_ar,
+    strides_ak,
+    strides_dar,
+    strides_dak,
+    stride_dac,
+    stride_dxm,
+    MASKS: tl.constexpr,
+    PER_COLUMN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     offs_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_b = tl.program_id(1) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
@@ -222,15 +244,15 @@ def _check(name, x, dS, As, dX, masks, keeps):
 def _batches(x, dS, As, outs, dX, masks, keeps, scale_tensors, how, *more) -> tuple[Batch, ...]:
     """``outs``: [R_j, K] of any strides."""
     return tuple(
-        _batch(mine, x, dS, As, outs, dX, masks, keeps, scale_tensors, how, *more)
-        for mine in batches([d.shape[1] for d in dS], WIDTH[how])
-        if any(out is not None for out in outs[mine])
+        _batch(adapters, x, dS, As, outs, dX, masks, keeps, scale_tensors, how, *more)
+        for adapters in batches([d.shape[1] for d in dS], WIDTH[how])
+        if any(out is not None for out in outs[adapters])
     )
 
 
-def _batch(mine, x, dS, As, outs, dX, masks, keeps, scale_tensors, how, matmul, config, gpu) -> Batch:
-    dS, outs, masks, keeps, scale_tensors = (t[mine] for t in (dS, outs, masks, keeps, scale_tensors))
-    As = None if As is None else As[mine]
+def _batch(adapters, x, dS, As, outs, dX, masks, keeps, scale_tensors, how, matmul, config, gpu) -> Batch:
+    dS, outs, masks, keeps, scale_tensors = (t[adapters] for t in (dS, outs, masks, keeps, scale_tensors))
+    As = None if As is None else As[adapters]
     (M, K), n, ranks = x.shape, len(dS), tuple(d.shape[1] for d in dS)
     block_r = min(WIDTH[how], pad_rank(max(ranks)))
     c = config or pick_config(M, K, n * block_r, how, gpu.arch, gpu.sms)
@@ -251,19 +273,32 @@ def _batch(mine, x, dS, As, outs, dX, masks, keeps, scale_tensors, how, matmul, 
         (chunks, triton.cdiv(K, c.block_k), triton.cdiv(max(ranks), block_r)),
         (x, dS, None if dX is None else As, keeps, targets, dX, scale_tensors, (float,) * n),
         (
-            ranks, M, K, rows, x.strides[0], tuple(d.strides[0] for d in dS),
+            ranks,
+            M,
+            K,
+            rows,
+            x.strides[0],
+            tuple(d.strides[0] for d in dS),
             (0,) * n if As is None else tuple(A.strides[0] for A in As),
             (0,) * n if As is None else tuple(A.strides[1] for A in As),
             tuple(0 if out is None else out.strides[0] for out in outs),
-            tuple(0 if out is None else out.strides[1] for out in outs), between, 0 if dX is None else dX.strides[0],
+            tuple(0 if out is None else out.strides[1] for out in outs),
+            between,
+            0 if dX is None else dX.strides[0],
         ),
         dict(
-            MASKS=masks, PER_COLUMN=tuple(t is not None and len(t.shape) == 1 for t in scale_tensors),
-            BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, DTYPE=DTYPES[dS[0].dtype],
-            PRECISION=precision(how, matmul, gpu), num_warps=c.num_warps, num_stages=c.num_stages,
+            MASKS=masks,
+            PER_COLUMN=tuple(t is not None and len(t.shape) == 1 for t in scale_tensors),
+            BLOCK_M=c.block_m,
+            BLOCK_K=c.block_k,
+            BLOCK_R=block_r,
+            DTYPE=DTYPES[dS[0].dtype],
+            PRECISION=precision(how, matmul, gpu),
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
         ),
-    )  # fmt: skip
-    return Batch(mine, launch, partials and partials.shape, sizes, total)
+    )
+    return Batch(adapters, launch, partials and partials.shape, sizes, total)
 
 
 def x_pass(
@@ -286,9 +321,17 @@ def x_pass(
     if dX is None and not any(need_dA):
         return [None] * n
     p = plan(
-        layout(x), layouts(dS), layouts(As), tuple(need_dA), layout(dX), tuple(masks), layouts(keeps), add,
-        torch.get_float32_matmul_precision(), config,
-    )  # fmt: skip
+        layout(x),
+        layouts(dS),
+        layouts(As),
+        tuple(need_dA),
+        layout(dX),
+        tuple(masks),
+        layouts(keeps),
+        add,
+        torch.get_float32_matmul_precision(),
+        config,
+    )
     of, ones, none = tuple([keeps[m] if m >= 0 else None for m in masks]), (1.0,) * n, (None,) * n
     if p.expand is not None:
         _expand.execute(p.expand, dX, dS, As, ones, none, dX if add else None, of)
@@ -304,8 +347,8 @@ def x_pass(
 def execute(batches, x, dS, As, outs, dX, keeps, scales, scale_tensors) -> None:
     """``outs`` only with the strides of the plan: a pointer is what is written to."""
     dS, outs, scales, scale_tensors = tuple(dS), tuple(outs), tuple(scales), tuple(scale_tensors)
-    for mine, launch, shape, sizes, total in batches:
-        factors, targets = None if dX is None else tuple(As[mine]), outs[mine]
+    for adapters, launch, shape, sizes, total in batches:
+        factors, targets = None if dX is None else tuple(As[adapters]), outs[adapters]
         if total is not None:
             partials = x.new_empty(shape, dtype=torch.float32)
             wanted = tuple([out for out in targets if out is not None])
@@ -314,6 +357,6 @@ def execute(batches, x, dS, As, outs, dX, keeps, scales, scale_tensors) -> None:
             else:
                 parts = iter(partials.split(sizes, 1))
                 targets = tuple([None if out is None else next(parts) for out in targets])
-        run(launch, x, dS[mine], factors, keeps[mine], targets, dX, scale_tensors[mine], scales[mine])
+        run(launch, x, dS[adapters], factors, keeps[adapters], targets, dX, scale_tensors[adapters], scales[adapters])
         if total is not None:
             run(total, partials, wanted)

@@ -64,7 +64,7 @@ def main():
         launch = cross.Launch.of(plan)
         if launch in compared:
             continue
-        given, plan.device = bring(plan.given), DEVICE
+        given, plan.device = bring(plan.arguments), DEVICE
         compared[launch] = given
         theirs = recorded(launch, plan, given)
         assert plan.handle, _host.why_not(plan, plan.compiled)

@@ -80,7 +80,7 @@ class Launch:
         assert all(0 < n < 65536 for n in plan.grid[1:]), plan.grid
         name = next(name for name, kernel in KERNELS.items() if kernel is plan.kernel)
         params, options = plan.kernel.params, dict(plan.constants)
-        given = [*plan.given, *plan.integers]
+        given = [*plan.arguments, *plan.integers]
         assert [p.is_constexpr for p in params[: len(given)]] == [False] * len(given)
         signature, constants, divisible = [], [], []
         for i, value in enumerate(given):

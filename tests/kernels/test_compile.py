@@ -116,7 +116,7 @@ def test_plans_are_specialised_as_triton_would():
         if launch.name not in binders:
             kernel = plan.kernel
             binders[launch.name] = create_function_from_signature(kernel.signature, kernel.params, backend)
-        given = [*map(stand_in, plan.given), *plan.integers]
+        given = [*map(stand_in, plan.arguments), *plan.integers]
         bound, specialised, options = binders[launch.name](*given, **plan.constants)
         types, keys = zip(*specialised, strict=True)
         constants, divisible = [], []
