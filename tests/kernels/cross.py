@@ -80,12 +80,12 @@ class Launch:
         assert all(0 < n < 65536 for n in plan.grid[1:]), plan.grid
         name = next(name for name, kernel in KERNELS.items() if kernel is plan.kernel)
         params, options = plan.kernel.params, dict(plan.constants)
-        given = [*plan.arguments, *plan.integers]
-        assert [p.is_constexpr for p in params[: len(given)]] == [False] * len(given)
+        arguments = [*plan.arguments, *plan.integers]
+        assert [p.is_constexpr for p in params[: len(arguments)]] == [False] * len(arguments)
         signature, constants, divisible = [], [], []
-        for i, value in enumerate(given):
+        for i, value in enumerate(arguments):
             signature.append((params[i].name, _specialise(value, (i,), constants, divisible)))
-        for i in range(len(given), len(params)):
+        for i in range(len(arguments), len(params)):
             signature.append((params[i].name, "constexpr"))
             constants.append(((i,), options.pop(params[i].name)))
         options = tuple(sorted(options.items()))
@@ -123,11 +123,11 @@ def launches(planned) -> list[Launch]:
 
 def plans(planned):
     """The Plans in what launchers' plans return."""
-    for each in planned:
-        if isinstance(each, Plan):
-            yield each
-        elif isinstance(each, (tuple, list)):
-            yield from plans(each)
+    for plan in planned:
+        if isinstance(plan, Plan):
+            yield plan
+        elif isinstance(plan, (tuple, list)):
+            yield from plans(plan)
 
 
 def _specialise(value, path, constants, divisible):

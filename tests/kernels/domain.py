@@ -68,11 +68,11 @@ def svf(gpu: GPU, dtype, thin_dtype, M, k, shape):
     ):
         start = layout(N, dtype=dtype)
         yield expand.plan_new(S, (B,), dtype, (scales,), start, (None,), mix, None, None, None, gpu=gpu)
-        for given in (S, None):
-            p = svf_dy.plan(dY, B, scales, mix, given, True, thin_dtype, gpu=gpu)
+        for saved_S in (S, None):
+            p = svf_dy.plan(dY, B, scales, mix, saved_S, True, thin_dtype, gpu=gpu)
             yield p
             if p.scale:
-                yield svf_scale.plan(p.out, scales, mix, given, thin_dtype)
+                yield svf_scale.plan(p.out, scales, mix, saved_S, thin_dtype)
         if k == max(RANKS)[0]:  # beyond MAX_RANK these two run alone; below, svf_scale is the end of a split dy_pass
             yield svf_scale.plan(S, scales, mix, None, thin_dtype)
             yield svf_scale.plan(S, scales, mix, S, thin_dtype)
@@ -85,8 +85,9 @@ def dora(gpu: GPU, dtype, A_dtype, M, rank, shape):
     A, B, S = layout(rank, K, dtype=A_dtype), layout(N, rank, dtype=FP32), layout(M, rank, dtype=FP32)
     for alone in (False, True):
         yield dora_norm.plan(layout(N, K, dtype=dtype), A, B, B, alone, gpu=gpu)
-    wide, seeds, keep = A._replace(dtype=FP32), layout(1, dtype=torch.int64), layout(M, -(-K // 32), dtype=torch.int32)
-    yield shrink.plan(x, (wide,), FP32, (0,), (6554,), seeds, (None,), None, gpu=gpu)
+    A_fp32 = A._replace(dtype=FP32)
+    seeds, keep = layout(1, dtype=torch.int64), layout(M, -(-K // 32), dtype=torch.int32)
+    yield shrink.plan(x, (A_fp32,), FP32, (0,), (6554,), seeds, (None,), None, gpu=gpu)
     for start, bias, base in itertools.product((v, None), (None, gain._replace(dtype=dtype)), (None, v)):
         if (start or base) and not (start and bias and base):
             yield expand.plan_new(S, (B,), dtype, (None,), start, (None,), None, gain, bias, base, gpu=gpu)

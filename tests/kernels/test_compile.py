@@ -33,20 +33,20 @@ FP64 = ("add.f64", "mul.f64", "fma.rn.f64", "add.rn.f64", "mul.rn.f64")
 def check(launch: cross.Launch, arch: int | str) -> str:
     """What is wrong with the binary, or nothing."""
     compiled = launch.compile(arch)
-    found = []
+    problems = []
     if compiled.metadata.shared > cross.SHARED[arch]:
-        found.append(f"{compiled.metadata.shared} bytes of shared memory")
+        problems.append(f"{compiled.metadata.shared} bytes of shared memory")
     if not isinstance(arch, str):
         resources = cross.resources(compiled)
         # a few registers parked around a loop cost nothing that could be measured; in a loop, one is too many
         if resources["spills in loops"] or resources["spills"] > 16:
-            found.append(f"spills: {resources}")
+            problems.append(f"spills: {resources}")
         if any(op in compiled.asm["ptx"] for op in FP64):
-            found.append("fp64 arithmetic")
+            problems.append("fp64 arithmetic")
         declared, expected = _host.declared(compiled.asm["ptx"]), [*launch.parameters, *[_host.POINTER] * _host.SCRATCH]
         if declared != expected:
-            found.append(f"parameters of kinds {declared}, expected {expected}")
-    return f"{arch} {launch}: {'; '.join(found)}" if found else ""
+            problems.append(f"parameters of kinds {declared}, expected {expected}")
+    return f"{arch} {launch}: {'; '.join(problems)}" if problems else ""
 
 
 def complaints(launches, archs) -> list[str]:
@@ -59,10 +59,10 @@ def launches(arch=90, **which):
     return cross.launches(domain.everything(cross.gpu(arch, SMS), **which))
 
 
-def one_per_kernel_and_dtype(found):
+def one_per_kernel_and_dtype(candidates):
     """The launch with most constants of each kernel and set of types: the one that does most at once."""
     chosen = {}
-    for launch in found:
+    for launch in candidates:
         types = tuple(sorted({str(t) for _, t in launch.signature}))
         kept = chosen.get((launch.name, types))
         if kept is None or len(launch.signature) > len(kept.signature):
@@ -72,27 +72,27 @@ def one_per_kernel_and_dtype(found):
 
 def test_all_configs_on_hopper():
     """Rank 16 of one, two and three adapters and the largest ranks, at many rows and at few."""
-    found = launches(rows=[8192], ranks=[(16,), (64,), (16, 16, 16)], svf_ranks=[(64,)])
-    found += [launch for launch in launches(rows=[16], ranks=[(16,), (512,)], svf_ranks=[]) if launch not in found]
-    assert len(found) > 150
-    assert not complaints(found, [90])
+    chosen = launches(rows=[8192], ranks=[(16,), (64,), (16, 16, 16)], svf_ranks=[(64,)])
+    chosen += [launch for launch in launches(rows=[16], ranks=[(16,), (512,)], svf_ranks=[]) if launch not in chosen]
+    assert len(chosen) > 150
+    assert not complaints(chosen, [90])
 
 
 @pytest.mark.parametrize("arch", [80, 100, 120, "gfx942"])
 def test_one_config_per_kernel_and_dtype_elsewhere(arch):
-    found = one_per_kernel_and_dtype(launches(arch, rows=[8192], ranks=[(16,)]))
-    assert {launch.name for launch in found} == set(cross.KERNELS)
-    assert not complaints(found, [arch])
+    chosen = one_per_kernel_and_dtype(launches(arch, rows=[8192], ranks=[(16,)]))
+    assert {launch.name for launch in chosen} == set(cross.KERNELS)
+    assert not complaints(chosen, [arch])
 
 
 @pytest.mark.compile_all
 @pytest.mark.parametrize("arch", list(cross.SHARED))
 def test_everything(arch):
-    found = launches()
-    found += [
-        launch for launch in launches(rows=[8192], ranks=[(16,), (64,)], shape=domain.RAGGED) if launch not in found
+    chosen = launches()
+    chosen += [
+        launch for launch in launches(rows=[8192], ranks=[(16,), (64,)], shape=domain.RAGGED) if launch not in chosen
     ]
-    assert not complaints(found, [arch])
+    assert not complaints(chosen, [arch])
 
 
 def stand_in(value):
@@ -116,8 +116,8 @@ def test_plans_are_specialised_as_triton_would():
         if launch.name not in binders:
             kernel = plan.kernel
             binders[launch.name] = create_function_from_signature(kernel.signature, kernel.params, backend)
-        given = [*map(stand_in, plan.arguments), *plan.integers]
-        bound, specialised, options = binders[launch.name](*given, **plan.constants)
+        arguments = [*map(stand_in, plan.arguments), *plan.integers]
+        bound, specialised, options = binders[launch.name](*arguments, **plan.constants)
         types, keys = zip(*specialised, strict=True)
         constants, divisible = [], []
         for path, kind, key, value in leaves(types, keys, tuple(bound.values())):

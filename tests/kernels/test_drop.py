@@ -25,9 +25,9 @@ def test_every_bit_of_every_element(M, K, dtype):
     assert torch.equal(drop(t, keep), torch.where(mask, t, 0))
     assert torch.equal(drop(t, keep), dora_eager.drop(t, keep))
     start = strided(randn(M, K, dtype=dtype))
-    ours, theirs = start.clone(), start.clone()
+    ours, expected = start.clone(), start.clone()
     assert drop(t, keep, ours) is ours
-    assert torch.equal(ours, dora_eager.drop(t, keep, theirs))
+    assert torch.equal(ours, dora_eager.drop(t, keep, expected))
     assert torch.equal(ours, start + torch.where(mask, t, 0))
 
 

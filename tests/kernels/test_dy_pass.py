@@ -137,8 +137,14 @@ def test_bytes_choose_between_one_pass_and_two():
 )
 def test_refuses_before_anything_is_launched(change, message):
     arguments = dict(
-        dY=torch.ones(8, 7), Bs=[torch.ones(7, 4)], scales=[1.0], scale_tensors=[None], S=torch.ones(8, 4),
-        need_dB=[True], need_dS=True, dtype=FP32,
-    ) | change  # fmt: skip
+        dY=torch.ones(8, 7),
+        Bs=[torch.ones(7, 4)],
+        scales=[1.0],
+        scale_tensors=[None],
+        S=torch.ones(8, 4),
+        need_dB=[True],
+        need_dS=True,
+        dtype=FP32,
+    )
     with pytest.raises(ValueError, match=message):
-        dy_pass(**arguments)
+        dy_pass(**(arguments | change))

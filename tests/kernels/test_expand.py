@@ -68,11 +68,11 @@ def test_a_gain_on_the_start(dtype, thin_dtype, biased):
     truth = oracle(
         S, [B.to(thin_dtype)], [1.0], [None], start.double() * gain.double() + (bias.double() if biased else 0)
     )
-    found = expand(S, [B], [1.0], [None], start, dtype, gain=gain, bias=bias)
+    Y = expand(S, [B], [1.0], [None], start, dtype, gain=gain, bias=bias)
     if dtype is FP32:
-        within([found], [truth], [truth.abs() + 30], ["Y"])
+        within([Y], [truth], [truth.abs() + 30], ["Y"])
     else:
-        rounded_once([found], [truth], "Y")
+        rounded_once([Y], [truth], "Y")
 
 
 @pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
@@ -86,11 +86,11 @@ def test_a_gain_beside_a_base(what, dtype, thin_dtype):
     free = base if start is None else start
     free = free if bias is None else free - bias
     truth = oracle(S, [B], [1.0], [None], base.double() + gain.double() * free.double())
-    found = expand(S, [B], [1.0], [None], start, dtype, gain=gain, bias=bias, base=base)
+    Y = expand(S, [B], [1.0], [None], start, dtype, gain=gain, bias=bias, base=base)
     if dtype is FP32:
-        within([found], [truth], [truth.abs() + 30], ["Y"])
+        within([Y], [truth], [truth.abs() + 30], ["Y"])
     else:
-        rounded_once([found], [truth], "Y")
+        rounded_once([Y], [truth], "Y")
     still = expand(S, [B * 0], [1.0], [None], start, dtype, gain=gain * 0, bias=bias, base=base)
     assert torch.equal(still, base)
     one = expand(S, [B * 0], [1.0], [None], start, dtype, gain=gain, bias=bias, base=base)

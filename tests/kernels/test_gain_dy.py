@@ -24,11 +24,11 @@ def oracle(dY, gain, v):
 @pytest.mark.parametrize(("M", "N"), SHAPES, ids=str)
 def test_against_fp64(M, N, dtype):
     dY, v, gain = strided(randn(M, N, dtype=dtype)), strided(randn(M, N, dtype=dtype)), randn(N, dtype=FP32)
-    found, truth = gain_dy(dY, gain, v, True, True), oracle(dY, gain, v)
-    within(found, truth, oracle(dY.abs(), gain.abs(), v.abs()), NAMES)
-    assert torch.equal(gain_dy(dY, gain, None, True, False)[0], found[0])
-    assert torch.equal(gain_dy(dY, gain, v, False, False)[1], found[1])
-    assert torch.equal(gain_dy(dY, gain, None, False, True)[2], found[2])
+    results, truth = gain_dy(dY, gain, v, True, True), oracle(dY, gain, v)
+    within(results, truth, oracle(dY.abs(), gain.abs(), v.abs()), NAMES)
+    assert torch.equal(gain_dy(dY, gain, None, True, False)[0], results[0])
+    assert torch.equal(gain_dy(dY, gain, v, False, False)[1], results[1])
+    assert torch.equal(gain_dy(dY, gain, None, False, True)[2], results[2])
     assert gain_dy(dY, gain, None, False, False) == (None, None, None)
 
 
@@ -51,8 +51,8 @@ def test_a_bias_that_is_part_of_v(bias_dtype):
         free = v.double() - bias.double()
         truth = (dY.double() * free).sum(0)
         assert ((dots - truth).abs() <= 1e-5 * (dY.double() * free).abs().sum(0)).all()
-        for found, same in zip((scaled, sums), run(dY, gain, v, True, True)[::2], strict=True):
-            assert torch.equal(found, same)
+        for result, same in zip((scaled, sums), run(dY, gain, v, True, True)[::2], strict=True):
+            assert torch.equal(result, same)
 
 
 def test_empty():

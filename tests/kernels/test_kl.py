@@ -56,9 +56,9 @@ def test_small_divergences_keep_their_digits(module, distance):
     truth, _ = autograd(z.double(), base.double(), PLAIN, PLAIN, ones.double())
     out, _ = run(z, base, PLAIN, PLAIN, ones, module=module)
     naive, _ = autograd(z, base, PLAIN, PLAIN, ones)
-    mine, theirs = (float((t.double() - truth).norm() / truth.norm()) for t in (out, naive))
-    assert mine < 3e-7 / distance
-    assert mine < theirs / 3
+    error, naive_error = (float((t.double() - truth).norm() / truth.norm()) for t in (out, naive))
+    assert error < 3e-7 / distance
+    assert error < naive_error / 3
     assert (out >= 0).all()
 
 

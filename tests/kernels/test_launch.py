@@ -9,7 +9,7 @@ from lowrank.kernels import _launch, _reduce, dy_pass, expand, shrink, thin, x_p
 from lowrank.kernels._launch import Layout, layout
 
 
-def given(M=40, K=64, N=48, r=16, dtype=BF16):
+def inputs(M=40, K=64, N=48, r=16, dtype=BF16):
     x, dY, dX = randn(M, K, dtype=dtype), randn(M, N, dtype=dtype), randn(M, K, dtype=dtype)
     S, dS, A, B = randn(M, r, dtype=dtype), randn(M, r, dtype=dtype), randn(r, K, dtype=dtype), randn(N, r, dtype=dtype)
     return dict(x=x, dY=dY, dX=dX, S=S, dS=dS, A=A, B=B)
@@ -45,29 +45,29 @@ def strided(t):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_found_again_and_no_other(name):
-    def made(t):
+    def new_plans(t):
         before = PLANS[name].cache_info().misses
         results = call(name, t)
         return PLANS[name].cache_info().misses - before, results
 
     PLANS[name].cache_clear()
-    t = given()
-    _, expected = made(t)
-    again, results = made({k: v.clone() for k, v in t.items()})
+    t = inputs()
+    _, expected = new_plans(t)
+    again, results = new_plans({k: v.clone() for k, v in t.items()})
     assert again == 0
     assert all(map(torch.equal, results, expected))
     for which in READS[name]:
         for change in (shifted, strided):
-            new, results = made(t | {which: change(t[which])})
+            new, results = new_plans(t | {which: change(t[which])})
             assert new == 1, (which, change)
             assert all(map(torch.equal, results, expected)), (which, change)
-    assert made(given(M=41))[0] == made(given(r=8))[0] == made(given(dtype=FP32))[0] == 1
-    assert made(t)[0] == 0
+    assert new_plans(inputs(M=41))[0] == new_plans(inputs(r=8))[0] == new_plans(inputs(dtype=FP32))[0] == 1
+    assert new_plans(t)[0] == 0
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_the_precision_of_matmuls_is_asked_at_every_call(name):
-    t, before = given(dtype=FP32), torch.get_float32_matmul_precision()
+    t, before = inputs(dtype=FP32), torch.get_float32_matmul_precision()
     plans = PLANS[name]
     plans.cache_clear()
     try:
@@ -112,10 +112,10 @@ def test_the_same_bits_through_triton_and_without_it(name, monkeypatch):
     if not _native.available("cpu"):
         pytest.skip(_native.why_not("cpu"))
     executed, execute = [], _host.launch
-    monkeypatch.setattr(_host, "launch", lambda *given: executed.append(given) or execute(*given))
+    monkeypatch.setattr(_host, "launch", lambda *args: executed.append(args) or execute(*args))
     for plans in (*PLANS.values(), expand.plan, _reduce.plan):
         plans.cache_clear()
-    t = given(M=4096, K=1024, N=1024)
+    t = inputs(M=4096, K=1024, N=1024)
     expected = [r.clone() for r in call(name, t)]
     assert not executed
     assert all(map(torch.equal, call(name, t), expected))

@@ -32,11 +32,11 @@ def test_values(dtype, thin, shape, extra):
     h, W, bias, t, B = inputs(*shape, dtype, thin)
     bias = bias if extra in ("bias", "both") else None
     t, B = (t, B) if extra in ("lora", "both") else (None, None)
-    wide = [None if x is None else x.double() for x in (h, W, bias, t, B)]
-    truth = formula(*wide)
-    bound = formula(*(None if x is None else x.abs() for x in wide))
-    found = [logits(h, W, bias, t, B, SMALL), logits(h, W, bias, t, B)]  # fp32, not rounded to 16 bits anywhere
-    within(found, [truth, truth], [bound, bound], ("z", "z at the default config"))
+    exact = [None if x is None else x.double() for x in (h, W, bias, t, B)]
+    truth = formula(*exact)
+    bound = formula(*(None if x is None else x.abs() for x in exact))
+    results = [logits(h, W, bias, t, B, SMALL), logits(h, W, bias, t, B)]  # fp32, not rounded to 16 bits anywhere
+    within(results, [truth, truth], [bound, bound], ("z", "z at the default config"))
 
 
 @pytest.mark.parametrize(

@@ -76,15 +76,15 @@ def test_growing_shrinking_and_distant_maxima():
     z[5, 128:] = float("-inf")
     targets = torch.tensor([500, 3, 400, 300, 300, 5], device=DEVICE)
     g, h = torch.randn(6, device=DEVICE), torch.randn(6, device=DEVICE)
-    mine, eager = (
+    result, eager = (
         run(z, targets, (1.0, 1.0, 0.0), g, h, module=m, **c)
         for m, c in ((logprob, dict(config=SMALL)), (logprob_eager, {}))
     )
-    for a, b in zip(mine, eager, strict=True):
+    for a, b in zip(result, eager, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     lp = z.double().log_softmax(1)
-    torch.testing.assert_close(mine[1].double(), -(lp.exp() * lp.clamp_min(-1e30)).sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result[1].double(), -(lp.exp() * lp.clamp_min(-1e30)).sum(1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("module", [logprob, logprob_eager])
@@ -152,11 +152,16 @@ def test_empty():
 )
 def test_refuses_before_anything_is_launched(change, message):
     arguments = dict(
-        z=torch.ones(4, 6), targets=torch.zeros(4, dtype=torch.int64), ignore_index=-100, scales=(1.0, 1.0, 0.0),
-        logp=torch.ones(4), entropy=torch.ones(4), stats=torch.ones(3, 4),
-    ) | change  # fmt: skip
+        z=torch.ones(4, 6),
+        targets=torch.zeros(4, dtype=torch.int64),
+        ignore_index=-100,
+        scales=(1.0, 1.0, 0.0),
+        logp=torch.ones(4),
+        entropy=torch.ones(4),
+        stats=torch.ones(3, 4),
+    )
     with pytest.raises(ValueError, match=message):
-        logprob.forward(**arguments)
+        logprob.forward(**(arguments | change))
 
 
 def test_pick_config_covers_every_vocabulary():

@@ -108,6 +108,6 @@ def test_offsets_past_int32():
     ],
 )
 def test_refuses_before_anything_is_launched(change, message):
-    given = dict(W=torch.ones(6, 8), A=torch.ones(4, 8), m=torch.ones(4), B=torch.ones(6, 4)) | change
+    arguments = dict(W=torch.ones(6, 8), A=torch.ones(4, 8), m=torch.ones(4), B=torch.ones(6, 4)) | change
     with pytest.raises(ValueError, match=message):
-        materialize(**given)
+        materialize(**arguments)

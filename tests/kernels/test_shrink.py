@@ -47,11 +47,11 @@ def test_against_fp64(M, K, _, ranks, dtype, thin_dtype, dropped):
     seeds = torch.tensor([987654321012345678, 3], device=DEVICE)[: len(cuts)]
     S, keeps = shrink(x, As, thin_dtype, masks, cuts, seeds)
     _, eager_keeps = thin_eager.shrink(x, As, thin_dtype, masks, cuts, seeds)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(keeps, eager_keeps, strict=True))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(keeps, eager_keeps, strict=True))
     within([S], [oracle(x, As, masks, keeps)], [oracle(*absolutes(x, As), masks, keeps)], ["S"])
     if dropped:  # the masks given
-        given, none = shrink(x, As, thin_dtype, masks, cuts, torch.stack(keeps))
-        assert torch.equal(given, S)
+        S_again, none = shrink(x, As, thin_dtype, masks, cuts, torch.stack(keeps))
+        assert torch.equal(S_again, S)
         assert none == []
 
 

@@ -48,9 +48,9 @@ def oracle(dY, B, scales, mix, S):
 def test_against_fp64(M, N, R, dtype, thin_dtype, E):
     dY, B, S = randn(M, N, dtype=dtype), randn(N, R, dtype=thin_dtype), randn(M, R, dtype=thin_dtype)
     scales, mix = scales_and_mix(M, R, E)
-    found = [t for t in svf_dy(dY, B, scales, mix, S, True, thin_dtype) if t is not None]
+    results = [t for t in svf_dy(dY, B, scales, mix, S, True, thin_dtype) if t is not None]
     scales_of = oracle(*absolutes(dY, B), scales, mix, S.abs())
-    within(found, oracle(dY, B, scales, mix, S), scales_of, NAMES[: len(found)])
+    within(results, oracle(dY, B, scales, mix, S), scales_of, NAMES[: len(results)])
 
 
 @pytest.mark.parametrize(("dtype", "thin_dtype"), DTYPES, ids=str)
@@ -105,9 +105,9 @@ def test_strides_and_another_factor_dtype():
     dY, B, S = strided(randn(33, 70, dtype=BF16)), randn(8, 70, dtype=FP32).mT, strided(randn(33, 8, dtype=BF16))
     scales, mix = scales_and_mix(33, 8, 2)
     truth = oracle(dY, B.to(BF16), scales, mix, S)
-    found = svf_dy(dY, B, scales, mix, S, True, BF16)
-    within(found, truth, oracle(*absolutes(dY, B.to(BF16)), scales, mix, S.abs()), NAMES)
-    rounded_once(found[:1], truth[:1], "dS")
+    results = svf_dy(dY, B, scales, mix, S, True, BF16)
+    within(results, truth, oracle(*absolutes(dY, B.to(BF16)), scales, mix, S.abs()), NAMES)
+    rounded_once(results[:1], truth[:1], "dS")
 
 
 @pytest.mark.gpu
@@ -139,8 +139,13 @@ def test_rows_further_apart_than_int32_reaches():
 )
 def test_refuses_before_anything_is_launched(change, message):
     arguments = dict(
-        dY=torch.ones(8, 7), B=torch.ones(7, 4), scales=torch.ones(4), mix=None, S=torch.ones(8, 4),
-        need_dS=True, dtype=FP32,
-    ) | change  # fmt: skip
+        dY=torch.ones(8, 7),
+        B=torch.ones(7, 4),
+        scales=torch.ones(4),
+        mix=None,
+        S=torch.ones(8, 4),
+        need_dS=True,
+        dtype=FP32,
+    )
     with pytest.raises(ValueError, match=message):
-        svf_dy(**arguments)
+        svf_dy(**(arguments | change))

@@ -27,11 +27,11 @@ def oracle(D, scales, mix, S):
 @pytest.mark.parametrize(("M", "R"), SHAPES, ids=str)
 def test_against_fp64(M, R, dtype, E):
     D, S, (scales, mix) = strided(randn(M, R, dtype=dtype)), strided(randn(M, R, dtype=dtype)), scales_and_mix(M, R, E)
-    found = svf_scale(D, scales, mix, S, dtype)
+    results = svf_scale(D, scales, mix, S, dtype)
     names = ("dS", "dscales", "dmix")[: 2 if E is None else 3]
-    within(found[: len(names)], oracle(D, scales, mix, S), oracle(D.abs(), scales, mix, S.abs()), names)
-    assert torch.equal(svf_scale(D, scales, mix, None, dtype)[0], found[0])
-    assert torch.equal(svf_scale(D, scales, mix, S, None)[1], found[1])
+    within(results[: len(names)], oracle(D, scales, mix, S), oracle(D.abs(), scales, mix, S.abs()), names)
+    assert torch.equal(svf_scale(D, scales, mix, None, dtype)[0], results[0])
+    assert torch.equal(svf_scale(D, scales, mix, S, None)[1], results[1])
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
@@ -39,9 +39,9 @@ def test_against_fp64(M, R, dtype, E):
 def test_as_right_as_eager(dtype, E):
     def draw():
         D, S, (scales, mix) = randn(33, 70, dtype=dtype), randn(33, 70, dtype=dtype), scales_and_mix(33, 70, E)
-        found, same = svf_scale(D, scales, mix, S, dtype), svf_eager.scale_and_dot(D.clone(), scales, mix, S, True)
+        results, same = svf_scale(D, scales, mix, S, dtype), svf_eager.scale_and_dot(D.clone(), scales, mix, S, True)
         truth = oracle(D, scales, mix, S)
-        return found[: len(truth)], same[: len(truth)], truth
+        return results[: len(truth)], same[: len(truth)], truth
 
     in_the_mean(draw, ("dS", "dscales", "dmix")[: 2 if E is None else 3])
 
@@ -49,12 +49,12 @@ def test_as_right_as_eager(dtype, E):
 @pytest.mark.parametrize("E", [None, 2])
 def test_partials_are_summed_first(E):
     D, S, (scales, mix) = randn(3, 40, 70, dtype=FP32), randn(40, 70, dtype=BF16), scales_and_mix(40, 70, E)
-    found = svf_scale(D, scales, mix, S, BF16)
+    results = svf_scale(D, scales, mix, S, BF16)
     truth = oracle(D.double().sum(0), scales, mix, S)
     scales_ = oracle(D.double().abs().sum(0), scales, mix, S.abs())
     names = ("dS", "dscales", "dmix")[: len(truth)]
-    within(found[: len(truth)], truth, scales_, names)
-    rounded_once(found[:1], truth[:1], "dS")
+    within(results[: len(truth)], truth, scales_, names)
+    rounded_once(results[:1], truth[:1], "dS")
 
 
 @pytest.mark.gpu

@@ -168,8 +168,13 @@ def test_rows_further_apart_than_int32_reaches():
 )
 def test_refuses_before_anything_is_launched(change, message):
     arguments = dict(
-        x=torch.ones(8, 7), dS=[torch.ones(8, 4)], As=[torch.ones(4, 7)], need_dA=[True], dX=torch.ones(8, 7),
-        masks=[-1], keeps=[],
-    ) | change  # fmt: skip
+        x=torch.ones(8, 7),
+        dS=[torch.ones(8, 4)],
+        As=[torch.ones(4, 7)],
+        need_dA=[True],
+        dX=torch.ones(8, 7),
+        masks=[-1],
+        keeps=[],
+    )
     with pytest.raises(ValueError, match=message):
-        x_pass(**arguments)
+        x_pass(**(arguments | change))

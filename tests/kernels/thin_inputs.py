@@ -39,7 +39,7 @@ def strided(t):
 
 
 def absolutes(*tensors):
-    return [[t.abs() for t in given] if isinstance(given, list) else given.abs() for given in tensors]
+    return [[t.abs() for t in argument] if isinstance(argument, list) else argument.abs() for argument in tensors]
 
 
 def far_rows(rows, columns, dtype):
