@@ -37,16 +37,19 @@ def test_equals_torchs_reference(dtype, reduction, weighted, ignore_index):
         z = linear(h, W, b)
         return cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), target, weight=weight, **options)
 
-    mine = run(leaves, lambda h, W, b, weight: lowrank.linear_cross_entropy(
-        h, W, target, linear_bias=b, weight=weight, reduction=reduction, ignore_index=ignore_index
-    ), weight)  # fmt: skip
+    def ours(h, W, b, weight):
+        return lowrank.linear_cross_entropy(
+            h, W, target, linear_bias=b, weight=weight, reduction=reduction, ignore_index=ignore_index
+        )
+
+    result = run(leaves, ours, weight)
     truth = run([t.detach().double().requires_grad_() for t in leaves], reference, weight.double())
     # a logit, to 6, is rounded: a relative error of as much in every probability
     scales = [
         6 * (truth[0].abs() + truth[0].abs().max()),
         *((6 if dtype is torch.float32 else 2) * t for t in truth[1:]),
     ]
-    within(mine, truth, scales, ("loss", "input", "weight", "bias"))
+    within(result, truth, scales, ("loss", "input", "weight", "bias"))
 
 
 @needs_torchs
@@ -54,8 +57,8 @@ def test_takes_torchs_arguments_and_gives_its_value():
     import inspect
 
     torchs = torch.nn.functional.linear_cross_entropy
-    mine = inspect.signature(lowrank.linear_cross_entropy).parameters
-    assert [*inspect.signature(torchs).parameters, "lora"] == list(mine)
+    parameters = inspect.signature(lowrank.linear_cross_entropy).parameters
+    assert [*inspect.signature(torchs).parameters, "lora"] == list(parameters)
     (h, W, b), target, weight = tensors()
     options = dict(linear_bias=b, weight=weight, reduction="mean", options=torch.nn.LinearCrossEntropyOptions())
     torch.testing.assert_close(lowrank.linear_cross_entropy(h, W, target, **options), torchs(h, W, target, **options))

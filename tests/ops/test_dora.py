@@ -79,12 +79,12 @@ def bounds(leaves, W, dy, keep=None, inv_keep=1.0, base_dropout=True):
     return scales
 
 
-def compare(draw, ours, theirs=formula, unit=None, **reference):
+def compare(draw, ours, reference_of=formula, unit=None, **reference):
     def once():
         leaves, W, dy = draw()
         oracle = exact(leaves, W, dy, **reference)
         within(run(ours, leaves, W, dy), oracle, bounds(leaves, W, dy, **reference), NAMES, unit=unit)
-        return run(ours, leaves, W, dy), run(theirs, leaves, W, dy, **reference), oracle
+        return run(ours, leaves, W, dy), run(reference_of, leaves, W, dy, **reference), oracle
 
     in_the_mean(once, NAMES)
 
@@ -267,9 +267,9 @@ def test_nothing_of_the_weights_size_is_allocated():
     from torch.profiler import ProfilerActivity, profile
 
     (x, A, B, m, b), W = tensors(8, 2048, 2048, 4, torch.float32)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run(call, [x, A, B, m, b], W, torch.randn(8, 2048))
-    largest = max(event.self_cpu_memory_usage for event in found.events())
+    largest = max(event.self_cpu_memory_usage for event in profiled.events())
     assert largest < W.numel() * 4 / 3
 
 
@@ -373,9 +373,9 @@ def test_compiles_to_one_graph_for_any_length(p):
     for M in (6, 11, 5, 9):
         x = torch.randn(M, 40, requires_grad=True)
         runs = []
-        for each in (f, compiled):
+        for function in (f, compiled):
             torch.manual_seed(3)
-            y = each(x)
+            y = function(x)
             runs.append([y, *torch.autograd.grad(y.sum(), (x, *leaves[1:]))])
         torch.testing.assert_close(*runs)
     assert counters["stats"]["unique_graphs"] == 2  # the first length, then any length
@@ -398,12 +398,15 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_refuses(case):
     change, kind, message = BAD[case]
-    given = dict(
-        x=torch.randn(2, 5), weight=torch.randn(7, 5), lora_A=torch.randn(3, 5), lora_B=torch.randn(7, 3),
+    arguments = dict(
+        x=torch.randn(2, 5),
+        weight=torch.randn(7, 5),
+        lora_A=torch.randn(3, 5),
+        lora_B=torch.randn(7, 3),
         magnitude=torch.ones(7),
-    )  # fmt: skip
+    )
     with pytest.raises(kind, match=message):
-        lowrank.dora_linear(**given | change())
+        lowrank.dora_linear(**arguments | change())
 
 
 def constant_norm(x, A, B, m, b, W, keep=None, base_dropout=True):
@@ -427,8 +430,8 @@ def test_second_derivatives(p, base_dropout, trained, monkeypatch):
         return first, torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
 
     ours = second(lambda: call(*leaves, W, dropout_p=p, base_dropout=base_dropout))
-    theirs = second(lambda: constant_norm(*leaves, W, keep, base_dropout))
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    expected = second(lambda: constant_norm(*leaves, W, keep, base_dropout))
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:lowrank runs some calls in PyTorch")

@@ -153,15 +153,15 @@ def test_chunks_are_the_whole(monkeypatch):
     """Blocks of a receipt do not depend on how many rows were taken at a time."""
     if not _native.available("cpu"):
         pytest.skip(str(_native.why_not("cpu")))
-    found = []
+    folded = []
     for chunk in (1, 1 << 13, 1 << 30):
         monkeypatch.setattr(fold, "CHUNK", chunk)
         W, A, B = problem(300, 96, 4, BF16, 0.05)
         receipt = lowrank.fold_(W, A, 1.0, B)
-        found.append((W, receipt))
-    for W, receipt in found[1:]:
-        assert same_bits(W, found[0][0])
-        assert all(torch.equal(raw8(a), raw8(b)) for a, b in zip(receipt.fixes, found[0][1].fixes, strict=True))
+        folded.append((W, receipt))
+    for W, receipt in folded[1:]:
+        assert same_bits(W, folded[0][0])
+        assert all(torch.equal(raw8(a), raw8(b)) for a, b in zip(receipt.fixes, folded[0][1].fixes, strict=True))
 
 
 def raw8(t):

@@ -77,44 +77,54 @@ def elsewhere(hidden):
 
 def kl(hidden, W, A, B):
     ours = head(hidden, W, A, B).log_softmax(-1)
-    theirs = linear(elsewhere(hidden), W).to(torch.promote_types(hidden.dtype, torch.float32))
-    return (ours.exp() * (ours - theirs.log_softmax(-1).detach())).sum(-1)
+    base_z = linear(elsewhere(hidden), W).to(torch.promote_types(hidden.dtype, torch.float32))
+    return (ours.exp() * (ours - base_z.log_softmax(-1).detach())).sum(-1)
 
 
 THIN = (M, K), (N, K), (R, K), (N, R)
 HEAD = (M, K), (V, K), (R, K), (V, R)
 OPS = {
-    "lora_linear": Op(THIN, lambda x, W, A, B: lowrank.lora_linear(x, W, A, B, 0.7),
-                      lambda x, W, A, B: (linear(x, W) + thin(x, A, B, 0.7)).to(x.dtype), (0, 1, 2, 3)),
+    "lora_linear": Op(
+        THIN,
+        lambda x, W, A, B: lowrank.lora_linear(x, W, A, B, 0.7),
+        lambda x, W, A, B: (linear(x, W) + thin(x, A, B, 0.7)).to(x.dtype),
+        (0, 1, 2, 3),
+    ),
     "dora_linear": Op((*THIN, (N,)), lambda x, W, A, B, m: lowrank.dora_linear(x, W, A, B, m, 2.0), dora, (0, 2, 3, 4)),
     "svf_linear": Op(
         ((M, K), (N, K), (N, R), (R,), (R, K), (R,)),
-        lambda x, W, U, S, Vh, z: lowrank.svf_linear(x, W, factors(U, S, Vh), z, mode="delta"), svf, (0, 5),
+        lambda x, W, U, S, Vh, z: lowrank.svf_linear(x, W, factors(U, S, Vh), z, mode="delta"),
+        svf,
+        (0, 5),
     ),
     "linear_logprob": Op(
         HEAD, lambda h, W, A, B: lowrank.linear_logprob(h, W, targets(h), lora=(A, B, 1.0)).logp, logp, (0, 2, 3)
     ),
     "linear_cross_entropy": Op(
-        HEAD, lambda h, W, A, B: lowrank.linear_cross_entropy(h, W, targets(h), lora=(A, B, 1.0)).view(1),
-        lambda *ts: -logp(*ts).mean().view(1), (0, 2, 3),
+        HEAD,
+        lambda h, W, A, B: lowrank.linear_cross_entropy(h, W, targets(h), lora=(A, B, 1.0)).view(1),
+        lambda *ts: -logp(*ts).mean().view(1),
+        (0, 2, 3),
     ),
     "kl_to": Op(
-        HEAD, lambda h, W, A, B: lowrank.kl_to(lowrank.Head(h, W, lora=(A, B, 1.0)), lowrank.Head(elsewhere(h), W)),
-        kl, (0, 2, 3),
+        HEAD,
+        lambda h, W, A, B: lowrank.kl_to(lowrank.Head(h, W, lora=(A, B, 1.0)), lowrank.Head(elsewhere(h), W)),
+        kl,
+        (0, 2, 3),
     ),
-}  # fmt: skip
+}
 FP32 = {"svf_linear": (3, 5)}  # leaves that are fp32 whatever the others are
 
 
 def leaves(name, dtype, device, seed=0):
     """Rows of unit size, lora_B's of a quarter: outputs, logits too, are numbers near one, and adapters the smaller part."""
     torch.manual_seed(seed)
-    op, found = OPS[name], []
+    op, tensors = OPS[name], []
     for i, shape in enumerate(op.shapes):
         t = torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) == 2 and i else 1.0) * (0.25 if i == 3 else 1.0)
         t = t.to(device, torch.float32 if i in FP32.get(name, ()) else dtype)
-        found.append(t.requires_grad_(i in op.trained))
-    return found
+        tensors.append(t.requires_grad_(i in op.trained))
+    return tensors
 
 
 def run(f, name, ts):
@@ -205,13 +215,13 @@ def test_a_graph_of_forward_and_backward_replays_with_changed_contents(name):
 @gpu
 @pytest.mark.parametrize("name", OPS)
 def test_another_stream_and_every_bit_twice(name):
-    op, ts, found = OPS[name], leaves(name, torch.bfloat16, "cuda"), []
+    op, ts, results = OPS[name], leaves(name, torch.bfloat16, "cuda"), []
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            found.append(run(op.call, name, ts))
+            results.append(run(op.call, name, ts))
         torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @gpu
@@ -219,9 +229,9 @@ def test_another_stream_and_every_bit_twice(name):
 @pytest.mark.parametrize("name", OPS)
 def test_a_device_that_is_not_the_current_one(name):
     op = OPS[name]
-    found = [run(op.call, name, leaves(name, torch.bfloat16, device)) for device in ("cuda:0", "cuda:1")]
+    results = [run(op.call, name, leaves(name, torch.bfloat16, device)) for device in ("cuda:0", "cuda:1")]
     assert torch.cuda.current_device() == 0
-    assert all(torch.equal(a, b.to(a.device)) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b.to(a.device)) for a, b in zip(*results, strict=True))
 
 
 @gpu
@@ -240,8 +250,8 @@ def test_checkpointed(name, reentrant, device):
     op, ts = OPS[name], leaves(name, torch.float32, device)
     wrapped = functools.partial(checkpoint, op.call, use_reentrant=reentrant)
     if not reentrant:
-        found = run(wrapped, name, ts), run(op.call, name, ts)
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results = run(wrapped, name, ts), run(op.call, name, ts)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         return
     grads = []  # torch.autograd.grad does not go through reentrant checkpoints
     for f in (wrapped, op.call):

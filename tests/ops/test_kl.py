@@ -17,21 +17,21 @@ def heads(T, H, V, r, dtype, distance=1.0):
 
 def ours(policy, base, temperature=1.0, softcap=None, **options):
     h, W, b, A, B = policy
-    mine = Head(h, W, b, (A, B, 0.7), temperature, 1.0, softcap)
-    return lowrank.kl_to(mine, Head(*base, None, temperature, 1.0, softcap), **options)
+    policy_head = Head(h, W, b, (A, B, 0.7), temperature, 1.0, softcap)
+    return lowrank.kl_to(policy_head, Head(*base, None, temperature, 1.0, softcap), **options)
 
 
 def sides(policy, base, temperature=1.0, softcap=None):
     """log p and log q."""
     h, W, b, A, B = policy
     z = torch.nn.functional.linear(h, W, b) + 0.7 * (h @ A.mT) @ B.mT
-    found = []
+    log_softmaxes = []
     for one in (z, torch.nn.functional.linear(*base)):
         one = one.to(torch.promote_types(one.dtype, torch.float32))
         one = softcap * torch.tanh(one / softcap) if softcap else one
         one = one / (temperature.to(one.dtype)[..., None] if isinstance(temperature, torch.Tensor) else temperature)
-        found.append(one.log_softmax(-1))
-    return found
+        log_softmaxes.append(one.log_softmax(-1))
+    return log_softmaxes
 
 
 def plain(policy, base, **options):
@@ -72,8 +72,8 @@ def once(V, dtype, options, T=9):
 @pytest.mark.parametrize("V", [1, 7, 127])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_forward_and_every_gradient(dtype, V, options):
-    mine, _, oracle, scales = once(V, dtype, options)
-    within(mine, oracle, scales, NAMES)
+    results, _, oracle, scales = once(V, dtype, options)
+    within(results, oracle, scales, NAMES)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -117,8 +117,8 @@ def test_the_base_is_constant_and_a_frozen_head_costs_nothing():
 def test_small_divergences_keep_their_digits():
     policy, base = heads(9, 32, 300, 3, torch.float32, distance=1e-3)
     truth = plain(*([t.detach().double() for t in side] for side in (policy, base)))
-    mine, naive = (f(policy, base).detach() for f in (ours, plain))
-    assert float((mine - truth).norm()) < 0.2 * float((naive - truth).norm())
+    kl, naive = (f(policy, base).detach() for f in (ours, plain))
+    assert float((kl - truth).norm()) < 0.2 * float((naive - truth).norm())
 
 
 @pytest.mark.parametrize("invariant", [False, True])

@@ -24,31 +24,31 @@ SHAPES = [
 
 @contextlib.contextmanager
 def without_a_node_of_c():
-    made = choice(CPU)
-    _choice._choices[CPU] = made._replace(node=False)
+    chosen = choice(CPU)
+    _choice._choices[CPU] = chosen._replace(node=False)
     try:
         yield
     finally:
-        _choice._choices[CPU] = made
+        _choice._choices[CPU] = chosen
 
 
 def forms():
     """Python's own body; one call of C++ under a node of Python's; under a node of C++'s; kernels where they run."""
     if choice(CPU).backend == "triton":
         return {"kernels": contextlib.nullcontext}
-    found = {"python": lambda: forced("eager")}
+    contexts = {"python": lambda: forced("eager")}
     if choice(CPU).native:
-        found["native"] = without_a_node_of_c
+        contexts["native"] = without_a_node_of_c
     if choice(CPU).node:
-        found["node"] = contextlib.nullcontext
-    return found
+        contexts["node"] = contextlib.nullcontext
+    return contexts
 
 
 FORMS = forms()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, *([] if "kernels" in FORMS else [torch.float64])]
 
 
-def made(shape, Ns, r, dtype, factor_dtype, *, bias=False, base=False, p=0.0, need_x=True, scaling=0.7):
+def draw(shape, Ns, r, dtype, factor_dtype, *, bias=False, base=False, p=0.0, need_x=True, scaling=0.7):
     """(x, projections, leaves)."""
     K = shape[-1]
     x = torch.randn(shape, dtype=dtype, requires_grad=need_x)
@@ -58,9 +58,9 @@ def made(shape, Ns, r, dtype, factor_dtype, *, bias=False, base=False, p=0.0, ne
         A = (torch.randn(r + i, K) / K**0.5).to(factor_dtype).requires_grad_()
         B = (torch.randn(N, r + i) / 4).to(factor_dtype).requires_grad_()
         b = torch.randn(N, dtype=dtype) if bias and i != 1 else None
-        given = torch.randn(*shape[:-1], N, dtype=dtype, requires_grad=True) if base else None
-        projections.append(Projection(None if base else W, b, (Adapter(A, B, scaling + i, None, p),), given))
-        leaves += [A, B, *([given] if base else [])]
+        arguments = torch.randn(*shape[:-1], N, dtype=dtype, requires_grad=True) if base else None
+        projections.append(Projection(None if base else W, b, (Adapter(A, B, scaling + i, None, p),), arguments))
+        leaves += [A, B, *([arguments] if base else [])]
     return x, tuple(projections), leaves
 
 
@@ -72,8 +72,8 @@ def run(call, x, projections, leaves, **options):
     return [*ys, *torch.autograd.grad(ys, leaves, dys)]
 
 
-def assert_same_bits(ours, theirs):
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+def assert_same_bits(ours, expected):
+    for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), i
         assert torch.equal(a, b), f"{i}: {(a.double() - b.double()).abs().max()}"
 
@@ -97,11 +97,11 @@ CASES = {
 def test_the_general_forms_bits(form, case, dtype, factor):
     for shape, Ns, r in SHAPES:
         Ns = Ns[:1] if CASES[case].get("base") else Ns
-        given = made(
+        arguments = draw(
             shape, Ns, r, dtype, dtype if factor == "same" else torch.promote_types(dtype, torch.float32), **CASES[case]
         )
         with FORMS[form]():
-            assert_same_bits(run(linear.linears, *given), run(lora.general, *given))
+            assert_same_bits(run(linear.linears, *arguments), run(lora.general, *arguments))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -109,13 +109,14 @@ def test_the_general_forms_bits_of_strided_and_shared(form):
     """x whose rows are strided or whose dims are swapped, dY of stride 0 and transposed, one mask for all."""
     dtypes = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
     for (dtype, factor), p, shared in itertools.product(dtypes, (0.0, 0.25), (False, True)):
-        x, projections, leaves = made((60, 200), [12, 9], 4, dtype, factor, p=p)
+        x, projections, leaves = draw((60, 200), [12, 9], 4, dtype, factor, p=p)
         views = x[::2], x[:, :200].as_strided((5, 200), (4, 1)), x.view(20, 3, 200).transpose(0, 1), x.view(200, 60).mT
         for view in views if form != "kernels" else views[:3]:  # which leave that view to PyTorch
-            given = view, projections, leaves
+            arguments = view, projections, leaves
             with FORMS[form]():
                 assert_same_bits(
-                    run(linear.linears, *given, shared_mask=shared), run(lora.general, *given, shared_mask=shared)
+                    run(linear.linears, *arguments, shared_mask=shared),
+                    run(lora.general, *arguments, shared_mask=shared),
                 )
                 for grads_of in (lambda y: y.sum(), lambda y: (y.mT @ torch.ones_like(y)).sum()):
                     pairs = []
@@ -132,19 +133,19 @@ def test_blocks_of_what_is_widened(form):
     if form == "kernels":
         pytest.skip("kernels widen in registers")
     for (shape, Ns), p in itertools.product((((700, 1600), [1500]), ((40000, 64), [48, 16])), (0.0, 0.3)):
-        given = made(shape, Ns, 8, torch.bfloat16, torch.float32, p=p)
+        arguments = draw(shape, Ns, 8, torch.bfloat16, torch.float32, p=p)
         with FORMS[form]():
-            assert_same_bits(run(linear.linears, *given), run(lora.general, *given))
+            assert_same_bits(run(linear.linears, *arguments), run(lora.general, *arguments))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast(form, p):
     for dtype, to in itertools.product((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
-        given = made((3, 5, 32), [24, 16], 4, dtype, torch.float32, bias=True, p=p)
+        arguments = draw((3, 5, 32), [24, 16], 4, dtype, torch.float32, bias=True, p=p)
         with FORMS[form](), torch.autocast("cpu", to):
-            ours = run(linear.linears, *given)
-            assert_same_bits(ours, run(lora.general, *given))
+            ours = run(linear.linears, *arguments)
+            assert_same_bits(ours, run(lora.general, *arguments))
         assert ours[0].dtype is to
 
 
@@ -154,7 +155,7 @@ def test_the_same_bits_with_and_without_grad(form, case):
     for dtype, factor_dtype in itertools.product((torch.float32, torch.bfloat16, torch.float16), (None, torch.float32)):
         for shape, Ns, r in SHAPES:
             Ns = Ns[:1] if CASES[case].get("base") else Ns
-            x, projections, _ = made(shape, Ns, r, dtype, factor_dtype or dtype, **CASES[case])
+            x, projections, _ = draw(shape, Ns, r, dtype, factor_dtype or dtype, **CASES[case])
             with FORMS[form]():
                 torch.manual_seed(3)
                 with_grad = linear.linears(x, projections)
@@ -166,7 +167,7 @@ def test_the_same_bits_with_and_without_grad(form, case):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_without_a_gradient(form):
-    x, projections, leaves = made((4, 10), [6, 5, 7], 2, torch.float32, torch.float32)
+    x, projections, leaves = draw((4, 10), [6, 5, 7], 2, torch.float32, torch.float32)
     for used in ((0,), (2, 1), ()):
         pairs = []
         for call in (linear.linears, lora.general):
@@ -181,7 +182,7 @@ def test_outputs_without_a_gradient(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_not_plain_is_left_to_the_general_form(form):
-    x, (projection,), _ = made((4, 10), [6], 2, torch.float32, torch.float32)
+    x, (projection,), _ = draw((4, 10), [6], 2, torch.float32, torch.float32)
     (adapter,) = projection.adapters
     others = {
         "two adapters": projection._replace(adapters=(adapter, adapter)),
@@ -212,21 +213,21 @@ def test_a_forward_and_its_backward_take_the_same_form():
     """Backward outside the context that its forward was in."""
     if "native" not in FORMS:
         pytest.skip("one form")
-    given = made((4, 10), [6], 2, torch.float32, torch.float32)
+    arguments = draw((4, 10), [6], 2, torch.float32, torch.float32)
     with forced("eager"):
-        y = linear.linears(*given[:2])
-    (a,) = torch.autograd.grad(y, given[2][:1], torch.ones_like(y[0]))
-    assert torch.equal(a, run_backward(given))
+        y = linear.linears(*arguments[:2])
+    (a,) = torch.autograd.grad(y, arguments[2][:1], torch.ones_like(y[0]))
+    assert torch.equal(a, run_backward(arguments))
 
 
-def run_backward(given):
-    y = linear.linears(*given[:2])
-    return torch.autograd.grad(y, given[2][:1], torch.ones_like(y[0]))[0]
+def run_backward(arguments):
+    y = linear.linears(*arguments[:2])
+    return torch.autograd.grad(y, arguments[2][:1], torch.ones_like(y[0]))[0]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_weight_written_to_before_backward_is_torchs_own_error(form):
-    x, projections, _ = made((4, 10), [6], 2, torch.float32, torch.float32)
+    x, projections, _ = draw((4, 10), [6], 2, torch.float32, torch.float32)
     with FORMS[form]():
         (y,) = linear.linears(x, projections)
     projections[0].weight.mul_(2)
@@ -238,7 +239,7 @@ def test_a_weight_written_to_before_backward_is_torchs_own_error(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_second_backward_is_torchs_own_error(form, gone):
     """Whatever was written to x since the first, and where x is gone and other tensors are in its place."""
-    x, (projection,), _ = made((4, 10), [6], 2, torch.float32, torch.float32)
+    x, (projection,), _ = draw((4, 10), [6], 2, torch.float32, torch.float32)
     layer = torch.nn.Linear(1, 1)
     _stats.ran_fused(layer)
     x = x * 1
@@ -258,7 +259,7 @@ def test_a_second_backward_is_torchs_own_error(form, gone):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_input_written_to_without_a_layer_is_torchs_own_error(form):
-    x, projections, _ = made((4, 10), [6], 2, torch.float32, torch.float32, need_x=False)
+    x, projections, _ = draw((4, 10), [6], 2, torch.float32, torch.float32, need_x=False)
     with FORMS[form]():
         (y,) = linear.linears(x, projections)
     x.mul_(2)
@@ -273,7 +274,7 @@ def test_compiled_autograd_captures_once_for_every_input(form):
     from torch._dynamo import compiled_autograd
     from torch._dynamo.utils import counters
 
-    _, projections, leaves = made((4, 10), [6], 2, torch.float32, torch.float32, p=0.5, need_x=False)
+    _, projections, leaves = draw((4, 10), [6], 2, torch.float32, torch.float32, p=0.5, need_x=False)
     xs = [torch.randn(4, 10, requires_grad=True) for _ in range(4)]
     torch._dynamo.reset()
     counters.clear()
@@ -281,12 +282,12 @@ def test_compiled_autograd_captures_once_for_every_input(form):
         for x in xs:
             torch.manual_seed(3)
             (y,) = linear.linears(x * 1, projections)
-            theirs = torch.autograd.grad(y.sum(), [x, *leaves])
+            expected = torch.autograd.grad(y.sum(), [x, *leaves])
             torch.manual_seed(3)
             (y,) = linear.linears(x * 1, projections)
             with compiled_autograd._enable(torch.compile(backend="eager")):
                 y.sum().backward()
-            assert_same_bits([t.grad for t in (x, *leaves)], theirs)
+            assert_same_bits([t.grad for t in (x, *leaves)], expected)
             for leaf in leaves:
                 leaf.grad = None
     assert counters["compiled_autograd"]["captures"] <= 2  # the first, and one whose sizes and numbers may change
@@ -305,7 +306,7 @@ def left_behind(t):
 def test_tensors_that_are_not_ordinary_are_left_to_what_knows_them(form, p):
     if form == "kernels":
         pytest.skip("a CPU's")
-    x, (projection,), _ = made((4, 10), [6], 2, torch.float32, torch.float32, p=p, need_x=False)
+    x, (projection,), _ = draw((4, 10), [6], 2, torch.float32, torch.float32, p=p, need_x=False)
     (adapter,) = projection.adapters
     A = left_behind(adapter.A).requires_grad_()
     cases = {
@@ -319,8 +320,8 @@ def test_tensors_that_are_not_ordinary_are_left_to_what_knows_them(form, p):
         cases["a sparse x"] = x.to_sparse(), projection
     elif form != "python":  # its masks view x
         cases["a negated x"] = torch._neg_view(x), projection
-    for what, given in cases.items():
-        x, projection = given
+    for what, arguments in cases.items():
+        x, projection = arguments
         for grad in (True, False):
             pairs = []
             for call in (lora.lora_projections, lora.general):
@@ -328,13 +329,13 @@ def test_tensors_that_are_not_ordinary_are_left_to_what_knows_them(form, p):
                 with FORMS[form](), torch.set_grad_enabled(grad):
                     (y,) = call(x, (projection,))
                     pairs.append([y, *(torch.autograd.grad(y.sum(), [adapter.B]) if grad else ())])
-            for ours, theirs in zip(*pairs, strict=True):
-                torch.testing.assert_close(ours, theirs, msg=lambda m, what=what: f"{what}: {m}")
+            for ours, expected in zip(*pairs, strict=True):
+                torch.testing.assert_close(ours, expected, msg=lambda m, what=what: f"{what}: {m}")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_number_that_is_too_large_is_an_error(form):
-    x, (projection,), _ = made((4, 10), [6], 2, torch.float32, torch.float32)
+    x, (projection,), _ = draw((4, 10), [6], 2, torch.float32, torch.float32)
     (adapter,) = projection.adapters
     large = projection._replace(adapters=(adapter._replace(scaling=10**400),))
     with FORMS[form](), pytest.raises((OverflowError, RuntimeError)):
@@ -344,7 +345,7 @@ def test_a_number_that_is_too_large_is_an_error(form):
 def test_where_there_is_no_memory_the_node_raises_torchs_own_error(capfd):
     if "node" not in FORMS:
         pytest.skip("the one call's has torch's stable ABI between")
-    _, projections, _ = made((4, 10), [6], 2, torch.float32, torch.float32)
+    _, projections, _ = draw((4, 10), [6], 2, torch.float32, torch.float32)
     x = torch.randn(1, 10).expand(2**50, 10)
     with pytest.raises(RuntimeError, match=r"^\[enforce fail.*can't allocate memory"):
         linear.linears(x, projections)
@@ -354,13 +355,13 @@ def test_where_there_is_no_memory_the_node_raises_torchs_own_error(capfd):
 @pytest.mark.gpu
 def test_saved_tensors_hooks_on_a_gpu():
     """No node of C++ under them, and no one call outside of it."""
-    x, (projection,), _ = made((3, 64), [32], 4, torch.float32, torch.float32, need_x=False)
+    x, (projection,), _ = draw((3, 64), [32], 4, torch.float32, torch.float32, need_x=False)
     (adapter,) = projection.adapters
     A, B = (t.detach().cuda().requires_grad_() for t in (adapter.A, adapter.B))
-    given = x.cuda(), (Projection(projection.weight.cuda(), None, (adapter._replace(A=A, B=B),)),), [A, B]
+    arguments = x.cuda(), (Projection(projection.weight.cuda(), None, (adapter._replace(A=A, B=B),)),), [A, B]
     with torch.autograd.graph.save_on_cpu():
-        ours = run(linear.linears, *given)
-    assert_same_bits(ours, run(linear.linears, *given))
+        ours = run(linear.linears, *arguments)
+    assert_same_bits(ours, run(linear.linears, *arguments))
 
 
 @pytest.mark.gpu
@@ -371,20 +372,20 @@ def test_the_general_forms_bits_on_a_gpu(case, rows):
     device = torch.device("cuda")
     for dtype, factor_dtype in itertools.product((torch.float32, torch.bfloat16, torch.float16), (None, torch.float32)):
         Ns = [1024] if case == "base" else [1024, 512, 8]
-        x, projections, leaves = made((rows, 2048), Ns, 16, dtype, factor_dtype or dtype, **CASES[case])
+        x, projections, leaves = draw((rows, 2048), Ns, 16, dtype, factor_dtype or dtype, **CASES[case])
         with torch.no_grad():
             moved = {id(t): t.detach().to(device).requires_grad_(t.requires_grad) for t in leaves}
 
         def there(t, moved=moved):
             return None if t is None else moved[id(t)] if id(t) in moved else t.detach().to(device)
 
-        given = tuple(
+        arguments = tuple(
             Projection(
                 there(weight), there(bias), tuple(a._replace(A=there(a.A), B=there(a.B)) for a in adapters), there(base)
             )
             for weight, bias, adapters, base, _, _ in projections
         )
-        call = there(x), given, [moved[id(t)] for t in leaves]
+        call = there(x), arguments, [moved[id(t)] for t in leaves]
         for _ in range(3):
             assert_same_bits(run(linear.linears, *call), run(lora.general, *call))
         with forced("eager"):

@@ -149,8 +149,8 @@ def test_gradcheck(options):
 def test_either_result_alone(which):
     leaves, targets = tensors(5, 16, 37, 3, torch.float64, torch.float64)
     dy = torch.randn(5, dtype=torch.float64)
-    mine, truth = ours(leaves, targets)[which], plain(leaves, targets)[which]
-    for a, b in zip(torch.autograd.grad(mine, leaves, dy), torch.autograd.grad(truth, leaves, dy), strict=True):
+    result, truth = ours(leaves, targets)[which], plain(leaves, targets)[which]
+    for a, b in zip(torch.autograd.grad(result, leaves, dy), torch.autograd.grad(truth, leaves, dy), strict=True):
         torch.testing.assert_close(a, b)
     # a sum hands over a gradient of strides 0
     a, b = (torch.autograd.grad(f(leaves, targets)[which].sum(), leaves) for f in (ours, plain))
@@ -195,10 +195,10 @@ def test_masked_vocabulary(masked):
     few = (kept[None] == targets[:, None]).nonzero()[:, 1]
     bias = b.detach().masked_fill(banned, masked)
     dy = torch.randn(2, 5)
-    mine = lowrank.linear_logprob(h, W, targets, bias=bias)
+    result = lowrank.linear_logprob(h, W, targets, bias=bias)
     truth = lowrank.linear_logprob(h, W[kept], few, bias=b[kept])
-    torch.testing.assert_close(mine, truth)
-    got, exact = (torch.autograd.grad(out, (h, W), list(dy)) for out in (mine, truth))
+    torch.testing.assert_close(result, truth)
+    got, exact = (torch.autograd.grad(out, (h, W), list(dy)) for out in (result, truth))
     torch.testing.assert_close(got, exact)
     assert not got[1][banned].any()
 

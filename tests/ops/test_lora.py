@@ -183,13 +183,13 @@ def test_projections_whose_result_is_not_used_get_none(used, kind, adapter_dtype
         else:
             projections.append(Projection(W, b, adapters))
             owned.append([W, b, *([A, B, lb] if adapters else [])])
-    leaves = [*([x] if x.requires_grad else []), *(t for each in owned for t in each if t.requires_grad)]
+    leaves = [*([x] if x.requires_grad else []), *(t for ts in owned for t in ts if t.requires_grad)]
     with Seen() if kind == "opaque" else contextlib.nullcontext():  # torch.ops.lowrank.lora_linears_backward itself
         ys = lora_projections(x, tuple(projections), shared_mask=kind == "shared mask")
-        found = torch.autograd.grad([ys[i].sum() for i in used], leaves, allow_unused=True, retain_graph=True)
+        grads = torch.autograd.grad([ys[i].sum() for i in used], leaves, allow_unused=True, retain_graph=True)
     zeros = torch.autograd.grad([y.sum() if i in used else y.sum() * 0 for i, y in enumerate(ys)], leaves)
-    gone = {id(t) for i, each in enumerate(owned) for t in each if i not in used}
-    for leaf, grad, beside_zeros in zip(leaves, found, zeros, strict=True):
+    gone = {id(t) for i, ts in enumerate(owned) for t in ts if i not in used}
+    for leaf, grad, beside_zeros in zip(leaves, grads, zeros, strict=True):
         assert (grad is None) == (id(leaf) in gone)
         if grad is not None:
             torch.testing.assert_close(grad, beside_zeros)
@@ -449,11 +449,11 @@ def test_autocast(base_dtype):
         dy = torch.randn(33, 80, dtype=torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             ours = lowrank.lora_linear(x, W, A, B, 0.7, bias=b)
-            theirs = torch.nn.functional.linear(x, W, b)
-            theirs = theirs + torch.nn.functional.linear(torch.nn.functional.linear(x.to(A.dtype), A), B) * 0.7
+            eager = torch.nn.functional.linear(x, W, b)
+            eager = eager + torch.nn.functional.linear(torch.nn.functional.linear(x.to(A.dtype), A), B) * 0.7
         assert ours.dtype is torch.bfloat16
         oracle = grads(lambda x, W, A, B, b: formula(x, W, A, B, b, None), wide(ts[:5]), dy.double())
-        return *([y, *torch.autograd.grad(y, ts[:5], dy)] for y in (ours, theirs)), oracle
+        return *([y, *torch.autograd.grad(y, ts[:5], dy)] for y in (ours, eager)), oracle
 
     in_the_mean(draw, NAMES[:6])
 
@@ -672,7 +672,7 @@ FOLLOWERS = {
         torch.func.grad(lambda x, *ts: f(x, *ts).square().sum(), (1, 2, 3)), (0, *[None] * 5)
     )(*ts),
     "trace": lambda f, ts: torch.jit.trace(f, ts)(torch.cat([ts[0], ts[0]]), *ts[1:]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -110,12 +110,12 @@ def test_fma_reference_rounds_once():
     c = c * np.float32(2.0**-20)
     a[:500], b[:500] = np.float32(1 + 2**-12), np.float32(1 + 2**-12)  # a tie in fp32 but for a small c
     c[:500] *= np.float32(2.0**-30)
-    found, twice = fma(a, b, c), (a.astype(np.float64) * b + c).astype(np.float32)
-    for x, y, z, got in zip(a, b, c, found, strict=True):
+    once, twice = fma(a, b, c), (a.astype(np.float64) * b + c).astype(np.float32)
+    for x, y, z, got in zip(a, b, c, once, strict=True):
         exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
         near = [got, np.nextafter(got, np.float32(np.inf)), np.nextafter(got, np.float32(-np.inf))]
         assert min(abs(Fraction(float(n)) - exact) for n in near) == abs(Fraction(float(got)) - exact)
-    assert (found != twice).any()
+    assert (once != twice).any()
 
 
 @needs_native
@@ -168,9 +168,9 @@ def test_the_number_of_threads_does_not_matter(threads):
         arguments = inputs(700, 300, 9, BF16, BF16)
         expected = materialize_with_report(*arguments)
         torch.set_num_threads(threads)
-        found = materialize_with_report(*arguments)
-        assert same_bits(found[0], expected[0])
-        assert found[1] == expected[1]
+        result = materialize_with_report(*arguments)
+        assert same_bits(result[0], expected[0])
+        assert result[1] == expected[1]
     finally:
         torch.set_num_threads(before)
 
@@ -265,8 +265,8 @@ def test_lists():
     W, A, m, B = (list(ts) for ts in zip(*calls, strict=True))
     out = [poisoned(w) for w in W]
     changed = [torch.empty((w.numel() + 31) // 32, dtype=torch.int32) for w in W]
-    found = materialize(W, A, m, B, out=out, changed=changed)
-    for f, o, c, call in zip(found, out, changed, calls, strict=True):
+    results = materialize(W, A, m, B, out=out, changed=changed)
+    for f, o, c, call in zip(results, out, changed, calls, strict=True):
         assert f is o
         assert same_bits(f, materialize(*call))
         assert torch.equal(c, bits.pack(raw(f) != raw(call[0])))
@@ -339,9 +339,9 @@ def test_memory_that_overlaps_is_refused(r):
     ],
 )
 def test_bad_input(change, error, message):
-    given = dict(weight=torch.ones(8, 6), A=torch.ones(4, 6), m=1.0, B=torch.ones(8, 4)) | change
+    arguments = dict(weight=torch.ones(8, 6), A=torch.ones(4, 6), m=1.0, B=torch.ones(8, 4)) | change
     with pytest.raises(error, match=f"materialize: {message}"):
-        materialize(**given)
+        materialize(**arguments)
 
 
 @needs_native
@@ -460,8 +460,8 @@ def test_compiles_without_a_break():
     compiled = torch.compile(merged, fullgraph=True, backend="aot_eager")
     for r in (4, 70):
         arguments = inputs(16, 32, r, BF16, FP32)
-        for found, expected in zip(compiled(*arguments), merged(*arguments), strict=True):
-            assert same_bits(found, expected)
+        for result, expected in zip(compiled(*arguments), merged(*arguments), strict=True):
+            assert same_bits(result, expected)
 
 
 def test_importing_loads_no_library():

@@ -289,8 +289,10 @@ def test_compiles_to_one_graph_for_any_length(E, mode):
     z, mix = z.detach().requires_grad_(), None if mix is None else mix.detach()[0]
     f = torch.compile(
         lambda x, z: op(x, factors, z, W.detach(), bias=b, mix=mix, mode=mode, normalize="nuclear"),
-        fullgraph=True, dynamic=True, backend="aot_eager",
-    )  # fmt: skip
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
     for T in (5, 9, 33):
         x = torch.randn(2, T, 24)
         y, same = f(x, z), op(x, factors, z, W, bias=b, mix=mix, mode=mode, normalize="nuclear")
@@ -432,7 +434,7 @@ def test_transforms_and_forward_mode():
     def ours(x, z, b):
         return lowrank.svf_linear(x, W, factors, z, bias=b)
 
-    def theirs(x, z, b):
+    def expected(x, z, b):
         return formula(x, W, z, None, b, factors)
 
     for how in (
@@ -441,4 +443,4 @@ def test_transforms_and_forward_mode():
         lambda f: torch.func.vmap(f, (0, None, None))(x, z, b),
         lambda f: torch.func.vmap(f, (None, 0, None))(x, torch.stack([z, 2 * z]), b),
     ):
-        torch.testing.assert_close(how(ours), how(theirs))
+        torch.testing.assert_close(how(ours), how(expected))
