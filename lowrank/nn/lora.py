@@ -8,12 +8,13 @@ from torch import nn
 from ..ops import lora_linear
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
 from ..svd import svd_factors
+from ._adapted import AdaptedLinear, refuse_base_options
 from .merging import ordinary, report_merge
 
 INITS = ("default", "pissa", "olora")
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLinear):
     """``base_layer(x) + scaling * lora_B(lora_A(dropout(x)))`` in one op (Hu et al. 2021, arXiv 2106.09685).
 
     The parameters and their names are PEFT's: ``base_layer.weight`` [N, K], ``lora_A.default.weight`` [r, K],
@@ -54,7 +55,6 @@ class LoRALinear(nn.Module):
         init: str = "default",
         _base: nn.Linear | None = None,
     ):
-        super().__init__()
         lora_alpha = r if lora_alpha is None else lora_alpha
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"r: expected an integer of at least 1, got {r!r}")
@@ -64,15 +64,12 @@ class LoRALinear(nn.Module):
             raise ValueError(f"lora_dropout: expected a probability in [0, 1], got {lora_dropout}")
         if init not in INITS:
             raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, _base, bias, device, dtype)
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.base_layer = _base or nn.Linear(in_features, out_features, bias, device, dtype)
-        self.base_layer.requires_grad_(False)
         device = self.base_layer.weight.device
         self.lora_A = nn.ModuleDict({"default": nn.Linear(in_features, r, False, device, adapter_dtype)})
         self.lora_B = nn.ModuleDict({"default": nn.Linear(r, out_features, lora_bias, device, adapter_dtype)})
         self.lora_dropout = lora_dropout
-        self.register_buffer("_merged_weight", None, persistent=False)
         self.register_buffer("_merged_bias", None, persistent=False)
         self.register_buffer("_initial_A", None, persistent=False)  # what the base's weight lacks, of PiSSA and OLoRA
         self.register_buffer("_initial_B", None, persistent=False)
@@ -86,8 +83,7 @@ class LoRALinear(nn.Module):
         """Adopt ``linear``: its parameters are used, not copied, and frozen.  ``options``: the constructor's."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        if given := options.keys() & {"bias", "device", "dtype"}:
-            raise TypeError(f"from_linear: the base has its own {', '.join(sorted(given))}")
+        refuse_base_options(options)
         return cls(linear.in_features, linear.out_features, r, _base=linear, **options)
 
     def reset_lora_parameters(self) -> None:
@@ -122,21 +118,6 @@ class LoRALinear(nn.Module):
         """alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    @property
-    def weight(self) -> nn.Parameter:
-        """The base's weight, as in PEFT: always the pristine one, merged or not."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The base's bias."""
-        return self.base_layer.bias
-
-    @property
-    def merged(self) -> bool:
-        """Whether forward uses one merged weight."""
-        return self._merged_weight is not None
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] in x's dtype, or autocast's."""
         if self.merged:
@@ -156,25 +137,22 @@ class LoRALinear(nn.Module):
         :func:`lowrank.strict`.
         """
         A, B = self.lora_A["default"], self.lora_B["default"]
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        acc_dtype = torch.promote_types(self.weight.dtype, torch.float32)
         merged, report = materialize_with_report(self.weight, A.weight, self.scaling, B.weight)
         report_merge(report, self.weight.dtype)
         self._merged_weight = merged
         self._merged_bias = None if self.bias is None else self.bias.clone()
         if B.bias is not None:
-            shift = B.bias.to(wide) * self.scaling
-            self._merged_bias = (shift if self.bias is None else self.bias.to(wide) + shift).to(self.weight.dtype)
+            shift = B.bias.to(acc_dtype) * self.scaling
+            self._merged_bias = (shift if self.bias is None else self.bias.to(acc_dtype) + shift).to(self.weight.dtype)
         return report
 
     def unmerge(self) -> None:
         """Forget the merged weight."""
-        self._merged_weight = self._merged_bias = None
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.unmerge()  # what is merged belongs to the parameters that are about to be replaced
-        super()._load_from_state_dict(*args, **kwargs)
+        super().unmerge()
+        self._merged_bias = None
 
     def extra_repr(self) -> str:
         """What nn.Linear prints, and the adapter."""
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{text}, r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout}, merged={self.merged}"
+        text = f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout}, merged={self.merged}"
+        return f"{super().extra_repr()}, {text}"

@@ -1,11 +1,7 @@
 """nn.Linear whose singular values are scaled: Transformer²'s SVF, with named experts, mixtures and merging."""
 
-import contextlib
 import operator
 import sys
-import threading
-import weakref
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,18 +16,18 @@ from .._linears import (
     weight_checksum,
     weight_shape,
 )
-from ..ops._boundary import no_autocast
-from ..ops.dropout import row_blocks
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
-from ..ops.node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow
+from ..ops.node import AGAIN, FORWARD_MODE, again, followed, has_tangent
 from ..ops.svf import MODES, cheapest, column_scales, svf_projection
 from ..svd import SVDFactors, svd_factors
+from ._adapted import AdaptedLinear, refuse_base_options
+from ._merged import Composed, _Sums, merged_linear, z_of
 from .merging import ordinary, report_merge
 
 PARAMETRIZATIONS = ("free", "sigmoid", "exp")
 
 
-class SVFLinear(nn.Module):
+class SVFLinear(AdaptedLinear):
     """``x @ W'.T + bias`` with W' = W + U diag(σ (z - 1)) Vᵀ (Transformer², arXiv 2501.06252).
 
     The base is frozen; what trains is one fp32 vector per expert, ``z.<expert>`` [k], and z = 1 to start with: the layer
@@ -42,8 +38,8 @@ class SVFLinear(nn.Module):
         in_features, out_features: K and N.
         k: how many of the largest singular values; None for all min(N, K).
         mode: :func:`lowrank.svf_linear`'s.  "merged" keeps W' for as long as z stays the same, and a backward adds up dW
-            in fp32 (4 N K bytes) over the layer's calls and projects it onto z once (:func:`defer_projection`: once for
-            several backwards).  It has second derivatives.
+            in fp32 (4 N K bytes) over the layer's calls and projects it onto z once
+            (:func:`lowrank.nn.defer_projection`: once for several backwards).  It has second derivatives.
             A base that trains is computed in mode "delta" whatever is asked, and a mixture never in "merged".  A base that is
             quantised, or a subclass of nn.Linear with a forward of its own, is called, and needs "delta" or "auto".
         parametrization: z of what is trained, p: "free" p, "sigmoid" 2 sigmoid(p), "exp" exp(p).
@@ -72,17 +68,14 @@ class SVFLinear(nn.Module):
         dtype: torch.dtype | None = None,
         _base: nn.Module | None = None,
     ):
-        super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         if parametrization not in PARAMETRIZATIONS:
             raise ValueError(f"parametrization: expected one of {', '.join(PARAMETRIZATIONS)}, got {parametrization!r}")
         if normalize not in (None, "nuclear"):
             raise ValueError(f"normalize: expected None or 'nuclear', got {normalize!r}")
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, _base, bias, device, dtype)
         self.mode, self.parametrization, self.normalize = mode, parametrization, normalize
-        self.base_layer = _base or nn.Linear(in_features, out_features, bias, device, dtype)
-        self.base_layer.requires_grad_(False)
         # of a quantised weight, from the bytes that the factors are of: what its library makes of them later is another matrix
         self._quantised_checksum: str | None = None
         with ordinary():
@@ -123,9 +116,8 @@ class SVFLinear(nn.Module):
         self.z = nn.ParameterDict()
         self.disabled = False
         self._mix: tuple[torch.Tensor, tuple[str, ...]] | None = None
-        self._cache: _Composed | None = None
+        self._cache: Composed | None = None
         self._sums = _Sums()
-        self.register_buffer("_merged_weight", None, persistent=False)
         self.add_expert("default")
 
     @classmethod
@@ -137,8 +129,7 @@ class SVFLinear(nn.Module):
         """
         if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        if given := options.keys() & {"bias", "device", "dtype"}:
-            raise TypeError(f"from_linear: the base has its own {', '.join(sorted(given))}")
+        refuse_base_options(options)
         N, K = weight_shape(linear)
         return cls(K, N, k, _base=linear, **options)
 
@@ -150,11 +141,6 @@ class SVFLinear(nn.Module):
         return self.base_layer.weight
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The base's bias."""
-        return self.base_layer.bias
-
-    @property
     def factors(self) -> SVDFactors:
         """U [N, k], S [k], Vh [k, K]."""
         return SVDFactors(self.U, self.S, self.Vh)
@@ -163,11 +149,6 @@ class SVFLinear(nn.Module):
     def experts(self) -> list[str]:
         """Names, in the order of :func:`lowrank.expert_mix`'s weights."""
         return list(self.z)
-
-    @property
-    def merged(self) -> bool:
-        """Whether forward uses one merged weight."""
-        return self._merged_weight is not None
 
     def add_expert(self, name: str, z: torch.Tensor | None = None) -> None:
         """Add an expert that starts at z = 1, or at ``z`` fp32 [k] (what is trained, p, follows), and make it active."""
@@ -198,12 +179,12 @@ class SVFLinear(nn.Module):
             raise ValueError(f"name: no expert {name!r}; this layer has {', '.join(self.z)}")
         self.unmerge()
         self.active_expert = name
-        for other, p in self.z.items():
-            p.requires_grad_(other == name)
+        for expert, p in self.z.items():
+            p.requires_grad_(expert == name)
 
     def values(self, name: str | None = None) -> torch.Tensor:
         """z [k] of an expert (the active one), with its gradient."""
-        return _z_of(self.z[name or self.active_expert], self.parametrization)
+        return z_of(self.z[name or self.active_expert], self.parametrization)
 
     def update(self, name: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(A [k,K], m [k], B [N,k]) with W' = W + B diag(m) A: the expert (the active one) as a rank update."""
@@ -225,7 +206,7 @@ class SVFLinear(nn.Module):
         mix, names = self._mix or (None, ())
         mode = self._mode(x, mix is not None)
         if mode == "merged":
-            return self._through_merged(x)
+            return merged_linear(self, x, self._composed(x))
         z = self.values() if mix is None else torch.stack([self.values(name) for name in names])
         absolute = mode == "activation"
         scales, mix = column_scales(self.S, z, _for_rows(mix, x), self.normalize, absolute, x.shape)
@@ -251,33 +232,25 @@ class SVFLinear(nn.Module):
         training = torch.is_grad_enabled() and (x.requires_grad or self.z[self.active_expert].requires_grad)
         return cheapest(N, K, self.k, rows, mixed=mixed, training=training, cached=True)
 
-    def _through_merged(self, x: torch.Tensor) -> torch.Tensor:
-        made = self._composed(x)
-        handle = None
-        p = made.sources[0]
-        if p.requires_grad and torch.is_grad_enabled():
-            handle = made.handle[0] if made.handle else _Handle.apply(p, self)
-            # One for all calls: where their gradients meet, the engine adds them up.  It runs the highest number first: once
-            # dW is whole, before the next layer's.  Without that, a handle for each call.
-            if not made.handle and (number := getattr(handle.grad_fn, "_set_sequence_nr", None)) is not None:
-                number(2**62)
-                made.handle.append(handle)
-        return _MergedLinear.apply(x, made.weight, self.bias, handle)
-
-    def _composed(self, x: torch.Tensor) -> "_Composed":
+    def _composed(self, x: torch.Tensor) -> Composed:
         """W' of the active expert, kept for as long as what it was made from is the same, in the same version."""
-        p, made = self.z[self.active_expert], self._cache
+        p, composed = self.z[self.active_expert], self._cache
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
         sources = (p, self.base_layer.weight, *self.factors)
         tracked = not any(t.is_inference() for t in sources)
         # p.data = other is no new version, but other memory
         key = (*((t._version, t.data_ptr()) for t in sources), stream) if tracked else None
-        if made is None or not tracked or made.key != key or not all(map(operator.is_, made.sources, sources)):
+        if (
+            composed is None
+            or not tracked
+            or composed.key != key
+            or not all(map(operator.is_, composed.sources, sources))
+        ):
             with ordinary():
                 A, m, B = self.update()
-                made = _Composed(sources, key, materialize(self._dense(), A, m, B), [])
-            self._cache = made if tracked else None
-        return made
+                composed = Composed(sources, key, materialize(self._dense(), A, m, B), [])
+            self._cache = composed if tracked else None
+        return composed
 
     @ordinary()
     def merge(self) -> MergeReport:
@@ -305,10 +278,6 @@ class SVFLinear(nn.Module):
         self._refuse_merge()
         with ordinary():
             return materialize_with_report(self._dense(), *self.update())
-
-    def unmerge(self) -> None:
-        """Forget the merged weight."""
-        self._merged_weight = None
 
     @property
     def active_adapters(self) -> list[str]:
@@ -356,7 +325,6 @@ class SVFLinear(nn.Module):
         return super()._apply(keep, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.unmerge()  # what is merged belongs to the parameters that are about to be replaced
         self._cache = None
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -371,8 +339,7 @@ class SVFLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What nn.Linear prints, and the expert."""
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{text}, k={self.k}, mode={self.mode}, experts={self.experts}, merged={self.merged}"
+        return f"{super().extra_repr()}, k={self.k}, mode={self.mode}, experts={self.experts}, merged={self.merged}"
 
 
 def check_name(name: str) -> None:
@@ -381,193 +348,6 @@ def check_name(name: str) -> None:
         raise ValueError(f"name: expected a string without dots, got {name!r}")
     if hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name: {name!r} is PyTorch's own in a dict of modules; expected another")
-
-
-@contextlib.contextmanager
-def defer_projection(model: nn.Module):
-    """Layers of ``model`` in mode "merged" only add up dW in here; the first backward after it projects the whole onto z.
-
-    For all micro-batches of a step but the last, as DDP's ``no_sync``.  A backward in here leaves zeros in z's gradient; one
-    that does not ask for z's adds nothing.  What was added up is dropped if the block is left by an exception, and it is no
-    part of z.grad: ``zero_grad`` does not reach it.
-    """
-    sums = [module._sums for module in model.modules() if isinstance(module, SVFLinear)]
-    added = [each.open() for each in sums]
-    kept = False
-    try:
-        yield
-        kept = True
-    finally:
-        for each, block in zip(sums, added, strict=True):
-            each.close(block, kept)
-
-
-class _Composed(NamedTuple):
-    sources: tuple[torch.Tensor, ...]  # z's parameter, the base's weight, U, S, Vh
-    key: tuple
-    weight: torch.Tensor
-    handle: list[torch.Tensor]  # none, or one
-
-
-class _Sums:
-    """A layer's dW by expert, of the open blocks of :func:`defer_projection` (innermost last) and of those that are over.
-
-    Shared by all threads: a GPU's backward runs in autograd's.  A copy of the layer starts with none.
-    """
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.blocks: list[dict[str, torch.Tensor]] = []
-        self.over: dict[str, torch.Tensor] = {}
-
-    def __reduce__(self):
-        return _Sums, ()
-
-    def open(self) -> dict:
-        block = {}
-        with self.lock:
-            self.blocks.append(block)
-        return block
-
-    def close(self, block: dict, keep: bool) -> None:
-        with self.lock:
-            at = next(i for i, each in enumerate(self.blocks) if each is block)
-            del self.blocks[at]
-            into = self.blocks[at - 1] if at else self.over
-            for expert, dW in block.items() if keep else ():
-                self._add(into, expert, dW)
-
-    def collect(self, expert: str, dW: torch.Tensor) -> torch.Tensor | None:
-        """None inside a block, which takes dW; else dW and what the blocks that are over have left."""
-        with self.lock:
-            self._add(self.blocks[-1] if self.blocks else self.over, expert, dW)
-            return None if self.blocks else self.over.pop(expert)
-
-    def rename(self, expert: str, new: str) -> None:
-        with self.lock:
-            for sums in (*self.blocks, self.over):
-                if expert in sums:
-                    sums[new] = sums.pop(expert)
-
-    def clear(self) -> None:
-        with self.lock:
-            for sums in (*self.blocks, self.over):
-                sums.clear()
-
-    @staticmethod
-    def _add(into: dict, expert: str, dW: torch.Tensor) -> None:
-        into[expert] = into[expert].add_(dW.to(into[expert].device)) if expert in into else dW
-
-
-class _Handle(torch.autograd.Function):
-    """p [k] -> a tensor [N, K] without memory that stands for W' in the graph: its gradient, which the engine adds up over
-    all calls of the layer, is dW.
-
-    Nothing is saved through autograd and backward changes nothing it reads, so that one handle serves any number of graphs,
-    checkpointed ones included.
-    """
-
-    @staticmethod
-    def forward(ctx, p, layer):
-        ctx.set_materialize_grads(False)
-        ctx.p, ctx.start, ctx.expert = p, p.detach().clone(), layer.active_expert
-        ctx.version = None if p.is_inference() else p._version
-        ctx.factors, ctx.options = (layer.U, layer.S, layer.Vh), (layer.parametrization, layer.normalize)
-        ctx.layer, ctx.sums = weakref.ref(layer), layer._sums  # the layer keeps the handle
-        wide = torch.promote_types(layer.base_layer.weight.dtype, torch.float32)
-        return p.new_zeros((), dtype=wide).expand(layer.out_features, layer.in_features)
-
-    @staticmethod
-    def backward(ctx, dW):
-        if dW is None:
-            return None, None
-        p = ctx.start
-        if _is_formal(dW):  # differentiable, or several gradients at once: projected here and now
-            if torch.is_grad_enabled():
-                if ctx.version is not None and ctx.p._version != ctx.version:
-                    raise RuntimeError(
-                        "z was changed in place between this layer's forward and a differentiable backward"
-                    )
-                p = ctx.p
-        else:
-            dW = ctx.sums.collect(ctx.expert, dW)
-            if dW is None:
-                return torch.zeros_like(p), None
-        layer = ctx.layer()
-        if layer is not None:
-            layer._cache = None  # a step follows, and .data may be written without a version
-        (U, S, Vh), (parametrization, normalize) = ctx.factors, ctx.options
-        with no_autocast(dW.device):
-            V, dm = Vh.to(dW.dtype).mT, 0
-            for rows in row_blocks(*dW.shape, dW.device):
-                dm = dm + (U[rows].to(dW.dtype) * (dW[rows] @ V)).sum(0)
-            z, S = _z_of(p, parametrization), S.to(p.dtype)
-            dz = S * dm.to(p.dtype)
-            if normalize is not None:  # m = σ z / mean - σ
-                mean = (S * z).sum() / S.sum()
-                dz = (dz - S / S.sum() * (dz * z).sum() / mean) / mean
-            if parametrization != "free":
-                dz = dz * (z if parametrization == "exp" else z * (1 - z / 2))
-        return dz, None
-
-
-class _MergedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, handle):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(None if handle is None else x, weight)
-        ctx.handle = handle  # not saved: hooks on saved tensors would give it memory
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, dy):
-        if dy is None:
-            return None, None, None, None
-        (x, weight), handle = ctx.saved_tensors, ctx.handle
-        need_x, _, need_b, need_handle = ctx.needs_input_grad
-        wide, formal = torch.promote_types(dy.dtype, torch.float32), _is_formal(dy)
-        dx = db = dW = None
-        if formal:
-            _stats.op_fell_back(DIFFERENTIABLE)
-        with no_autocast(dy.device):
-            if need_x:
-                W = weight.to(dy.dtype)
-                graph = handle is not None and torch.is_grad_enabled()
-                dx = _MergedLinear.apply(dy, W.mT, None, handle.mT) if graph else dy @ W
-            rows = dy.reshape(-1, dy.shape[-1])
-            if need_b:
-                db = rows.sum(0, dtype=wide)
-            if need_handle and _is_asked_for(handle.grad_fn):  # need_handle is forward's answer
-                x = x.reshape(-1, x.shape[-1]).to(dy.dtype)
-                dW = rows.to(wide).mT @ x.to(wide) if formal else _outer(rows, x, wide)
-        return dx, None, db, dW
-
-
-# whether the backward that is running goes on to a node
-_is_asked_for = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
-
-
-def _is_formal(dy: torch.Tensor) -> bool:
-    """Whether backward is to be differentiable (create_graph), or dy is a batch of gradients."""
-    return must_follow((dy,))
-
-
-def _outer(dy: torch.Tensor, x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """dYᵀ x [N, K], summed in ``wide``, without a wide copy of either."""
-    if dy.dtype is wide:
-        return dy.mT @ x
-    if dy.is_cuda:
-        return torch.mm(dy.mT, x, out_dtype=wide)
-    total = dy.new_zeros((dy.shape[1], x.shape[1]), dtype=wide)
-    for rows in row_blocks(*dy.shape, dy.device):
-        total.addmm_(dy[rows].to(wide).mT, x[rows].to(wide))
-    return total
-
-
-def _z_of(p: torch.Tensor, parametrization: str) -> torch.Tensor:
-    if parametrization == "sigmoid":
-        return 2 * torch.sigmoid(p)
-    return torch.exp(p) if parametrization == "exp" else p
 
 
 def _for_rows(mix: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

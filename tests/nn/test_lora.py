@@ -9,33 +9,33 @@ from lowrank.nn import LoRALinear
 
 def layer(dtype=torch.float32, **options):
     linear = nn.Linear(24, 16, dtype=dtype)
-    made = LoRALinear.from_linear(linear, 4, lora_alpha=6, **options)
-    nn.init.normal_(made.lora_B["default"].weight, std=0.1)
-    return linear, made
+    lora = LoRALinear.from_linear(linear, 4, lora_alpha=6, **options)
+    nn.init.normal_(lora.lora_B["default"].weight, std=0.1)
+    return linear, lora
 
 
 def test_starts_as_the_linear_it_was_made_from():
     linear = nn.Linear(24, 16)
-    made, x = LoRALinear.from_linear(linear, 4), torch.randn(3, 5, 24)
-    assert torch.equal(made(x), linear(x))
-    assert made.weight is linear.weight
-    assert made.bias is linear.bias
-    assert [name for name, p in made.named_parameters() if p.requires_grad] == [
+    lora, x = LoRALinear.from_linear(linear, 4), torch.randn(3, 5, 24)
+    assert torch.equal(lora(x), linear(x))
+    assert lora.weight is linear.weight
+    assert lora.bias is linear.bias
+    assert [name for name, p in lora.named_parameters() if p.requires_grad] == [
         "lora_A.default.weight",
         "lora_B.default.weight",
     ]
 
 
 def test_computes_the_formula_and_trains_the_adapter_only():
-    linear, made = layer(lora_bias=True)
+    linear, lora = layer(lora_bias=True)
     x = torch.randn(5, 24, requires_grad=True)
-    A, B = made.lora_A["default"].weight, made.lora_B["default"]
+    A, B = lora.lora_A["default"].weight, lora.lora_B["default"]
     want = linear(x) + 6 / 4 * (x @ A.mT @ B.weight.mT + B.bias)
-    torch.testing.assert_close(made(x), want)
-    made(x).sum().backward()
+    torch.testing.assert_close(lora(x), want)
+    lora(x).sum().backward()
     assert A.grad is not None
     assert B.bias.grad is not None
-    assert made.weight.grad is None
+    assert lora.weight.grad is None
 
 
 def test_rslora_scales_by_the_root_of_the_rank():
@@ -45,61 +45,61 @@ def test_rslora_scales_by_the_root_of_the_rank():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_merge_and_unmerge_restore_every_bit(dtype):
-    linear, made = layer(dtype, lora_bias=True)
-    bits, keys = linear.weight.detach().clone(), list(made.state_dict())
+    linear, lora = layer(dtype, lora_bias=True)
+    bits, keys = linear.weight.detach().clone(), list(lora.state_dict())
     x = torch.randn(7, 24, dtype=dtype)
-    unmerged = made(x)
-    made.merge()
-    assert made.merged
-    assert list(made.state_dict()) == keys
-    assert torch.equal(made.state_dict()["base_layer.weight"], bits)
-    weight = bits.double() + 1.5 * made.lora_B["default"].weight.double() @ made.lora_A["default"].weight.double()
+    unmerged = lora(x)
+    lora.merge()
+    assert lora.merged
+    assert list(lora.state_dict()) == keys
+    assert torch.equal(lora.state_dict()["base_layer.weight"], bits)
+    weight = bits.double() + 1.5 * lora.lora_B["default"].weight.double() @ lora.lora_A["default"].weight.double()
     half_a_unit = torch.finfo(dtype).eps / 2  # one rounding of the sum, and fp32's own in it
-    torch.testing.assert_close(made._merged_weight.double(), weight, rtol=1.01 * half_a_unit, atol=2e-7)
-    oracle = nn.functional.linear(x.double(), weight, linear.bias.double() + 1.5 * made.lora_B["default"].bias.double())
+    torch.testing.assert_close(lora._merged_weight.double(), weight, rtol=1.01 * half_a_unit, atol=2e-7)
+    oracle = nn.functional.linear(x.double(), weight, linear.bias.double() + 1.5 * lora.lora_B["default"].bias.double())
     if dtype is torch.float32:
-        torch.testing.assert_close(made(x), oracle.float())
+        torch.testing.assert_close(lora(x), oracle.float())
     else:
-        assert (made(x) - oracle).norm() <= 3 * (unmerged - oracle).norm()
-    made.unmerge()
+        assert (lora(x) - oracle).norm() <= 3 * (unmerged - oracle).norm()
+    lora.unmerge()
     assert torch.equal(linear.weight, bits)
-    assert torch.equal(made(x), unmerged)
+    assert torch.equal(lora(x), unmerged)
 
 
 def test_state_dict_is_pefts():
     peft = pytest.importorskip("peft")
-    linear, made = layer(lora_bias=True)
-    theirs = peft.get_peft_model(
+    linear, lora = layer(lora_bias=True)
+    peft_model = peft.get_peft_model(
         nn.Sequential(linear), peft.LoraConfig(r=4, lora_alpha=6, lora_bias=True, target_modules=["0"])
     )
-    inner = theirs.base_model.model[0]
-    assert inner.state_dict().keys() == made.state_dict().keys()
-    inner.load_state_dict(made.state_dict())
+    inner = peft_model.base_model.model[0]
+    assert inner.state_dict().keys() == lora.state_dict().keys()
+    inner.load_state_dict(lora.state_dict())
     x = torch.randn(5, 24)
-    torch.testing.assert_close(inner(x), made(x))
+    torch.testing.assert_close(inner(x), lora(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fp32_adapter_over_a_16_bit_base(dtype):
-    linear, made = layer(dtype)
-    assert made.lora_A["default"].weight.dtype is torch.float32
-    A, B = made.lora_A["default"].weight, made.lora_B["default"].weight
+    linear, lora = layer(dtype)
+    assert lora.lora_A["default"].weight.dtype is torch.float32
+    A, B = lora.lora_A["default"].weight, lora.lora_B["default"].weight
 
     def draw():
         x = torch.randn(16, 24, dtype=dtype)
         eager = (linear(x) + x.float() @ A.mT @ B.mT * 1.5).to(dtype)
         oracle = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
-        return [made(x)], [eager], [oracle + 1.5 * x.double() @ A.double().mT @ B.double().mT]
+        return [lora(x)], [eager], [oracle + 1.5 * x.double() @ A.double().mT @ B.double().mT]
 
     in_the_mean(draw, ["y"])
 
 
 def test_dropout_only_in_training():
-    _, made = layer(lora_dropout=0.5)
+    _, lora = layer(lora_dropout=0.5)
     x = torch.randn(5, 24)
-    assert not torch.equal(made(x), made(x))
-    made.eval()
-    assert torch.equal(made(x), made(x))
+    assert not torch.equal(lora(x), lora(x))
+    lora.eval()
+    assert torch.equal(lora(x), lora(x))
 
 
 def test_repr_says_what_matters():
@@ -109,9 +109,9 @@ def test_repr_says_what_matters():
 
 
 def test_built_from_sizes():
-    made = LoRALinear(24, 16, 4, bias=False, dtype=torch.bfloat16)
-    assert made(torch.randn(2, 24, dtype=torch.bfloat16)).shape == (2, 16)
-    assert made.bias is None
+    lora = LoRALinear(24, 16, 4, bias=False, dtype=torch.bfloat16)
+    assert lora(torch.randn(2, 24, dtype=torch.bfloat16)).shape == (2, 16)
+    assert lora.bias is None
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,10 @@ def test_refuses_what_is_no_linear():
 
 
 def test_loading_parameters_drops_a_merge():
-    _, made = layer()
-    made.merge()
-    made.load_state_dict(layer()[1].state_dict())
-    assert not made.merged
+    _, lora = layer()
+    lora.merge()
+    lora.load_state_dict(layer()[1].state_dict())
+    assert not lora.merged
 
 
 def test_from_linear_takes_no_options_of_the_base():

@@ -155,7 +155,7 @@ def test_gradients_of_some_inputs_and_of_graphs_that_are_kept(mode):
 
 
 def test_the_calls_of_one_backward_are_projected_once(monkeypatch):
-    from lowrank.nn import svf as module
+    from lowrank.nn import _merged as module
 
     svf, seen = trained(layer(40, 40, mode="merged")), []
     backward = module._Handle.backward
@@ -170,7 +170,7 @@ def test_the_calls_of_one_backward_are_projected_once(monkeypatch):
 
 @pytest.mark.parametrize("deferred", [False, True])
 def test_no_two_layers_dw_are_there_at_once(monkeypatch, deferred):
-    from lowrank.nn import svf as module
+    from lowrank.nn import _merged as module
 
     model = torch.nn.Sequential(*(layer(40, 40, mode="merged") for _ in range(3)))
     x, order = torch.randn(9, 40), []
@@ -189,11 +189,11 @@ class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.numels = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.found += [t.untyped_storage().nbytes() // 4 for t in [result] if isinstance(t, torch.Tensor)]
+        self.numels += [t.untyped_storage().nbytes() // 4 for t in [result] if isinstance(t, torch.Tensor)]
         return result
 
 
@@ -206,7 +206,7 @@ def test_dw_exists_only_where_z_is_asked_for():
         loss = svf(x).square().sum() + svf(x).sum()
         with Sizes() as sizes:
             loss.backward(**backward)
-        return [n for n in sizes.found if n >= size]
+        return [n for n in sizes.numels if n >= size]
 
     svf(x)  # W' is there
     assert not matrices(inputs=[x])
@@ -272,15 +272,15 @@ def test_second_derivatives_of_merged_mode(parametrization, normalize):
         z = z if normalize is None else z * svf.S.sum() / (z * svf.S).sum()
         return torch.nn.functional.linear(x, svf.weight + (svf.U * (svf.S * (z - 1)).double()) @ svf.Vh, svf.bias)
 
-    found = []
+    runs = []
     for f in (lambda x, p: svf(x), plain):
         gradients = torch.autograd.grad(f(x, p).pow(3).sum(), (x, p), create_graph=True)
         penalty = gradients[0].square().sum() + gradients[1].double().square().sum()
-        found.append((*gradients, *torch.autograd.grad(penalty, (x, p))))
+        runs.append((*gradients, *torch.autograd.grad(penalty, (x, p))))
         y = f(x, p)
         many = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
-        found[-1] += torch.autograd.grad(y, (x, p), many, is_grads_batched=True)
-    for ours, true in zip(*found, strict=True):
+        runs[-1] += torch.autograd.grad(y, (x, p), many, is_grads_batched=True)
+    for ours, true in zip(*runs, strict=True):
         assert error(ours, true) < 1e-5
 
 
@@ -358,10 +358,10 @@ def test_trains_after_an_inference_mode(mode):
     torch.testing.assert_close(svf(x), y, rtol=1e-4, atol=1e-4)
     svf(x.requires_grad_()).square().sum().backward()
     close(svf.z["default"].grad, expected)
-    made = inference(False, mode)  # and what was made in one
-    made.add_expert("other", torch.rand(40) + 0.5)
-    made(x).square().sum().backward()
-    assert made.z["other"].grad.any()
+    from_inference = inference(False, mode)
+    from_inference.add_expert("other", torch.rand(40) + 0.5)
+    from_inference(x).square().sum().backward()
+    assert from_inference.z["other"].grad.any()
 
 
 def test_a_rollout_composes_once_per_z_in_any_mode(monkeypatch):
@@ -422,11 +422,11 @@ def test_what_is_kept_goes_with_the_tensor_it_was_made_from(what, mode):
 
 @pytest.mark.parametrize("make", [layer, lambda K, N: lowrank.nn.LoRALinear(K, N, 4)], ids=["svf", "lora"])
 def test_merged_in_an_inference_mode_backward_goes_through(make):
-    made, x = make(40, 30), torch.randn(9, 40, requires_grad=True)
+    adapted, x = make(40, 30), torch.randn(9, 40, requires_grad=True)
     with torch.inference_mode():
-        made.merge()
-    made(x).sum().backward()
-    torch.testing.assert_close(x.grad, made.weight.detach().sum(0).expand(9, 40))
+        adapted.merge()
+    adapted(x).sum().backward()
+    torch.testing.assert_close(x.grad, adapted.weight.detach().sum(0).expand(9, 40))
 
 
 def test_a_layer_that_ran_is_freed_at_once():
@@ -515,21 +515,21 @@ def test_compiles_to_one_graph(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_copy_is_a_layer_of_its_own(copied, mode):
     svf, x = trained(layer(mode=mode)), torch.randn(9, 40)
-    y, made = svf(x), svf._cache
+    y, composed = svf(x), svf._cache
     svf._mix = torch.ones(1), ("default",)  # as in a block of expert_mix
     with defer_projection(svf):
         svf(x).sum().backward()
-        other = copied(svf)
-    assert svf._cache is made  # what the original keeps is its own, and stays
-    assert other._cache is None
-    assert torch.equal(other(x), y)
+        copied_svf = copied(svf)
+    assert svf._cache is composed  # what the original keeps is its own, and stays
+    assert copied_svf._cache is None
+    assert torch.equal(copied_svf(x), y)
     expected = dz_of(svf, x)
-    other.z["default"].grad = None
-    other(x).square().sum().backward()
-    close(other.z["default"].grad, dz_of(other, x))
+    copied_svf.z["default"].grad = None
+    copied_svf(x).square().sum().backward()
+    close(copied_svf.z["default"].grad, dz_of(copied_svf, x))
     with torch.no_grad():
-        other.z["default"].mul_(2)
-        assert not torch.allclose(other(x), y)
+        copied_svf.z["default"].mul_(2)
+        assert not torch.allclose(copied_svf(x), y)
         svf._mix = None
         assert torch.equal(svf(x), y)
     close(dz_of(svf, x), expected)
@@ -663,9 +663,11 @@ def test_a_merged_layer_under_torch_func():
         layer = SVFLinear.from_linear(torch.nn.Linear(6, 6).double(), mode=mode)
         x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
         p, y, eye = layer.z["default"], layer(x), torch.eye(24, dtype=torch.float64).view(24, 4, 6)
-        runs.append([
-            *torch.func.vmap(lambda dy, y=y, ts=(x, p): torch.autograd.grad(y, ts, dy, retain_graph=True))(eye),
-            torch.func.jacfwd(layer)(x.detach()),
-            torch.func.vmap(layer)(x.detach()),
-        ])  # fmt: skip
+        runs.append(
+            [
+                *torch.func.vmap(lambda dy, y=y, ts=(x, p): torch.autograd.grad(y, ts, dy, retain_graph=True))(eye),
+                torch.func.jacfwd(layer)(x.detach()),
+                torch.func.vmap(layer)(x.detach()),
+            ]
+        )
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
