@@ -45,10 +45,10 @@ __global__ void __launch_bounds__(THREADS) diff_kernel(const DiffTask t) {
     const Vector<Bits> after = read_some(static_cast<const Bits*>(t.after) + at, count);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const Diff found = difference<T>(before.of[i], after.of[i], t.tol, t.rel, t.ulp);
-      flags += found.flags;
-      most = max(most, bit_cast<unsigned>(found.d));
-      squares[i] = add_square(squares[i], found.d), olds[i] = add_square(olds[i], found.old);
+      const Diff diff = difference<T>(before.of[i], after.of[i], t.tol, t.rel, t.ulp);
+      flags += diff.flags;
+      most = max(most, bit_cast<unsigned>(diff.d));
+      squares[i] = add_square(squares[i], diff.d), olds[i] = add_square(olds[i], diff.old);
     }
   }
   unsigned counts[DIFF_COUNTS];
@@ -155,14 +155,14 @@ __global__ void __launch_bounds__(THREADS) overlap_kernel(const __grid_constant_
     if (counts[pair]) atomicAdd(reinterpret_cast<Counter*>(t.counts) + pair, Counter(counts[pair]));
 }
 
-unsigned blocks_for(int64_t n, int64_t each) {
-  const int64_t blocks = tiles_of(n, each);
+unsigned blocks_for(int64_t n, int64_t per_block) {
+  const int64_t blocks = tiles_of(n, per_block);
   STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "analysis: too many elements for one launch");
   return unsigned(blocks);
 }
 
-unsigned some_blocks(int64_t n, int64_t each) {
-  const int64_t blocks = tiles_of(n, each);
+unsigned some_blocks(int64_t n, int64_t per_block) {
+  const int64_t blocks = tiles_of(n, per_block);
   return unsigned(blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS);
 }
 

@@ -23,10 +23,10 @@ inline void diff_block(const DiffTask& t, int64_t index) {
   const uint32_t ulp = t.ulp;
   for (int row = 0; row < DIFF_BLOCK; row += DIFF_LANES) {
     for (int i = 0; i < DIFF_LANES; ++i) {
-      const Diff found = difference<T>(before[row + i], after[row + i], tol, rel, ulp);
-      flags[i] += found.flags;
-      most[i] = found.d > most[i] ? found.d : most[i];
-      d[i] = found.d, old[i] = found.old;
+      const Diff diff = difference<T>(before[row + i], after[row + i], tol, rel, ulp);
+      flags[i] += diff.flags;
+      most[i] = diff.d > most[i] ? diff.d : most[i];
+      d[i] = diff.d, old[i] = diff.old;
     }
     for (int i = 0; i < DIFF_LANES; ++i) squares[i] = add_square(squares[i], d[i]), olds[i] = add_square(olds[i], old[i]);
   }
@@ -60,15 +60,15 @@ inline int score_keys(const SelectTask& t, int64_t at, uint32_t* __restrict keys
 
 // Which of a block's n keys equal ``key`` in the bits above ``shift``; returns how many.
 inline int indices_of(const uint32_t* keys, int n, uint32_t key, int shift, uint32_t* __restrict indices) {
-  uint8_t found[SELECT_BLOCK + 8];
-  for (int i = 0; i < n; ++i) found[i] = keys[i] >> shift == key;
-  memset(found + n, 0, 8);
+  uint8_t matches[SELECT_BLOCK + 8];
+  for (int i = 0; i < n; ++i) matches[i] = keys[i] >> shift == key;
+  memset(matches + n, 0, 8);
   int count = 0;
   for (int i = 0; i < n; i += 8) {
     uint64_t eight;
-    memcpy(&eight, found + i, 8);
+    memcpy(&eight, matches + i, 8);
     if (eight == 0) continue;
-    for (int j = 0; j < 8; ++j) indices[count] = i + j, count += found[i + j];
+    for (int j = 0; j < 8; ++j) indices[count] = i + j, count += matches[i + j];
   }
   return count;
 }
@@ -104,16 +104,16 @@ inline void histogram_block(const SelectTask& task, int64_t index, uint32_t (*ta
 template <class T>
 inline void emit_block(const SelectTask& t, int64_t index, uint8_t* bytes) {
   uint32_t keys[SELECT_BLOCK], indices[SELECT_BLOCK + 1];
-  uint8_t taken[SELECT_BLOCK + 8];
+  uint8_t selected[SELECT_BLOCK + 8];
   const int64_t at = index * SELECT_BLOCK;
   const int n = score_keys<T>(t, at, keys);
-  memset(taken + n, 0, 8);
-  for (int i = 0; i < n; ++i) taken[i] = keys[i] > t.key;
+  memset(selected + n, 0, 8);
+  for (int i = 0; i < n; ++i) selected[i] = keys[i] > t.key;
   const int count = indices_of(keys, n, t.key, 0, indices);
-  for (int j = 0; j < count; ++j) taken[indices[j]] = is_taken(t.key, uint64_t(t.first + at) + indices[j], t);
+  for (int j = 0; j < count; ++j) selected[indices[j]] = is_taken(t.key, uint64_t(t.first + at) + indices[j], t);
   for (int i = 0; i < n; i += 8) {
     uint64_t eight;
-    memcpy(&eight, taken + i, 8);
+    memcpy(&eight, selected + i, 8);
     bytes[(at + i) / 8] = eight * 0x0102040810204080 >> 56;  // little-endian: the low bit of byte i goes to bit 56 + i
   }
 }

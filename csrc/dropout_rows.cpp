@@ -61,16 +61,16 @@ inline void keep_bits(const Bits* in, Bits* out, uint32_t keep, int n) {
   }
 }
 
-template <class In, class Out, class Wide, bool ADD>
+template <class In, class Out, class Acc, bool ADD>
 inline void keep_values(const typename In::Bits* in, typename Out::Bits* out, uint32_t keep, int n) {
   if (n == 32) {
-    Wide wide[32];
-    for (int i = 0; i < 32; ++i) wide[i] = keep >> i & 1 ? Wide(In::value(in[i])) : Wide(0);
-    for (int i = 0; i < 32; ++i) out[i] = Out::round(ADD ? Wide(Out::value(out[i])) + wide[i] : wide[i]);
+    Acc kept[32];
+    for (int i = 0; i < 32; ++i) kept[i] = keep >> i & 1 ? Acc(In::value(in[i])) : Acc(0);
+    for (int i = 0; i < 32; ++i) out[i] = Out::round(ADD ? Acc(Out::value(out[i])) + kept[i] : kept[i]);
   } else {
     for (int i = 0; i < n; ++i) {
-      const Wide value = keep >> i & 1 ? Wide(In::value(in[i])) : Wide(0);
-      out[i] = Out::round(ADD ? Wide(Out::value(out[i])) + value : value);
+      const Acc value = keep >> i & 1 ? Acc(In::value(in[i])) : Acc(0);
+      out[i] = Out::round(ADD ? Acc(Out::value(out[i])) + value : value);
     }
   }
 }

@@ -23,14 +23,14 @@ struct Projection {
 };
 
 inline std::vector<Projection> projections_of(const Tensors& factors, const std::vector<double>& scales) {
-  std::vector<Projection> found;
+  std::vector<Projection> projections;
   int64_t first = 0;
   for (size_t i = 0; i < scales.size(); ++i) {
     const Tensor &A = factors[2 * i], &B = factors[2 * i + 1];
-    found.push_back({&A, &B, scales[i], first, A.size(0)});
+    projections.push_back({&A, &B, scales[i], first, A.size(0)});
     first += A.size(0);
   }
-  return found;
+  return projections;
 }
 
 // Projections that see one x: all of them, or those of one dropout mask.

@@ -32,10 +32,10 @@ static const at::Tensor& plain(const Tensor& t) {
 }
 
 static Tensors stable(at::TensorList tensors) {
-  Tensors found;
-  found.reserve(tensors.size());
-  for (const at::Tensor& t : tensors) found.push_back(stable(t));
-  return found;
+  Tensors handles;
+  handles.reserve(tensors.size());
+  for (const at::Tensor& t : tensors) handles.push_back(stable(t));
+  return handles;
 }
 
 // Everything about a call but x and the factors.  numbers: the scalings and then the ps.  layers: ids, for errors and stats().
@@ -84,15 +84,15 @@ static Tensors forward_of(const at::Tensor& x, at::TensorList factors, const Cal
 struct PlainLinears : torch::autograd::Function<PlainLinears> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const std::optional<at::Tensor>& base,
                                at::TensorList factors, const Call& call) {
-    const Tensors made = forward_of(x, factors, call);
+    const Tensors outputs = forward_of(x, factors, call);
     const size_t n = call.scales.size();
-    variable_list ys, saved{x, plain(made[n])};  // in the order of the other forms', as checkpointing may recompute by them
-    for (size_t i = 0; i < n; ++i) ys.push_back(plain(made[i]));
+    variable_list ys, saved{x, plain(outputs[n])};  // in the order of the other forms', as checkpointing may recompute by them
+    for (size_t i = 0; i < n; ++i) ys.push_back(plain(outputs[i]));
     if (x.requires_grad()) saved.insert(saved.end(), call.weights.begin(), call.weights.end());
     for (const size_t of : {0, 1}) {
       for (size_t i = 0; i < n; ++i) saved.push_back(factors[2 * i + of]);
     }
-    for (size_t i = n + 1; i < made.size(); ++i) saved.push_back(plain(made[i]));
+    for (size_t i = n + 1; i < outputs.size(); ++i) saved.push_back(plain(outputs[i]));
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
     // x's version is asked for as long as the node holds x: not once a backward has let go of it, nor where it is recomputed.
@@ -133,21 +133,21 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
     }
     if (named && recomputed && saved[0]._version() != version) refuse.call(layers);
     const at::TensorList tensors(saved);
-    const size_t given = tensors.size() - 2 - 2 * n - cuts;
-    const at::TensorList weights = tensors.slice(2, given), keeps = tensors.slice(2 + given + 2 * n);
+    const size_t weight_count = tensors.size() - 2 - 2 * n - cuts;
+    const at::TensorList weights = tensors.slice(2, weight_count), keeps = tensors.slice(2 + weight_count + 2 * n);
     variable_list factors;
     for (size_t i = 0; i < n; ++i) {
-      factors.push_back(saved[2 + given + i]);
-      factors.push_back(saved[2 + given + n + i]);
+      factors.push_back(saved[2 + weight_count + i]);
+      factors.push_back(saved[2 + weight_count + n + i]);
     }
     variable_list grads(2 + 2 * n + 1);  // x, base, A and B of each, and the call
     if (is_plain(dys)) {
       const at::AutoDispatchBelowADInplaceOrView below;
-      Tensors made = plain_linears_backward(stable(dys), stable(saved[0]), stable(saved[1]), stable(factors), stable(keeps),
-                                            stable(weights), scales, masks, need_x, dtype, thin);
+      Tensors needed = plain_linears_backward(stable(dys), stable(saved[0]), stable(saved[1]), stable(factors), stable(keeps),
+                                              stable(weights), scales, masks, need_x, dtype, thin);
       size_t next = 0;
-      if (need_x) grads[0] = plain(made[next++]);
-      for (size_t i = 0; i < 2 * n; ++i) grads[2 + i] = plain(made[next++]);
+      if (need_x) grads[0] = plain(needed[next++]);
+      for (size_t i = 0; i < 2 * n; ++i) grads[2 + i] = plain(needed[next++]);
     } else {
       static const auto rest_of = c10::Dispatcher::singleton().findSchemaOrThrow("lowrank::plain_linears_rest", "").typed<variable_list(
           const c10::List<std::optional<at::Tensor>>&, const at::Tensor&, const at::Tensor&, at::TensorList, at::TensorList, at::TensorList, c10::ArrayRef<double>, c10::ArrayRef<int64_t>, bool, at::ScalarType, at::ScalarType, c10::ArrayRef<int64_t>)>();
@@ -158,14 +158,14 @@ struct PlainLinears : torch::autograd::Function<PlainLinears> {
         any |= dy.defined();
       }
       if (any) {
-        variable_list made =
+        variable_list needed =
             rest_of.call(some, saved[0], saved[1], factors, keeps, weights, numbers, masks, need_x, dtype, thin, layers);
         size_t next = 0;
-        if (need_x) grads[0] = made[next++];
+        if (need_x) grads[0] = needed[next++];
         for (size_t i = 0; i < n; ++i) {
           if (!dys[i].defined()) continue;
-          grads[2 + 2 * i] = made[next++];
-          grads[2 + 2 * i + 1] = made[next++];
+          grads[2 + 2 * i] = needed[next++];
+          grads[2 + 2 * i + 1] = needed[next++];
         }
       }
     }
@@ -180,19 +180,19 @@ static variable_list run(const at::Tensor& x, const Call& call, at::TensorList f
     if (call.weights.empty()) base = call.starts[0];
     return PlainLinears::apply(x, std::as_const(base), factors, call);
   }
-  Tensors made = forward_of(x, factors, call);
+  Tensors outputs = forward_of(x, factors, call);
   variable_list ys;
-  for (size_t i = 0; i < call.scales.size(); ++i) ys.push_back(plain(made[i]));
+  for (size_t i = 0; i < call.scales.size(); ++i) ys.push_back(plain(outputs[i]));
   return ys;
 }
 
 // What Python hands over: lists, whose items are what ops/linear.py has made sure of.
 template <class T, class Convert>
 static std::vector<T> listed(PyObject* list, const Convert& convert) {
-  std::vector<T> found;
-  found.reserve(PyList_GET_SIZE(list));
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) found.push_back(convert(PyList_GET_ITEM(list, i)));
-  return found;
+  std::vector<T> items;
+  items.reserve(PyList_GET_SIZE(list));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) items.push_back(convert(PyList_GET_ITEM(list, i)));
+  return items;
 }
 
 // linears(x, weights, starts, factors, scales, numbers, masks, cuts, seeds, dtype, thin_dtype, layers, recomputed) -> tuple of ys,
@@ -229,9 +229,9 @@ static PyObject* linears(PyObject*, PyObject* const* arguments, Py_ssize_t count
     const pybind11::gil_scoped_release released;
     ys = run(x, call, factors);
   }
-  PyObject* const found = PyTuple_New(ys.size());
-  for (size_t i = 0; i < ys.size(); ++i) PyTuple_SET_ITEM(found, i, THPVariable_Wrap(std::move(ys[i])));
-  return found;
+  PyObject* const tuple = PyTuple_New(ys.size());
+  for (size_t i = 0; i < ys.size(); ++i) PyTuple_SET_ITEM(tuple, i, THPVariable_Wrap(std::move(ys[i])));
+  return tuple;
   END_HANDLE_TH_ERRORS
 }
 
