@@ -60,6 +60,11 @@ def test_holds_every_module(wheel):
         assert {name for name in archive.namelist() if name.endswith(".py")} == modules
 
 
+def test_says_that_its_annotations_are_meant_for_type_checkers(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert "lowrank/py.typed" in archive.namelist()
+
+
 def test_its_native_library_loads(wheel, tmp_path):
     """With any Python from 3.10 on: it holds no Python symbols."""
     if shutil.which("g++") is None or importlib.util.find_spec("ninja") is None or sys.platform != "linux":
