@@ -4,14 +4,17 @@ import sys
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Sequence
+from types import FrameType
+from typing import TypedDict
 
 import torch
 from torch import nn
 
 _FUSED, _SHARED = "", "\0shared"  # no reasons
-_all = Counter()
+_all: Counter[str] = Counter()
 # by id, while the layer lives: a WeakKeyDictionary costs two more frames a call
-_by_layer: dict[int, tuple[weakref.ref, Counter]] = {}
+_by_layer: dict[int, tuple[weakref.ref[nn.Module], Counter[str]]] = {}
 _warned: set[str] = set()
 _strict = False
 
@@ -35,16 +38,25 @@ class strict:
     def __enter__(self) -> "strict":
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         global _strict
         _strict = self.before
+
+
+class Stats(TypedDict):
+    """What :func:`stats` counts."""
+
+    fused: int
+    shared: int
+    fallback: dict[str, int]
+    untouched: dict[str, int]
 
 
 def is_strict() -> bool:
     return _strict
 
 
-def stats(model: nn.Module | None = None) -> dict[str, object]:
+def stats(model: nn.Module | None = None) -> Stats:
     """``{"fused": calls, "shared": calls, "fallback": {reason: calls}, "untouched": {class: layers}}`` since the start.
 
     ``shared``: of the fused calls, those that a sibling (q/k/v, gate/up) had computed already.
@@ -91,7 +103,7 @@ def fell_back(layer: nn.Module, reason: str, library: str = "PEFT") -> None:
     _warn(reason, text)
 
 
-def op_fell_back(reason: str, layers=()) -> None:
+def op_fell_back(reason: str, layers: Sequence[nn.Module] = ()) -> None:
     """Count one call of an op that PyTorch ran where a kernel should have; like :func:`fell_back` otherwise.
 
     ``layers``: whose call it was, if that is known.
@@ -113,7 +125,7 @@ _forwards = 0
 _CALL = nn.Module._call_impl.__code__
 
 
-def was_read(layer: nn.Module, frame) -> None:
+def was_read(layer: nn.Module, frame: FrameType | None) -> None:
     """Note that ``frame`` reads the layer's weight, if a module's forward is running: it may be instead of calling it."""
     if READ in layer.__dict__ or layer.__dict__.get(CALLED) == _forwards:
         return
@@ -131,7 +143,7 @@ def was_called(layer: nn.Module) -> None:
         _read.pop(id(layer), None)
 
 
-def tell_read(model: nn.Module, *_) -> None:
+def tell_read(model: nn.Module, *_: object) -> None:
     """A forward hook: warn of the layers of ``model`` whose weight it read and which it did not call."""
     global _forwards
     if torch.compiler.is_compiling():
@@ -177,7 +189,7 @@ def layer_of(key: int) -> nn.Module | None:
     return _by_layer[key][0]() if key in _by_layer else None
 
 
-def _counts(layer: nn.Module) -> Counter:
+def _counts(layer: nn.Module) -> Counter[str]:
     key = id(layer)
     entry = _by_layer.get(key)
     if entry is None or entry[0]() is not layer:

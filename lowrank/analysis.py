@@ -6,15 +6,18 @@ Passes over the weights, of one tensor at a time (csrc/analysis).  Masks are pac
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import checkpoints
 from .ops import analysis as _ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SCOPES = ("global", "tensor")
@@ -48,8 +51,25 @@ class DiffStats(NamedTuple):
         return self.norm / self.old_norm if self.old_norm else math.inf if self.norm else 0.0
 
 
+@overload
+def diff_stats(old: Tensor, new: Tensor, tol: float = 1e-5, *, rel: float = 1e-3, ulp: int = 1) -> DiffStats: ...
+@overload
+def diff_stats(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], tol: float = 1e-5, *, rel: float = 1e-3, ulp: int = 1
+) -> dict[str, DiffStats]: ...
+@overload
+def diff_stats(
+    old: str | os.PathLike[str], new: str | os.PathLike[str], tol: float = 1e-5, *, rel: float = 1e-3, ulp: int = 1
+) -> dict[str, DiffStats]: ...
 @torch.no_grad()
-def diff_stats(old, new, tol: float = 1e-5, *, rel: float = 1e-3, ulp: int = 1):
+def diff_stats(
+    old: Tensor | Mapping[str, Tensor] | str | os.PathLike[str],
+    new: Tensor | Mapping[str, Tensor] | str | os.PathLike[str],
+    tol: float = 1e-5,
+    *,
+    rel: float = 1e-3,
+    ulp: int = 1,
+) -> DiffStats | dict[str, DiffStats]:
     """How far ``new`` is from ``old``, in one pass.
 
     With d = new - old, in fp32 from the exact values of 16-bit numbers (in fp64 for fp64), :class:`DiffStats` has
@@ -168,8 +188,33 @@ def _shown(name: str) -> str:
     return f"tensor {name!r}" if name else "the tensor"
 
 
+@overload
+def topk_mask(
+    scores: Tensor | tuple[Tensor, Tensor],
+    p: float,
+    *,
+    scope: str = "global",
+    offsets: Mapping[str, int] | None = None,
+    group: "ProcessGroup | None" = None,
+) -> Tensor: ...
+@overload
+def topk_mask(
+    scores: Mapping[str, Tensor] | tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    p: float,
+    *,
+    scope: str = "global",
+    offsets: Mapping[str, int] | None = None,
+    group: "ProcessGroup | None" = None,
+) -> dict[str, Tensor]: ...
 @torch.no_grad()
-def topk_mask(scores, p: float, *, scope: str = "global", offsets: Mapping[str, int] | None = None, group=None):
+def topk_mask(
+    scores: Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    p: float,
+    *,
+    scope: str = "global",
+    offsets: Mapping[str, int] | None = None,
+    group: "ProcessGroup | None" = None,
+) -> Tensor | dict[str, Tensor]:
     """The k = round(p · numel) elements of largest score, as packed words: exactly k bits are set.
 
     Exact, by radix selection on the bits of |score|: up to three passes that count, one that writes.  16-bit differences
@@ -297,7 +342,7 @@ class Overlap(NamedTuple):
 
 
 @torch.no_grad()
-def overlap(masks, numel: int | Mapping[str, int] | None = None) -> Overlap:
+def overlap(masks: Sequence[Tensor | Mapping[str, Tensor]], numel: int | Mapping[str, int] | None = None) -> Overlap:
     """How much masks agree, pair by pair, and how much masks of their sizes would by chance.
 
     Args:

@@ -5,8 +5,13 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    import numpy
+    from safetensors import safe_open
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STEP, JOURNAL = "lowrank.step.json", "lowrank.apply.json"  # lowrank tools apply's, in a checkpoint's folder
@@ -16,7 +21,7 @@ CODES = {
 }  # fmt: skip
 
 
-def tensor_files(folder) -> dict[str, Path]:
+def tensor_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """{tensor's name: its safetensors file} of a checkpoint's folder, or of one file; empty if there is none.
 
     Raises: ValueError for a damaged index or file.
@@ -35,7 +40,7 @@ def tensor_files(folder) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), path)
 
 
-def open_tensors(path: Path):
+def open_tensors(path: Path) -> "safe_open":
     """safetensors' safe_open for torch on the CPU; ValueError where the file is not whole."""
     from safetensors import SafetensorError, safe_open
 
@@ -72,7 +77,7 @@ def write_tensors(
     publish(unfinished, path)
 
 
-def as_bytes(t: torch.Tensor):
+def as_bytes(t: torch.Tensor) -> "numpy.ndarray":
     """A CPU tensor's memory, for a file or a hash."""
     return t.detach().contiguous().view(-1).view(torch.uint8).numpy()
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Applied(NamedTuple):
 def encode(
     new: Mapping[str, Tensor],
     *,
-    changes: Mapping[str | Tensor, Tensor] | None = None,
+    changes: Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None = None,
     old: Mapping[str, Tensor] | None = None,
     stream: str = "",
     base_step: int = 0,
@@ -198,7 +198,7 @@ def share(description: dict) -> str:
     return f"{changed:,} of {numel:,} elements changed ({changed / max(numel, 1):.2%})"
 
 
-def check_steps(where: str, stream, base_step, step) -> None:
+def check_steps(where: str, stream: object, base_step: object, step: object) -> None:
     if not isinstance(stream, str):
         raise TypeError(f"{where}: expected stream as a string, got {type(stream).__name__}")
     if type(base_step) is not int or type(step) is not int:
@@ -226,7 +226,13 @@ def check_parts(where: str, description: dict, names: Iterable[str], get: Callab
         raise ValueError(f"{where}: damaged: its checksum is another")
 
 
-def check_tensor(where: str, t: Any, shape: list[int] | None = None, dtype=None, device=None) -> None:
+def check_tensor(
+    where: str,
+    t: object,
+    shape: list[int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{where}: expected a tensor, got {type(t).__name__}")
     if type(t).__name__ == "DTensor":
@@ -285,7 +291,7 @@ def _load(blob: bytes) -> dict[str, Tensor]:
         raise ValueError(f"delta: not a whole delta ({type(error).__name__}: {error})") from error
 
 
-def _by_name(new: Mapping[str, Tensor], changes: Mapping[str | Tensor, Tensor]) -> dict[str, Tensor]:
+def _by_name(new: Mapping[str, Tensor], changes: Mapping[str, Tensor] | Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
     """``changes`` under the names of ``new``, checked."""
     names: dict[int, list[str]] = {}
     for name, t in new.items():

@@ -2,11 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from operator import is_
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from . import bits
 from ._memory import Memory
@@ -94,10 +96,28 @@ class AdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
-        foreach=None, capturable=False, differentiable=False, fused=None, master_weights=False, stochastic_rounding=False,
-        seed=0, masks=None, compact=None, track_changes=False, offsets=None, nonfinite="raise",
-    ):  # fmt: skip
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        masks: Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None = None,
+        compact: bool | None = None,
+        track_changes: bool = False,
+        offsets: Mapping[str, int] | Mapping[Tensor, int] | None = None,
+        nonfinite: str = "raise",
+    ):
         for name, value, fits in (
             ("lr", lr, lr >= 0),
             ("eps", eps, eps >= 0),
@@ -135,7 +155,7 @@ class AdamW(torch.optim.Optimizer):
 
     # what is stepped
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._memory is not None:
             self._follow()
         if isinstance(param_group, dict):
@@ -263,8 +283,12 @@ class AdamW(torch.optim.Optimizer):
 
     # the step
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of every parameter that has a gradient.  Returns the closure's loss, if there is one."""
         loss = None
         if closure is not None:
@@ -450,19 +474,19 @@ class AdamW(torch.optim.Optimizer):
 
     # copies and files
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         self._follow()
         if self.track_changes:
             self.changes()  # with what others have written: a copy's versions count from elsewhere
         return super().__getstate__() | {name: getattr(self, name) for name in _KEPT}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_changes" in state:  # a copy; torch's load_state_dict comes here with groups and state alone
             self._known, self._memory = list(self._parameters()), Memory()
             self._versions = {p: _version(p) for p in self._changes}
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """torch.optim.Optimizer's, with the masks in it: {index of the parameter: words}."""
         self._follow()
         found = super().state_dict()
@@ -470,7 +494,7 @@ class AdamW(torch.optim.Optimizer):
         found["masks"] = {index[p]: words.clone() for p, words in self._masks.items()}
         return found
 
-    def load_state_dict(self, state_dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What :meth:`state_dict` gave, or torch.optim.AdamW's; moments stay fp32.  The weights have not changed.
 
         Masters are this optimizer's choice: with ``master_weights``, those that the state lacks are made from the weights;

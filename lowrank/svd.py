@@ -1,7 +1,7 @@
 """Singular value decompositions of weights, W = U diag(S) Vh, for SVD-scaled layers (SVF; arXiv 2501.06252)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -125,7 +125,7 @@ def svd_factors(
     return SVDFactors(U * sign, S, Vh * sign.mT)
 
 
-def resolve_method(method: str, shape, k: int | None, dtype: torch.dtype = torch.float32) -> str:
+def resolve_method(method: str, shape: Iterable[int], k: int | None, dtype: torch.dtype = torch.float32) -> str:
     """Which method "auto" is for a weight of ``shape``; another one is returned as it is.
 
     "randomized" for k ≤ min(N,K)/64, where it is up to four times faster on square weights; otherwise what finds every

@@ -1,8 +1,10 @@
 """``adapt``, ``save_adapter`` and ``load_adapter``: LoRA on a whole model in PEFT's files both ways, and SVF."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from torch import nn
 
@@ -15,8 +17,27 @@ from .fits import check_fits, check_same
 from .lora_files import CONFIG, PICKLED, WEIGHTS
 from .svf_layers import SVFConfig, rename_expert, svf_layers
 
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
-def adapt(model: nn.Module, config, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True):
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@overload
+def adapt(
+    model: Model, config: SVFConfig, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
+) -> Model: ...
+@overload
+def adapt(
+    model: nn.Module, config: "LoraConfig", adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
+) -> "PeftModel": ...
+def adapt(
+    model: nn.Module,
+    config: "SVFConfig | LoraConfig",
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> nn.Module:
     """``peft.get_peft_model(model, config)`` whose LoRA layers run on lowrank; or, with an SVFConfig, SVF layers in place.
 
     From a LoraConfig comes a PeftModel like any other: Trainer saves, resumes and reloads it, and its files are PEFT's.
@@ -57,7 +78,13 @@ def adapt(model: nn.Module, config, adapter_name: str = "default", *, autocast_a
     return model
 
 
-def save_adapter(model: nn.Module, path, format: str | None = None, *, adapter_name: str | None = None) -> Path:
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    adapter_name: str | None = None,
+) -> Path:
     """Write the adapter of ``model`` to the directory ``path``; nothing is left half-written.
 
     Args:
@@ -108,7 +135,9 @@ def save_adapter(model: nn.Module, path, format: str | None = None, *, adapter_n
     return path
 
 
-def load_adapter(model: nn.Module, path, adapter_name: str = "default", *, is_trainable: bool = False) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", *, is_trainable: bool = False
+) -> nn.Module:
     """Load an adapter that :func:`save_adapter` or PEFT wrote, and return the model with it.
 
     A model with :class:`lowrank.nn.LoRALinear` layers has its factors overwritten; a PeftModel gets the adapter added

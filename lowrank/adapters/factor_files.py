@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.types import Device
 
 from .._linears import Weight, dense_weight, has_exact_weight, module_weights, target_layers, weight_checksum
 from .._version import __version__
@@ -28,7 +29,7 @@ _SIGN = "the entry of largest magnitude in each column of U is positive"
 
 def save_factors(
     model: nn.Module,
-    path,
+    path: str | os.PathLike[str],
     *,
     k: int | None = None,
     target_modules: str | Iterable[str] = "all-linear",
@@ -59,7 +60,7 @@ def save_factors(
     return Path(path)
 
 
-def load_factors(path, model: nn.Module | None = None) -> Mapping[str, SVDFactors]:
+def load_factors(path: str | os.PathLike[str], model: nn.Module | None = None) -> Mapping[str, SVDFactors]:
     """The factors in a file, by layer name, read from disk (memory-mapped, on the CPU) when they are asked for.
 
     Args:
@@ -80,7 +81,7 @@ class FactorsFile(Mapping[str, SVDFactors]):
     layers: by name, {"k", "shape" and "dtype" of the weight, "weight" (its checksum), "method", "factors_dtype", "errors"}.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]):
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
@@ -102,7 +103,7 @@ class FactorsFile(Mapping[str, SVDFactors]):
             raise KeyError(name)
         return SVDFactors(*(self._file.get_tensor(f"{name}.{part}") for part in SVDFactors._fields))
 
-    def __contains__(self, name) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.layers
 
     def __iter__(self) -> Iterator[str]:
@@ -157,13 +158,13 @@ class WrittenLayer:
 
 
 def write_factors(
-    path,
+    path: str | os.PathLike[str],
     weights: Mapping[str, Weight],
     *,
     k: int | None = None,
     method: str = "auto",
     dtype: torch.dtype = torch.float32,
-    device=None,
+    device: Device = None,
     progress: bool = True,
 ) -> list[WrittenLayer]:
     """:func:`save_factors` for weights that need not be in memory.  device: where to compute; None: where each one is."""

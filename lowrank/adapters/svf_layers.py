@@ -37,7 +37,7 @@ class SVFConfig:
     factors: str | None = None
     modules_to_save: list[str] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
             raise ValueError(f"k: expected None or an integer of at least 1, got {self.k!r}")
         if self.parametrization not in PARAMETRIZATIONS:

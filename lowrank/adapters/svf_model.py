@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from ..svd import SVDFactors, svd_factors
 from .factor_files import load_factors
 from .svf_files import checksum, save
 from .svf_layers import SavedModule, SVFConfig, put, saved_modules, svf_layers
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def adapt(
@@ -126,7 +129,9 @@ _LABELLED = r"For(\w*Classification|QuestionAnswering|MultipleChoice)$"
 
 
 @contextlib.contextmanager
-def expert_mix(model: nn.Module, alpha, experts: list[str] | None = None):
+def expert_mix(
+    model: Model, alpha: torch.Tensor | dict[str, torch.Tensor], experts: Sequence[str] | None = None
+) -> Iterator[Model]:
     """Inside, every row sees its own mixture: z = Σ_e alpha_e z_e, all rows in one batch and W untouched.
 
     Modules that are trained as a whole (``modules_to_save``) are not mixed: the active expert's run.

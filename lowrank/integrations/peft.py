@@ -8,6 +8,7 @@ once per reason.
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
@@ -23,7 +24,21 @@ try:
 except ImportError as error:
     raise ImportError("this needs PEFT: pip install 'lowrank-kernels[peft]'") from error
 
+Model = TypeVar("Model", bound=nn.Module)
 
+
+@overload
+def patch(
+    model: Model,
+    *,
+    siblings: bool = True,
+    shared_mask: bool = False,
+    dora_base_dropout: bool = True,
+    copy_inputs: bool | Sequence[str] = False,
+    dropout_stream: str = "lowrank",
+) -> Model: ...
+@overload
+def patch(model: None = None, *, dora_base_dropout: bool = True) -> None: ...
 def patch(
     model: nn.Module | None = None,
     *,
@@ -106,6 +121,10 @@ def swap_layers(
     return len(layers)
 
 
+@overload
+def unpatch(model: Model) -> Model: ...
+@overload
+def unpatch(model: None = None) -> None: ...
 def unpatch(model: nn.Module | None = None) -> nn.Module | None:
     """Undo :func:`patch`, for the process or for one model.  Returns ``model``."""
     if model is None:
@@ -177,7 +196,7 @@ def is_patched(layer: nn.Module) -> bool:
     return _stats.is_ours(layer)
 
 
-def _make_layer(target: nn.Module, adapter_name: str, **kwargs) -> nn.Module | None:
+def _make_layer(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
     # PEFT asks with isinstance, so quantised subclasses of nn.Linear come here too: None hands them on
     if type(target) is not nn.Linear or type(target.weight) is not nn.Parameter:
         return None

@@ -8,6 +8,8 @@ import contextlib
 import inspect
 import logging
 import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +18,9 @@ from transformers import LogitsProcessor, TrainerCallback
 from .. import _stats
 from ..ops._head_checks import check_alpha
 from ..ops.combine import combine_logits
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 class PatchCallback(TrainerCallback):
@@ -31,15 +36,30 @@ class PatchCallback(TrainerCallback):
     Raises: ValueError when training begins, if the model has no LoRA layer that lowrank covers.
     """
 
-    def __init__(self, **options):
-        self.options, self._before = options, None
+    def __init__(self, **options: Any):
+        self.options = options
+        self._before: _stats.Stats | None = None
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
         from .peft import swap_layers
 
         swap_layers(model, **self.options)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
         from .peft import is_patched
 
         self.on_init_end(args, state, control, model)
@@ -47,21 +67,31 @@ class PatchCallback(TrainerCallback):
             raise ValueError("model: found no LoRA layer to patch; give the trainer what get_peft_model returned")
         self._before = _stats.stats()
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
         if self._before is None:
             return
         before, after, self._before = self._before, _stats.stats(), None
         fallback = {why: n - before["fallback"].get(why, 0) for why, n in after["fallback"].items()}
-        found = {name: after[name] - before[name] for name in ("fused", "shared")}
-        found |= {"fallback": {why: n for why, n in fallback.items() if n}}
-        found |= {"untouched": _stats.stats(model)["untouched"]}
+        found: _stats.Stats = {
+            "fused": after["fused"] - before["fused"],
+            "shared": after["shared"] - before["shared"],
+            "fallback": {why: n for why, n in fallback.items() if n},
+            "untouched": _stats.stats(model)["untouched"],
+        }
         whole = (found["fused"] or _is_compiled(args, model)) and not found["fallback"] and not found["untouched"]
         if state.is_local_process_zero:
             level = logging.INFO if whole else logging.WARNING
             logging.getLogger("lowrank").log(level, "first step: %s", found)
 
 
-def _is_compiled(args, model: nn.Module) -> bool:
+def _is_compiled(args: "TrainingArguments", model: nn.Module) -> bool:
     """Whether graphs traced before may have run: by the trainer's option, a wrapper or ``module.compile()``."""
     parts = model.modules()
     return args.torch_compile or any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in parts)
@@ -110,7 +140,9 @@ class ProxyTuning(LogitsProcessor):
         self.prepare(attention_mask)
 
     @classmethod
-    def from_adapter(cls, model: nn.Module, alpha: float | torch.Tensor = 1.0, attention_mask=None) -> "ProxyTuning":
+    def from_adapter(
+        cls, model: nn.Module, alpha: float | torch.Tensor = 1.0, attention_mask: torch.Tensor | None = None
+    ) -> "ProxyTuning":
         """Expert: ``model`` (PEFT's, or one of :func:`lowrank.adapt`) as it is; antiexpert: it without."""
         if not isinstance(model, nn.Module) or not hasattr(model, "disable_adapter"):
             raise TypeError(f"model: expected a model with an adapter to disable, got {type(model).__name__}")
@@ -133,7 +165,14 @@ class ProxyTuning(LogitsProcessor):
         self._mask = None if self._whole else attention_mask
         self._prompt = self._seen = None
 
-    def generate(self, model: nn.Module, *, attention_mask: torch.Tensor | None = None, logits_processor=(), **inputs):
+    def generate(
+        self,
+        model: nn.Module,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
+        **inputs: Any,
+    ) -> Any:
         """``model.generate(...)``, steered; the prompt's ``attention_mask`` is shared by all three models."""
         self.prepare(attention_mask)
         return model.generate(attention_mask=attention_mask, logits_processor=[self, *logits_processor], **inputs)

@@ -7,11 +7,15 @@ architecture is written down but the built-in configs (models.py).  What a meta 
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from .._linears import attention_layers, is_linear
 from . import meta_forward
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # What PyTorch reports as total memory on such a card, GiB; a tenth is left to the context, workspaces, fragmentation.
 CARDS = {"24 GB": 23.6, "80 GB": 79.1, "141 GB": 139.7}
@@ -62,7 +66,7 @@ class Setting:
     master: bool = False  # full fine-tuning also keeps an fp32 copy of the weights (counted with the optimizer)
     device: str = "cuda"  # "cuda" | "cpu": decides what nn.Dropout saves
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("batch", "seq", "rank"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value}")
@@ -107,7 +111,7 @@ class Estimate:
         return {card: math.ceil(self.total / (USABLE * gib * 2**30)) for card, gib in CARDS.items()}
 
 
-def estimate(config, method: Method, setting: Setting) -> Estimate:
+def estimate(config: "PretrainedConfig", method: Method, setting: Setting) -> Estimate:
     """What one training step of `method` on the model of `config` keeps in memory and computes."""
     dtype, adapter_dtype = (getattr(torch, name) for name in (setting.dtype, setting.adapter_dtype))
     model = meta_forward.build(config, dtype)
@@ -154,7 +158,7 @@ def estimate(config, method: Method, setting: Setting) -> Estimate:
     )
 
 
-def estimate_all(config, setting: Setting) -> tuple[list[Estimate], dict[str, str]]:
+def estimate_all(config: "PretrainedConfig", setting: Setting) -> tuple[list[Estimate], dict[str, str]]:
     """Every method's estimate, and {method: why not} of those that this model cannot have.  Raises ValueError if none can."""
     estimates, not_done = [], {}
     for method in METHODS:

@@ -3,7 +3,11 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 DTYPES = ("bfloat16", "float16", "float32")
 SCALING = 2.0
@@ -25,7 +29,7 @@ class Problem:
     dropout: float = 0.0
     sets: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("M", "K", "N", "r", "sets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
@@ -39,18 +43,18 @@ class Problem:
 class Tensors(NamedTuple):
     """One set: x [M, K] and dY [M, N] in the problem's dtype, frozen W [N, K], fp32 masters of A [r, K] and B [N, r]."""
 
-    x: object
-    W: object
-    A: object
-    B: object
-    dY: object
+    x: "Tensor"
+    W: "Tensor"
+    A: "Tensor"
+    B: "Tensor"
+    dY: "Tensor"
 
 
 class Method(NamedTuple):
     """A way to compute Y.  forward(i) takes set i; leaves(i) are the tensors it differentiates with respect to."""
 
-    forward: Callable[[int], object]
-    leaves: Callable[[int], list]
+    forward: Callable[[int], "Tensor"]
+    leaves: Callable[[int], "list[Tensor]"]
 
 
 def tensors(p: Problem) -> list[Tensors]:
@@ -130,7 +134,7 @@ def peft_method(p: Problem, data: list[Tensors], kind: str, compiled: bool = Fal
     return Method(forward, lambda i: [data[i % p.sets].x, *factors[i % p.sets]])
 
 
-def passes(method: Method, dYs: list) -> dict[str, Callable[[int], object]]:
+def passes(method: Method, dYs: "list[Tensor]") -> dict[str, Callable[[int], object]]:
     """{"forward", "backward", "both"} -> call(i).  Backward alone runs over graphs that its first calls leave behind."""
     import torch
 
@@ -152,14 +156,14 @@ def passes(method: Method, dYs: list) -> dict[str, Callable[[int], object]]:
     return {"forward": method.forward, "backward": backward, "both": both}
 
 
-def factors_of(p: Problem, data: list[Tensors], kind: str) -> list[tuple]:
+def factors_of(p: Problem, data: list[Tensors], kind: str) -> "list[tuple[torch.nn.Parameter, torch.nn.Parameter]]":
     import torch
 
     dtype = getattr(torch, p.dtype) if kind == "16bit" else torch.float32
     return [tuple(torch.nn.Parameter(t.to(dtype)) for t in (one.A, one.B)) for one in data]
 
 
-def autocast(p: Problem, kind: str):
+def autocast(p: Problem, kind: str) -> contextlib.AbstractContextManager[Any]:
     import torch
 
     if kind == "fp32-autocast":

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,12 @@ from torch.overrides import TorchFunctionMode
 
 from .._linears import is_matrix
 from .saved import SavedActivations
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from .estimate import Setting
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Run:
     attention_flops: int
 
 
-def build(config, dtype: torch.dtype):
+def build(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     """A trainable model of `config` on the meta device, with fused attention if it has one and its own code if not."""
     from transformers import AutoModelForCausalLM
 
@@ -40,12 +47,12 @@ def build(config, dtype: torch.dtype):
     raise ValueError(f"transformers builds no causal language model: {str(refused).splitlines()[0]}") from refused
 
 
-def is_fused(model) -> bool:
+def is_fused(model: "PreTrainedModel") -> bool:
     """Whether the model's attention runs in fused kernels."""
     return model.config._attn_implementation == "sdpa"
 
 
-def macs_per_token(model) -> tuple[int, int]:
+def macs_per_token(model: "PreTrainedModel") -> tuple[int, int]:
     """Multiplications that one token makes with the model's matrices: all of them, and those with experts' alone.
 
     Linear layers, routers, convolutions along the tokens, and of a stack [E, ...] of experts the share that a token visits.
@@ -63,7 +70,7 @@ def macs_per_token(model) -> tuple[int, int]:
     return every, experts
 
 
-def experts_per_token(model) -> int:
+def experts_per_token(model: "PreTrainedModel") -> int:
     """What the model's config says.  Raises ValueError where it does not."""
     config = model.config.get_text_config()
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"):
@@ -75,7 +82,9 @@ def experts_per_token(model) -> int:
     )
 
 
-def add_lora(model, targets: list[str] | str, setting, *, run_by: str, dtype: torch.dtype):
+def add_lora(
+    model: "PreTrainedModel", targets: list[str] | str, setting: "Setting", *, run_by: str, dtype: torch.dtype
+) -> "PeftModel":
     """The model with LoRA on the modules named in `targets` or by "all-linear", computed by PEFT's layers or by lowrank's."""
     try:
         import peft
@@ -96,7 +105,7 @@ def add_lora(model, targets: list[str] | str, setting, *, run_by: str, dtype: to
     return model
 
 
-def forward(model, setting, *, compute_dtype: torch.dtype) -> Run:
+def forward(model: torch.nn.Module, setting: "Setting", *, compute_dtype: torch.dtype) -> Run:
     """Run the model with labels on [batch, seq] tokens and count."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -1,6 +1,10 @@
 """Model configs by name: the built-in shapes, a local path, or the hub."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
 BUILT_IN = {
@@ -52,7 +56,7 @@ BUILT_IN = {
 }
 
 
-def load_config(model: str):
+def load_config(model: str) -> "PretrainedConfig":
     """The transformers config of a built-in name, a local path, or a hub id, tried in this order."""
     from transformers import AutoConfig
 

@@ -37,9 +37,9 @@ class SavedActivations:
     def bytes(self) -> int:
         return sum(self._bytes.values())
 
-    def __enter__(self):
+    def __enter__(self) -> "SavedActivations":
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)

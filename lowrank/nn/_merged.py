@@ -33,6 +33,7 @@ Where it ends:
 import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ def merged_linear(layer, x: torch.Tensor, composed: Composed) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def defer_projection(model: nn.Module):
+def defer_projection(model: nn.Module) -> Iterator[None]:
     """Layers of ``model`` in mode "merged" only add up dW in here; the first backward after it projects the whole onto z.
 
     For all micro-batches of a step but the last, as DDP's ``no_sync``.  A backward in here leaves zeros in z's gradient; one

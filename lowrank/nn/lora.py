@@ -1,15 +1,24 @@
 """nn.Linear with a LoRA adapter beside it."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.types import Device
 
 from ..ops import lora_linear
 from ..ops.materialize import MergeReport, materialize, materialize_with_report
 from ..svd import svd_factors
 from ._adapted import AdaptedLinear, refuse_base_options
 from .merging import ordinary, report_merge
+
+if TYPE_CHECKING:
+
+    class _Linears(nn.ModuleDict):
+        def __getitem__(self, key: str) -> nn.Linear: ...
+else:
+    _Linears = nn.ModuleDict
 
 INITS = ("default", "pissa", "olora")
 
@@ -38,6 +47,11 @@ class LoRALinear(AdaptedLinear):
     Raises: ValueError for a rank, alpha or dropout outside its range.
     """
 
+    _merged_weight: Tensor | None
+    _merged_bias: Tensor | None
+    _initial_A: Tensor | None
+    _initial_B: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -49,7 +63,7 @@ class LoRALinear(AdaptedLinear):
         use_rslora: bool = False,
         bias: bool = True,
         lora_bias: bool = False,
-        device=None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         init: str = "default",
@@ -67,8 +81,8 @@ class LoRALinear(AdaptedLinear):
         super().__init__(in_features, out_features, _base, bias, device, dtype)
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         device = self.base_layer.weight.device
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(in_features, r, False, device, adapter_dtype)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(r, out_features, lora_bias, device, adapter_dtype)})
+        self.lora_A = _Linears({"default": nn.Linear(in_features, r, False, device, adapter_dtype)})
+        self.lora_B = _Linears({"default": nn.Linear(r, out_features, lora_bias, device, adapter_dtype)})
         self.lora_dropout = lora_dropout
         self.register_buffer("_merged_bias", None, persistent=False)
         self.register_buffer("_initial_A", None, persistent=False)  # what the base's weight lacks, of PiSSA and OLoRA
@@ -79,7 +93,7 @@ class LoRALinear(AdaptedLinear):
             self._take_from_base()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, r: int, **options) -> "LoRALinear":
+    def from_linear(cls, linear: nn.Linear, r: int, **options: Any) -> "LoRALinear":
         """Adopt ``linear``: its parameters are used, not copied, and frozen.  ``options``: the constructor's."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")

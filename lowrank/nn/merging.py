@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -25,7 +26,7 @@ def report_merge(report: MergeReport, dtype: torch.dtype) -> None:
 
 
 @contextlib.contextmanager
-def ordinary():
+def ordinary() -> Iterator[None]:
     """No grad, and what is made in here may be kept: under inference_mode, too, it is a tensor that backward can save."""
     with torch.inference_mode(False), torch.no_grad():
         yield

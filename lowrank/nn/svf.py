@@ -2,9 +2,11 @@
 
 import operator
 import sys
+from typing import Any
 
 import torch
 from torch import nn
+from torch.types import Device
 
 from .. import _stats
 from .._linears import (
@@ -51,6 +53,12 @@ class SVFLinear(AdaptedLinear):
     Raises: ValueError or TypeError that names the argument.
     """
 
+    U: torch.Tensor
+    S: torch.Tensor
+    Vh: torch.Tensor
+    active_expert: str
+    _merged_weight: torch.Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -64,7 +72,7 @@ class SVFLinear(AdaptedLinear):
         method: str = "auto",
         factors_dtype: torch.dtype | None = None,
         bias: bool = True,
-        device=None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         _base: nn.Module | None = None,
     ):
@@ -121,7 +129,7 @@ class SVFLinear(AdaptedLinear):
         self.add_expert("default")
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, k: int | None = None, **options) -> "SVFLinear":
+    def from_linear(cls, linear: nn.Module, k: int | None = None, **options: Any) -> "SVFLinear":
         """Adopt ``linear``: its parameters are used, not copied, and frozen.  ``options``: the constructor's.
 
         Also transformers' Conv1D, and bitsandbytes' quantised linears, which stay quantised: the factors are those of the
@@ -328,7 +336,7 @@ class SVFLinear(AdaptedLinear):
         self._cache = None
         super()._load_from_state_dict(*args, **kwargs)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what can be made again, and in no block of :func:`lowrank.expert_mix`."""
         state = {
             name: value

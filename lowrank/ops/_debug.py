@@ -19,7 +19,7 @@ class debug_checks:
     def __enter__(self) -> "debug_checks":
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         debug_checks.enabled = self.before
 
 

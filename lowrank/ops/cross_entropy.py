@@ -3,11 +3,16 @@
 Files: logprob.py; tests/ops/test_cross_entropy.py; bench linear_logprob.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .. import _stats
 from .logprob import linear_logprob
+
+if TYPE_CHECKING:
+    from torch.nn._functional_impl import LinearCrossEntropyOptions
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -22,7 +27,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    options=None,
+    options: "LinearCrossEntropyOptions | None" = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)`` without the logits.

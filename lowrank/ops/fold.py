@@ -46,7 +46,7 @@ class Receipt:
 
 
 @torch.no_grad()
-def fold_(weight: Tensor, A: Tensor, m, B: Tensor) -> Receipt:
+def fold_(weight: Tensor, A: Tensor, m: float | Tensor, B: Tensor) -> Receipt:
     """``weight += B @ diag(m) @ A`` in place, summed in fp32 and rounded once; :func:`unfold_` restores every bit.
 
     Args: :func:`lowrank.materialize`'s, the weight contiguous.  Waits for the device.
@@ -75,7 +75,7 @@ def fold_(weight: Tensor, A: Tensor, m, B: Tensor) -> Receipt:
 
 
 @torch.no_grad()
-def unfold_(weight: Tensor, A: Tensor, m, B: Tensor, receipt: Receipt) -> None:
+def unfold_(weight: Tensor, A: Tensor, m: float | Tensor, B: Tensor, receipt: Receipt) -> None:
     """Undo :func:`fold_`: the weight has every bit it had before.
 
     Args: fold_'s own, and its receipt.

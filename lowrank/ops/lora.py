@@ -14,6 +14,7 @@ Files: linear.py, lora_impl.py, thin_eager.py, kernels/thin.py; tests/ops/test_l
 
 import math
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,12 +101,12 @@ def lora_linear(
 
 def lora_linears(
     x: torch.Tensor,
-    weights: list[torch.Tensor],
-    lora_As: list[torch.Tensor],
-    lora_Bs: list[torch.Tensor],
-    scalings: list[float | torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    scalings: Sequence[float | torch.Tensor],
     *,
-    biases: list[torch.Tensor | None] | None = None,
+    biases: Sequence[torch.Tensor | None] | None = None,
     dropout_p: float = 0.0,
     shared_mask: bool = False,
 ) -> tuple[torch.Tensor, ...]:

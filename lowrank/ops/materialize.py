@@ -5,12 +5,44 @@ Computed by _rank_update.py, as ops/fold.py's fold and unfold are, so that all g
 Files: _rank_update.py, kernels/materialize.py, csrc/rank_update.*; tests/ops/test_materialize.py; bench materialize.
 """
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
+from torch import Tensor
 
 from ._rank_update import MergeReport, check, check_matrix, merge_report, refuse_overlap, run, run_with_sums
 
 
-def materialize(weight, A, m, B, *, out=None, changed=None):
+@overload
+def materialize(
+    weight: Tensor,
+    A: Tensor,
+    m: float | Tensor,
+    B: Tensor,
+    *,
+    out: Tensor | None = None,
+    changed: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def materialize(
+    weight: Sequence[Tensor],
+    A: Sequence[Tensor],
+    m: Sequence[float | Tensor],
+    B: Sequence[Tensor],
+    *,
+    out: Sequence[Tensor | None] | None = None,
+    changed: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]: ...
+def materialize(
+    weight: Tensor | Sequence[Tensor],
+    A: Tensor | Sequence[Tensor],
+    m: float | Tensor | Sequence[float | Tensor],
+    B: Tensor | Sequence[Tensor],
+    *,
+    out: Tensor | Sequence[Tensor | None] | None = None,
+    changed: Tensor | Sequence[Tensor | None] | None = None,
+) -> Tensor | list[Tensor]:
     """``weight + B @ diag(m) @ A``, summed in fp32, rounded once, in a new tensor.
 
     Args:
@@ -43,7 +75,7 @@ def materialize(weight, A, m, B, *, out=None, changed=None):
     return [run(*call) for call in calls]
 
 
-def materialize_with_report(weight, A, m, B) -> tuple[torch.Tensor, MergeReport]:
+def materialize_with_report(weight: Tensor, A: Tensor, m: float | Tensor, B: Tensor) -> tuple[Tensor, MergeReport]:
     """:func:`materialize` of one matrix, and how much of the update the rounding kept.  Waits for the device."""
     out, sums = run_with_sums(*check("materialize", weight, A, m, B))
     return out, merge_report(sums, weight.numel())

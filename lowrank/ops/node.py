@@ -1,6 +1,7 @@
 """What the autograd nodes of this package share: who follows their operations, and inputs written to before backward."""
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch.autograd import forward_ad
@@ -105,7 +106,7 @@ def _is_same(x: torch.Tensor | None, saved: torch.Tensor) -> bool:
     return x is not None and x.data_ptr() == saved.data_ptr()
 
 
-def alive(layers) -> list:
+def alive(layers: Iterable[weakref.ref[torch.nn.Module]]) -> list[torch.nn.Module]:
     return [layer for layer in (ref() for ref in layers) if layer is not None]
 
 
