@@ -170,7 +170,7 @@ def _traced(reason: str, text: str | None = None) -> None:
 
 
 # Dynamo runs it while it traces and leaves it out of the graph: torch.compiler.assume_constant_result, which imports Dynamo.
-_traced._dynamo_marked_constant = True
+_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # no attribute of functions
 
 
 def _warn(reason: str, text: str) -> None:

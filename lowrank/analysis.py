@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -112,9 +112,9 @@ def diff_stats(
         raise ValueError(f"diff_stats: expected ulp >= 0, got {ulp}")
     limits = float(tol), float(rel), ulp
     if all(isinstance(given, (str, os.PathLike)) for given in (old, new)):
-        old, new = _files(old), _files(new)
-        _same_names("diff_stats", old, new)
-        return {name: _diff(name, _read(old[name], name), _read(new[name], name), *limits) for name in old}
+        olds, news = _files(old), _files(new)
+        _same_names("diff_stats", olds, news)
+        return {name: _diff(name, _read(olds[name], name), _read(news[name], name), *limits) for name in olds}
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         return _diff("", old, new, *limits)
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
@@ -133,13 +133,15 @@ def total(stats: Mapping[str, DiffStats] | Iterable[DiffStats]) -> DiffStats:
         raise TypeError(f"total: expected DiffStats, got {bad[0]}")
     counts = (sum(s[i] for s in found) for i in range(5))
     largest = max((s.max for s in found), default=0.0)
-    return DiffStats(*counts, largest, math.hypot(*(s.norm for s in found)), math.hypot(*(s.old_norm for s in found)))
+    norm, old_norm = math.hypot(*(s.norm for s in found)), math.hypot(*(s.old_norm for s in found))
+    return DiffStats(*counts, largest, norm, old_norm)  # type: ignore[call-arg]  # five counts
 
 
 def _diff(name, old, new, tol, rel, ulp) -> DiffStats:
     _check_pair("diff_stats", name, old, new)
     counts, largest, squares, old_squares = _ops.diff(old.contiguous(), new.contiguous(), tol, rel, ulp)
-    return DiffStats(new.numel(), *counts, largest, math.sqrt(squares), math.sqrt(old_squares))
+    norm, old_norm = math.sqrt(squares), math.sqrt(old_squares)
+    return DiffStats(new.numel(), *counts, largest, norm, old_norm)  # type: ignore[call-arg]  # four counts
 
 
 def _files(path) -> dict[str, Path]:
@@ -312,7 +314,7 @@ def _shared(sizes: dict[str, int], dtypes: list[torch.dtype], group) -> tuple[di
     if group is not None:
         import torch.distributed as dist
 
-        every = [None] * dist.get_world_size(group)
+        every: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(every, (sizes, wide), group=group)
         names = sorted({name for theirs, _ in every for name in theirs})
         sizes = {name: sum(theirs.get(name, 0) for theirs, _ in every) for name in names}

@@ -5,13 +5,13 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    import numpy
     from safetensors import safe_open
+    from typing_extensions import Buffer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STEP, JOURNAL = "lowrank.step.json", "lowrank.apply.json"  # lowrank tools apply's, in a checkpoint's folder
@@ -62,7 +62,8 @@ def write_tensors(
     It is written as ``unfinished``, on the same file system, and published as ``path``.  The larger dtypes come first,
     or what follows an odd number of bytes is not aligned.
     """
-    header, end = {"__metadata__": metadata}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": metadata}
+    end = 0
     for name, (dtype, shape) in entries.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
@@ -77,9 +78,9 @@ def write_tensors(
     publish(unfinished, path)
 
 
-def as_bytes(t: torch.Tensor) -> "numpy.ndarray":
+def as_bytes(t: torch.Tensor) -> "Buffer":
     """A CPU tensor's memory, for a file or a hash."""
-    return t.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return t.detach().contiguous().view(-1).view(torch.uint8).numpy()  # type: ignore[return-value]  # numpy: Python 3.12
 
 
 def publish(unfinished: Path, path: Path) -> None:

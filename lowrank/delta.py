@@ -59,9 +59,9 @@ def encode(
     check_steps("delta.encode", stream, base_step, step)
     for name, t in new.items():
         check_tensor(f"delta.encode: {name}", t)
-    if old is None:
+    if changes is not None:
         given = _by_name(new, changes)
-    else:
+    if old is not None:
         same_names("delta.encode: old", old, new, of="new")
         for name, t in new.items():
             check_tensor(f"delta.encode: {name} in old", old[name], list(t.shape), t.dtype, t.device)
@@ -101,7 +101,7 @@ def apply_(
     description = describe(blob)
     check_order("delta.apply_", description, stream, step)
     loaded = _load(blob)
-    check_parts("delta.apply_", description, loaded, loaded.get)
+    check_parts("delta.apply_", description, loaded, loaded.__getitem__)
     facts = description["tensors"]
     same_names("delta.apply_: tensors", tensors, facts)
     ready = []
@@ -298,7 +298,7 @@ def _by_name(new: Mapping[str, Tensor], changes: Mapping[str, Tensor] | Mapping[
         names.setdefault(id(t), []).append(name)
     found: dict[str, Tensor] = {}
     for key, words in changes.items():
-        of = [key] if key in new else [] if isinstance(key, str) else names.get(id(key), [])
+        of = names.get(id(key), []) if not isinstance(key, str) else [key] if key in new else []
         shown = repr(key) if isinstance(key, str) else f"a tensor {list(key.shape)}"
         if not of:
             raise ValueError(f"delta.encode: changes has {shown}, which is not in new")

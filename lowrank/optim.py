@@ -219,7 +219,7 @@ class AdamW(torch.optim.Optimizer):
             for p in before - now & kept.keys():
                 value = kept.pop(p)
                 if p in heirs:
-                    kept[heirs[p]] = value
+                    kept[heirs[p]] = value  # type: ignore[assignment]  # where it was
         self._changes = {p: self._changes[p] for p in params if p in self._changes}
         self._known, self._memory = params, Memory()
 
@@ -235,7 +235,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _by_parameter(self, given, what: str):
         """(parameter, value) of a dict keyed by parameters or their names."""
-        names = {}
+        names: dict[str, Tensor] = {}
         for group in self.param_groups:
             names.update(zip(group.get("param_names", ()), group["params"], strict=False))
         known = set(self._parameters())
@@ -250,7 +250,7 @@ class AdamW(torch.optim.Optimizer):
         """Of the last group's parameters with each other and with all before; with all anew where those have moved."""
         params = self.param_groups[-1]["params"]
         before = [p.data_ptr() for group in self.param_groups[:-1] for p in group["params"]]
-        if before != self._memory.pointers:
+        if self._memory is None or before != self._memory.pointers:
             self._memory, params = Memory(), list(self._parameters())
         if found := self._memory.add(params):
             self._memory = Memory()
@@ -384,7 +384,7 @@ class AdamW(torch.optim.Optimizer):
     # gradients
 
     def _active_gradient(self, p: Tensor) -> Tensor:
-        g = p.grad
+        g: Tensor = p.grad  # type: ignore[assignment]  # of parameters that have one
         return g if p not in self._masks else g.masked_fill(~bits.unpack(self._masks[p], p.shape), 0)
 
     def _first_nonfinite(self, params: list[Tensor]) -> Tensor | None:
@@ -393,7 +393,7 @@ class AdamW(torch.optim.Optimizer):
             if p.numel():
                 by_device.setdefault(p.device, []).append(p)
         for found in by_device.values():
-            largest = torch._foreach_norm([p.grad for p in found], math.inf)
+            largest = torch._foreach_norm([p.grad for p in found], math.inf)  # type: ignore[misc]  # as above
             for p, finite in zip(found, torch.stack([n.float() for n in largest]).isfinite().tolist(), strict=True):
                 if not finite and not self._active_gradient(p).isfinite().all():
                     return p

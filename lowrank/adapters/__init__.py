@@ -69,13 +69,13 @@ def adapt(
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     if all_linear and not any(isinstance(module, nn.Linear) or is_conv1d(module) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has no nn.Linear layer to adapt")
-    model = peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-    swap_layers(model)
+    adapted = peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    swap_layers(adapted)
     if lora_files.changes_base(config):
-        tensors = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        tensors = peft.get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
         factors = {key: t.detach().clone() for key, t in tensors.items() if lora_files.rank_dim(key) is not None}
-        model.__dict__["_lowrank_initial"] = model.peft_config[adapter_name], factors
-    return model
+        adapted.__dict__["_lowrank_initial"] = adapted.peft_config[adapter_name], factors
+    return adapted
 
 
 def save_adapter(

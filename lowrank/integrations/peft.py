@@ -82,7 +82,9 @@ def patch(
         return None
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    options = dict(dora_base_dropout=dora_base_dropout, copy_inputs=copy_inputs, dropout_stream=dropout_stream)
+    options: dict[str, Any] = dict(
+        dora_base_dropout=dora_base_dropout, copy_inputs=copy_inputs, dropout_stream=dropout_stream
+    )
     if not swap_layers(model, siblings=siblings, shared_mask=shared_mask, **options):
         raise ValueError("model: found no LoRA layer to patch; call this after get_peft_model")
     return model
@@ -206,11 +208,11 @@ def _make_layer(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Modul
     return layer
 
 
-_originals: dict[type, Callable] = {}
-_twins: dict[type, type] = {}
+_originals: dict[type[nn.Module], Callable[..., Any]] = {}
+_twins: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _covered() -> list[type]:
+def _covered() -> list[type[nn.Module]]:
     classes = [PeftLinear]
     if importlib.util.find_spec("bitsandbytes") is not None:  # PEFT imports it too, at the first get_peft_model
         from peft.tuners.lora import bnb
@@ -219,7 +221,7 @@ def _covered() -> list[type]:
     return classes
 
 
-def _twin(cls: type) -> type:
+def _twin(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a PEFT layer class whose forward is ours.  It keeps the name, which reprs and checks rely on."""
     if cls not in _twins:
         forward = fused(_originals.get(cls, cls.forward))

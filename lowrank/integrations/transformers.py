@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,9 @@ from ..ops._head_checks import check_alpha
 from ..ops.combine import combine_logits
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from peft import PeftModel
+    from transformers import Cache, PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+    from transformers.generation.utils import GenerateOutput
 
 
 class PatchCallback(TrainerCallback):
@@ -125,11 +127,14 @@ class ProxyTuning(LogitsProcessor):
     """
 
     supports_continuous_batching = False
+    _mask: torch.Tensor | None
+    _prompt: torch.Tensor | None
+    _seen: torch.Tensor | None
 
     def __init__(
         self,
-        expert: nn.Module,
-        antiexpert: nn.Module,
+        expert: "PreTrainedModel | PeftModel",
+        antiexpert: "PreTrainedModel | PeftModel",
         alpha: float | torch.Tensor = 1.0,
         attention_mask: torch.Tensor | None = None,
     ):
@@ -141,13 +146,16 @@ class ProxyTuning(LogitsProcessor):
 
     @classmethod
     def from_adapter(
-        cls, model: nn.Module, alpha: float | torch.Tensor = 1.0, attention_mask: torch.Tensor | None = None
+        cls,
+        model: "PreTrainedModel | PeftModel",
+        alpha: float | torch.Tensor = 1.0,
+        attention_mask: torch.Tensor | None = None,
     ) -> "ProxyTuning":
         """Expert: ``model`` (PEFT's, or one of :func:`lowrank.adapt`) as it is; antiexpert: it without."""
         if not isinstance(model, nn.Module) or not hasattr(model, "disable_adapter"):
             raise TypeError(f"model: expected a model with an adapter to disable, got {type(model).__name__}")
         proxy = cls(model, model, alpha, attention_mask)
-        proxy._models[1].context = model.disable_adapter
+        proxy._models[1].context = model.disable_adapter  # type: ignore[assignment]  # a method: nn.Module cannot say
         return proxy
 
     def prepare(self, attention_mask: torch.Tensor | None = None) -> None:
@@ -167,12 +175,12 @@ class ProxyTuning(LogitsProcessor):
 
     def generate(
         self,
-        model: nn.Module,
+        model: "PreTrainedModel | PeftModel",
         *,
         attention_mask: torch.Tensor | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
         **inputs: Any,
-    ) -> Any:
+    ) -> "GenerateOutput | torch.LongTensor":
         """``model.generate(...)``, steered; the prompt's ``attention_mask`` is shared by all three models."""
         self.prepare(attention_mask)
         return model.generate(attention_mask=attention_mask, logits_processor=[self, *logits_processor], **inputs)
@@ -211,7 +219,7 @@ class ProxyTuning(LogitsProcessor):
             return False
         rows = same.int().argmax(1)
         for model in self._models:
-            model.cache.reorder_cache(rows)
+            model.cache.reorder_cache(rows)  # type: ignore[union-attr]  # both have read
         return True
 
     def _start(self, input_ids: torch.Tensor) -> None:
@@ -222,7 +230,7 @@ class ProxyTuning(LogitsProcessor):
         same = prompt is not None and torch.equal(input_ids[:, : prompt.shape[1]], prompt)
         if not same or (seen is not None and length > seen.shape[1] + 1):
             self._begin(input_ids)
-        elif seen is not None and length > prompt.shape[1] and not self._warned:
+        elif seen is not None and length > prompt.shape[1] and not self._warned:  # type: ignore[union-attr]  # same
             self._warned = True
             warnings.warn(
                 "proxy-tuning: the text went back to earlier tokens (assisted generation?); the small models read it from"
@@ -268,10 +276,10 @@ class ProxyTuning(LogitsProcessor):
 class _Cached:
     """A small model, and its cache over the ``length`` tokens that it has read."""
 
-    def __init__(self, name: str, model: nn.Module):
+    def __init__(self, name: str, model: "PreTrainedModel | PeftModel"):
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise TypeError(f"{name}: expected a causal language model of transformers, got {type(model).__name__}")
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
         if getattr(inner.config, "is_encoder_decoder", False):
             raise ValueError(f"{name}: expected a decoder, got the encoder-decoder model {type(inner).__name__}")
         for adapter, config in getattr(model, "peft_config", {}).items():
@@ -279,15 +287,18 @@ class _Cached:
                 raise ValueError(
                     f"{name}: {adapter!r} ({type(config).__name__}) adds virtual tokens, which caches here lack"
                 )
-        self.name, self.model, self.config, self.context = name, model, inner.config, contextlib.nullcontext
+        self.name, self.config = name, inner.config
+        self.model: PreTrainedModel | PeftModel = model
+        self.context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.takes = inspect.signature(inner.forward).parameters
         self.cache_name = "cache" if "cache" in self.takes else "past_key_values"  # before transformers 5.23
-        self.cache, self.length = None, 0
+        self.cache: Cache | None = None
+        self.length = 0
 
     def read(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """[B, V]: logits after the tokens [B, L], of which those it has not seen are fed."""
         device = self.model.device
-        inputs = {"input_ids": input_ids[:, self.length :].to(device), "use_cache": True}
+        inputs: dict[str, Any] = {"input_ids": input_ids[:, self.length :].to(device), "use_cache": True}
         if mask is not None:
             inputs["attention_mask"] = mask.to(device)
             if "position_ids" in self.takes:

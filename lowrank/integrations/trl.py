@@ -178,7 +178,8 @@ class _Scores:
     """In the place of TRL's ``_ChunkedLogProbFunction``, for one model."""
 
     def __init__(self, theirs: type[torch.autograd.Function]):
-        self.theirs, self.head = theirs, None
+        self.theirs = theirs
+        self.head: nn.Module = None  # type: ignore[assignment]  # forward sets it before it calls apply
 
     def apply(self, hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
         """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1) of hidden [N, H]; None for what is not in outputs."""

@@ -160,7 +160,7 @@ def factors_of(p: Problem, data: list[Tensors], kind: str) -> "list[tuple[torch.
     import torch
 
     dtype = getattr(torch, p.dtype) if kind == "16bit" else torch.float32
-    return [tuple(torch.nn.Parameter(t.to(dtype)) for t in (one.A, one.B)) for one in data]
+    return [(torch.nn.Parameter(one.A.to(dtype)), torch.nn.Parameter(one.B.to(dtype))) for one in data]
 
 
 def autocast(p: Problem, kind: str) -> contextlib.AbstractContextManager[Any]:

@@ -123,9 +123,9 @@ def _once(call: Callable[[int], object], i: int, device: torch.device) -> float:
         stop.record()
         stop.synchronize()
         return 1e3 * start.elapsed_time(stop)
-    start = time.perf_counter()
+    before = time.perf_counter()
     call(i)
-    return 1e6 * (time.perf_counter() - start)
+    return 1e6 * (time.perf_counter() - before)
 
 
 def _quantiles(times: list[float], how: str) -> Timing:

@@ -134,7 +134,7 @@ class LoRALinear(AdaptedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] in x's dtype, or autocast's."""
-        if self.merged:
+        if self._merged_weight is not None:
             return nn.functional.linear(x, self._merged_weight, self._merged_bias)
         A, B = self.lora_A["default"], self.lora_B["default"]
         p = self.lora_dropout if self.training else 0.0

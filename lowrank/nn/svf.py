@@ -89,9 +89,9 @@ class SVFLinear(AdaptedLinear):
         with ordinary():
             dense = dense_weight(self.base_layer) if factors is None or not has_float_weight(self.base_layer) else None
             if not has_float_weight(self.base_layer):
-                self._quantised_checksum = weight_checksum(dense)
+                self._quantised_checksum = weight_checksum(dense)  # type: ignore[arg-type]  # is there
             if factors is None:
-                factors = svd_factors(dense, k, method=method)
+                factors = svd_factors(dense, k, method=method)  # type: ignore[arg-type]  # is there
         self.k = factors.S.shape[0]
         if (factors.U.shape, factors.Vh.shape) != ((out_features, self.k), (self.k, in_features)) or k not in (
             None,
@@ -105,7 +105,7 @@ class SVFLinear(AdaptedLinear):
             raise ValueError(
                 f"mode: 'activation' needs all {min(in_features, out_features)} directions, got k={self.k}"
             )
-        weight = self.base_layer.weight
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]  # of nn.Linear, or like its
         # otherwise the base is called, and the update goes on top
         self.is_dense = has_float_weight(self.base_layer) and has_linear_forward(self.base_layer)
         if not self.is_dense and mode not in ("auto", "delta"):
@@ -146,7 +146,7 @@ class SVFLinear(AdaptedLinear):
         """The base's weight, in its own layout: always the pristine one, merged or not."""
         if not torch.compiler.is_compiling():
             _stats.was_read(self, sys._getframe(1))
-        return self.base_layer.weight
+        return self.base_layer.weight  # type: ignore[return-value]  # of nn.Linear, or like its
 
     @property
     def factors(self) -> SVDFactors:
@@ -205,7 +205,7 @@ class SVFLinear(AdaptedLinear):
             return again(self.forward, x)
         if not torch.compiler.is_compiling():
             _stats.was_called(self)
-        if self.merged:
+        if self._merged_weight is not None:
             if self.is_dense:
                 return nn.functional.linear(x, self._merged_weight, self.bias)
             return torch.func.functional_call(self.base_layer, {"weight": self._as_stored(self._merged_weight)}, (x,))
@@ -244,7 +244,8 @@ class SVFLinear(AdaptedLinear):
         """W' of the active expert, kept for as long as what it was made from is the same, in the same version."""
         p, composed = self.z[self.active_expert], self._cache
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-        sources = (p, self.base_layer.weight, *self.factors)
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]  # of nn.Linear, or like its
+        sources = (p, weight, *self.factors)
         tracked = not any(t.is_inference() for t in sources)
         # p.data = other is no new version, but other memory
         key = (*((t._version, t.data_ptr()) for t in sources), stream) if tracked else None
@@ -269,7 +270,7 @@ class SVFLinear(AdaptedLinear):
         :func:`lowrank.strict`.
         """
         merged, report = self._merge()
-        report_merge(report, self.base_layer.weight.dtype)
+        report_merge(report, merged.dtype)
         self._merged_weight = merged
         return report
 
@@ -304,7 +305,7 @@ class SVFLinear(AdaptedLinear):
 
     def _dense(self) -> torch.Tensor:
         """W [N, K]."""
-        return self._as_stored(self.base_layer.weight)
+        return self._as_stored(self.base_layer.weight)  # type: ignore[arg-type]  # of nn.Linear, or like its
 
     def _as_stored(self, weight: torch.Tensor) -> torch.Tensor:
         """[N, K] from the layout of the base's weight, or back."""

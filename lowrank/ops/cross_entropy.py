@@ -12,7 +12,7 @@ from .. import _stats
 from .logprob import linear_logprob
 
 if TYPE_CHECKING:
-    from torch.nn._functional_impl import LinearCrossEntropyOptions
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
 REDUCTIONS = ("none", "mean", "sum")
 

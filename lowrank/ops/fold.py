@@ -58,7 +58,8 @@ def fold_(weight: Tensor, A: Tensor, m: float | Tensor, B: Tensor) -> Receipt:
     """
     weight, A, m, B, form = _check(weight, A, m, B)
     factors = _hash(A, m, B)
-    chunk_fixes, sums = [], []
+    chunk_fixes: list[tuple[Tensor, ...]] = []
+    sums = []
     for rows in _chunks(weight, form):
         old = weight[rows]
         if form == "torch":
@@ -109,7 +110,9 @@ def unfold_(weight: Tensor, A: Tensor, m: float | Tensor, B: Tensor, receipt: Re
     delta.apply_(weight, *fixes)
 
 
-def _check(weight, A, m, B, op="fold_"):
+def _check(
+    weight: Tensor, A: Tensor, m: float | Tensor, B: Tensor, op: str = "fold_"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
     weight, A, m, B = check(op, weight, A, m, B)
     if not weight.is_contiguous():
         raise ValueError(f"{op}: expected a contiguous weight, got strides {weight.stride()}")

@@ -159,7 +159,9 @@ def general(
     dtype = thin_dtype = autocast or x.dtype
     copy = False
     weights, biases, bases, counts = [], [], [], []
-    As, Bs, lora_biases, scaling_tensors, scalings, masks, ps, drawn = [], [], [], [], [], [], [], []
+    As, Bs, lora_biases, scalings, masks, drawn = [], [], [], [], [], []
+    scaling_tensors: list[torch.Tensor | None] = []
+    ps: list[float] = []
     for projection in projections:
         check_projection(x, projection, autocast is not None)
         copy |= projection.copy
@@ -171,9 +173,12 @@ def general(
             As.append(A)
             Bs.append(B)
             lora_biases.append(bias)
-            is_tensor = isinstance(scaling, torch.Tensor)
-            scaling_tensors.append(scaling if is_tensor else None)
-            scalings.append(1.0 if is_tensor else scaling)
+            if isinstance(scaling, torch.Tensor):
+                scaling_tensors.append(scaling)
+                scalings.append(1.0)
+            else:
+                scaling_tensors.append(None)
+                scalings.append(scaling)
             if autocast is None and not (A.dtype is B.dtype is thin_dtype):
                 thin_dtype = torch.promote_types(thin_dtype, torch.promote_types(A.dtype, B.dtype))
             if isinstance(p, dropout.Drawn):  # all with dropout are, or none

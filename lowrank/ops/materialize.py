@@ -68,7 +68,7 @@ def materialize(
         if not isinstance(values, (list, tuple)) or len(values) != n:
             got = f"{len(values)} entries" if isinstance(values, (list, tuple)) else type(values).__name__
             raise ValueError(f"materialize: expected {name} to be a list of {n} like weight, got {got}")
-    calls = [_check(*arguments) for arguments in zip(weight, *lists.values(), strict=True)]
+    calls = [_check(*call) for call in zip(weight, *lists.values(), strict=True)]  # type: ignore[call-arg]  # all six
     if not torch.compiler.is_compiling():
         for w, a, scale, b, o, _ in calls:
             refuse_overlap(o, w, a, scale, b)

@@ -118,7 +118,7 @@ def cheapest(
         costs["merged"] += (4 * N * K * rows + 2 * N * K * k) if cached else (thin + 2 * K * k + 2 * N * K) * rows
     if mixed:
         del costs["merged"]
-    return min(costs, key=costs.get)
+    return min(costs, key=costs.__getitem__)
 
 
 def column_scales(S, z, mix, normalize, absolute: bool, shape) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -134,12 +134,12 @@ def column_scales(S, z, mix, normalize, absolute: bool, shape) -> tuple[torch.Te
     # the same sum twice, so that their ratio is exactly 1 at z = 1
     mean = (S * z).sum(-1) / (S * torch.ones_like(z)).sum(-1) if nuclear else None
     if mix is None:
-        if nuclear:
+        if mean is not None:
             _check_mean(mean, "z")
             return S * z / mean if absolute else S * ((z - mean) / mean), None
         return S * z if absolute else S * (z - 1), None
     mix = mix.to(z.dtype)
-    if nuclear:
+    if mean is not None:
         total = mix @ mean
         _check_mean(total, "mix and z")
         mix = mix / total.unsqueeze(-1)
