@@ -45,6 +45,7 @@ compile-all: $(VENV)/.dev $(VENV)-triton-3.6/.done
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/run.py $(NAMES) --out bench/results/local

@@ -25,12 +25,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @overload
 def adapt(
-    model: Model, config: SVFConfig, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
-) -> Model: ...
-@overload
-def adapt(
     model: nn.Module, config: "LoraConfig", adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
 ) -> "PeftModel": ...
+@overload
+def adapt(
+    model: Model, config: SVFConfig, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
+) -> Model: ...
 def adapt(
     model: nn.Module,
     config: "SVFConfig | LoraConfig",

@@ -160,7 +160,7 @@ def register(config: LoraConfig) -> LoraConfig:
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
-    config._register_custom_module({nn.Linear: _make_layer})
+    config._register_custom_module({nn.Linear: _make_layer})  # type: ignore[dict-item]  # PEFT calls what it says is a class
     return config
 
 
@@ -204,7 +204,7 @@ def _make_layer(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Modul
         return None
     layer = dispatch_default(target, adapter_name, **kwargs)
     if type(layer) is PeftLinear:
-        layer.__class__ = _twin(PeftLinear)
+        layer.__class__ = _twin(PeftLinear)  # type: ignore[assignment]  # of which it is a subclass
     return layer
 
 
@@ -213,7 +213,7 @@ _twins: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _covered() -> list[type[nn.Module]]:
-    classes = [PeftLinear]
+    classes: list[type[nn.Module]] = [PeftLinear]
     if importlib.util.find_spec("bitsandbytes") is not None:  # PEFT imports it too, at the first get_peft_model
         from peft.tuners.lora import bnb
 

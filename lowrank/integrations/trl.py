@@ -103,7 +103,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 class _IsRefused(type):
     def __instancecheck__(cls, layer) -> bool:
-        return isinstance(layer, BaseTunerLayer) and not _is_covered(layer)
+        return isinstance(layer, BaseTunerLayer) and not _is_covered(layer)  # type: ignore[arg-type]  # a module too
 
 
 class _Refused(metaclass=_IsRefused):
@@ -145,7 +145,7 @@ def _refuse(head: nn.Module, cast_lm_head_to_fp32: bool) -> None:
         raise ValueError(f"lm_head: {_called(head)} cannot be applied by the fused head; only PEFT's lora.Linear can")
     if cast_lm_head_to_fp32:
         raise ValueError("cast_lm_head_to_fp32: not supported with a LoRA on lm_head; logits are summed in fp32 anyway")
-    if any(getattr(drop, "p", 0) > 0 for drop in head.lora_dropout.values()):
+    if any(getattr(drop, "p", 0) > 0 for drop in head.lora_dropout.values()):  # type: ignore[operator]  # PEFT's ModuleDict
         raise ValueError("lm_head: dropout on its LoRA is not supported; set lora_dropout=0 (or disable_dropout=True)")
     _lora(head, head.weight)
 

@@ -109,11 +109,11 @@ def peft_method(p: Problem, data: list[Tensors], kind: str, compiled: bool = Fal
     from peft.tuners.lora.layer import Linear
 
     factors, layers = factors_of(p, data, kind), []
-    config = LoraConfig(r=p.r, lora_alpha=SCALING * p.r, lora_dropout=p.dropout, init_lora_weights=False)
+    config = LoraConfig(r=p.r, lora_alpha=int(SCALING * p.r), lora_dropout=p.dropout, init_lora_weights=False)
     for one, (A, B) in zip(data, factors, strict=True):
         base = torch.nn.Linear(p.K, p.N, bias=False, device="meta")
         base.weight = torch.nn.Parameter(one.W, requires_grad=False)
-        layer = Linear(base, "default", config, r=p.r, lora_alpha=SCALING * p.r).to(p.device)
+        layer = Linear(base, "default", config, r=p.r, lora_alpha=int(SCALING * p.r)).to(p.device)
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
         layers.append(layer.train())
 
