@@ -20,8 +20,6 @@ from lowrank.optim import AdamW
 
 def ops(x: Tensor, weight: nn.Parameter, A: nn.Parameter, B: nn.Parameter, targets: Tensor) -> None:
     assert_type(lowrank.lora_linear(x, weight, A, B, 2.0, bias=None, dropout_p=0.1), Tensor)
-    # lists of parameters and of floats, as layers have them
-    assert_type(lowrank.lora_linears(x, [weight], [A], [B], [2.0]), tuple[Tensor, ...])
     assert_type(lowrank.dora_linear(x, weight, A, B, B[:, 0]), Tensor)
     factors = lowrank.svd_factors(weight, 8)
     assert_type(factors, lowrank.SVDFactors)
@@ -38,6 +36,13 @@ def ops(x: Tensor, weight: nn.Parameter, A: nn.Parameter, B: nn.Parameter, targe
     assert_type(receipt, lowrank.Receipt)
     assert_type(receipt.report, MergeReport)
     assert_type(lowrank.unfold_(weight, A, 1.0, B, receipt), None)
+
+
+def lists(
+    x: Tensor, weights: list[nn.Parameter], As: list[nn.Parameter], Bs: list[nn.Parameter], m: list[float]
+) -> None:
+    assert_type(lowrank.lora_linears(x, weights, As, Bs, m), tuple[Tensor, ...])
+    assert_type(lowrank.materialize(weights, As, m, Bs), list[Tensor])
 
 
 class Model(nn.Module):
