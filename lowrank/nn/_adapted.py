@@ -1,6 +1,6 @@
 """What the layers of this package have in common: a frozen linear, read as nn.Linear is, and a merged weight beside it."""
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class AdaptedLinear(nn.Module):
@@ -9,17 +9,20 @@ class AdaptedLinear(nn.Module):
     Args: ``base`` to adopt, or nn.Linear's own.
     """
 
+    base_layer: nn.Linear  # or a module that is like one
+    _merged_weight: Tensor | None
+
     def __init__(self, in_features: int, out_features: int, base: nn.Module | None, bias: bool, device, dtype):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.base_layer = base or nn.Linear(in_features, out_features, bias, device, dtype)
+        self.base_layer = base or nn.Linear(in_features, out_features, bias, device, dtype)  # type: ignore[assignment]  # that module
         self.base_layer.requires_grad_(False)
         self.register_buffer("_merged_weight", None, persistent=False)
 
     @property
     def weight(self) -> nn.Parameter:
         """The base's weight, in its own layout: always the pristine one, merged or not."""
-        return self.base_layer.weight
+        return self.base_layer.weight  # type: ignore[return-value]  # which nn.Linear declares a Tensor
 
     @property
     def bias(self) -> nn.Parameter | None:

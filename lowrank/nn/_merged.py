@@ -122,10 +122,10 @@ class _Handle(torch.autograd.Function):
         (U, S, Vh), (parametrization, normalize) = ctx.factors, ctx.options
         with no_autocast(dW.device):
             V, dm = Vh.to(dW.dtype).mT, 0
-            for rows in row_blocks(*dW.shape, dW.device):
+            for rows in row_blocks(dW.shape[0], dW.shape[1], dW.device):
                 dm = dm + (U[rows].to(dW.dtype) * (dW[rows] @ V)).sum(0)
             z, S = z_of(p, parametrization), S.to(p.dtype)
-            dz = S * dm.to(p.dtype)
+            dz = S * dm.to(p.dtype)  # type: ignore[attr-defined]  # a sum over blocks, of which there is one at least
             if normalize is not None:  # m = σ z / mean - σ
                 mean = (S * z).sum() / S.sum()
                 dz = (dz - S / S.sum() * (dz * z).sum() / mean) / mean
@@ -180,8 +180,8 @@ class _Sums:
     def __reduce__(self):
         return _Sums, ()
 
-    def open(self) -> dict:
-        block = {}
+    def open(self) -> dict[str, torch.Tensor]:
+        block: dict[str, torch.Tensor] = {}
         with self.lock:
             self.blocks.append(block)
         return block
@@ -232,7 +232,7 @@ def _outer(dy: torch.Tensor, x: torch.Tensor, acc_dtype: torch.dtype) -> torch.T
     if dy.is_cuda:
         return torch.mm(dy.mT, x, out_dtype=acc_dtype)
     total = dy.new_zeros((dy.shape[1], x.shape[1]), dtype=acc_dtype)
-    for rows in row_blocks(*dy.shape, dy.device):
+    for rows in row_blocks(dy.shape[0], dy.shape[1], dy.device):
         total.addmm_(dy[rows].to(acc_dtype).mT, x[rows].to(acc_dtype))
     return total
 

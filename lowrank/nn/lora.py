@@ -47,7 +47,6 @@ class LoRALinear(AdaptedLinear):
     Raises: ValueError for a rank, alpha or dropout outside its range.
     """
 
-    _merged_weight: Tensor | None
     _merged_bias: Tensor | None
     _initial_A: Tensor | None
     _initial_B: Tensor | None

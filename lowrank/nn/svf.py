@@ -57,7 +57,6 @@ class SVFLinear(AdaptedLinear):
     S: torch.Tensor
     Vh: torch.Tensor
     active_expert: str
-    _merged_weight: torch.Tensor | None
 
     def __init__(
         self,
@@ -105,7 +104,7 @@ class SVFLinear(AdaptedLinear):
             raise ValueError(
                 f"mode: 'activation' needs all {min(in_features, out_features)} directions, got k={self.k}"
             )
-        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]  # of nn.Linear, or like its
+        weight: torch.Tensor = self.base_layer.weight
         # otherwise the base is called, and the update goes on top
         self.is_dense = has_float_weight(self.base_layer) and has_linear_forward(self.base_layer)
         if not self.is_dense and mode not in ("auto", "delta"):
@@ -244,7 +243,7 @@ class SVFLinear(AdaptedLinear):
         """W' of the active expert, kept for as long as what it was made from is the same, in the same version."""
         p, composed = self.z[self.active_expert], self._cache
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]  # of nn.Linear, or like its
+        weight: torch.Tensor = self.base_layer.weight
         sources = (p, weight, *self.factors)
         tracked = not any(t.is_inference() for t in sources)
         # p.data = other is no new version, but other memory
@@ -305,7 +304,7 @@ class SVFLinear(AdaptedLinear):
 
     def _dense(self) -> torch.Tensor:
         """W [N, K]."""
-        return self._as_stored(self.base_layer.weight)  # type: ignore[arg-type]  # of nn.Linear, or like its
+        return self._as_stored(self.base_layer.weight)
 
     def _as_stored(self, weight: torch.Tensor) -> torch.Tensor:
         """[N, K] from the layout of the base's weight, or back."""
