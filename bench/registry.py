@@ -280,7 +280,7 @@ def _logprob_calls(p, inputs, options) -> Calls:
     return calls
 
 
-OPS = ("tests/ops/test_dropout.py", "tests/ops/test_lora.py", "tests/ops/test_lora_gpu.py")
+OPS = ("tests/ops/test_dropout.py", "tests/ops/test_lora.py", "tests/ops/test_gpu.py")
 SVF = (
     "tests/ops/test_svf.py",
     "tests/nn/test_svf.py",

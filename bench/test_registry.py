@@ -4,6 +4,7 @@ python -m pytest bench/test_registry.py --benchmark-only --benchmark-columns=med
 """
 
 import math
+from pathlib import Path
 
 import logprob
 import pytest
@@ -32,6 +33,11 @@ def run(name, **settings):
     inputs = REGISTRY[name].make_inputs(p)
     calls = REGISTRY[name].calls(p, inputs, Options(("frozen", "lowrank", "peft")))
     return p, inputs, {mode: {n: flat(call(0)) for n, call in of.items()} for mode, of in calls.items()}
+
+
+def test_the_tests_that_gate_an_entry_exist():
+    tests = {test for benchmark in REGISTRY.values() for test in benchmark.tests}
+    assert [test for test in sorted(tests) if not (Path(__file__).parent.parent / test).is_file()] == []
 
 
 @pytest.mark.parametrize(("name", "p"), CASES)
