@@ -63,6 +63,31 @@ def test_runner_and_reports(tmp_path, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("matplotlib")
     names = ["addmm", "shrink", "lora_linear"]
+def test_what_is_kept_for_backward_is_told_apart(monkeypatch, tmp_path):
+    """Seven linears over four inputs: of whose tensors PEFT keeps one each, lowrank one per input; bytes from the shapes."""
+    pytest.importorskip("peft")
+    import saved_for_backward
+
+    T, H, F, R = 48, 64, 128, 4
+    groups = {"attention": (H, (H, 16, 16)), "o": (H, (H,)), "mlp": (H, (F, F)), "down": (F, (H,))}
+    for name, value in dict(T=T, R=R, GROUPS=groups).items():
+        monkeypatch.setattr(saved_for_backward, name, value)
+    saved_for_backward.main(["--json", str(tmp_path / "kept.json")])
+    rows = json.loads((tmp_path / "kept.json").read_text())["rows"]
+    of = {(row["method"], row["dropout"]): row["tensors"] for row in rows}
+    widths, columns = [H] * 6 + [F], [H, 16, 16, H, F, F, H]
+    S, cast = [T * R * 2] * 7, sorted(2 * R * K for K in widths + columns)
+    copies, inputs = [2 * T * K for K in widths], [2 * T * K for K in (H, H, H, F)]
+    for p, copy in ((0.0, "x, cast"), (0.05, "x, dropped and cast")):
+        peft = of["PEFT", p]
+        assert (peft[copy], peft["S"], sorted(peft["A and B, cast"])) == (copies, S, cast)
+    assert of["PEFT", 0.05]["dropout's mask"] == [4 * T * K for K in widths]
+    assert of["PEFT, patched", 0.0] == {"x": inputs, "S": S}
+    assert of["PEFT, patched", 0.05] == {"x": inputs, "S": S, "dropout's mask": [T * K // 8 for K in widths]}
+    row = rows[1]
+    assert row["over_inputs"] == row["bytes"] / sum(inputs)
+
+
     assert run.main([*names, "--toy", "--no-gate", "--out", str(tmp_path), "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert all(f"VERDICT {name}: " in printed for name in names)
