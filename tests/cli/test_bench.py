@@ -44,6 +44,7 @@ CONFIG = {
 
 def test_a_whole_model(tmp_path, capsys):
     """PEFT and PEFT patched train alike, over both bases, with and without checkpointing; Liger is absent on a CPU."""
+    pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     assert llama_model.main(["--toy", "--device", "cpu", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "llama_model.json").read_text())
@@ -51,6 +52,9 @@ def test_a_whole_model(tmp_path, capsys):
     for base in ("bf16", "4bit"):
         losses = [rows[base, on, method]["loss"] for on in (False, True) for method in ("peft", "lowrank")]
         assert losses == pytest.approx([losses[0]] * 4, rel=5e-3)
+        plain = {method: rows[base, False, method]["peak_bytes"] for method in ("frozen", "lowrank", "peft")}
+        assert 0 < plain["frozen"] < plain["lowrank"] < plain["peft"]
+    assert all(0 < row["us_20"] <= row["us"] <= row["us_80"] for row in found["rows"])
     assert all("liger" in name for name in found["absent"])
     assert "NOT COMPARABLE" not in capsys.readouterr().out
     worse = [row | {"loss": 9.0} if row["method"] == "lowrank" else row for row in found["rows"]]
@@ -59,10 +63,6 @@ def test_a_whole_model(tmp_path, capsys):
         llama_model.main(["--methods", "unsloth"])
 
 
-def test_runner_and_reports(tmp_path, capsys):
-    pytest.importorskip("peft")
-    pytest.importorskip("matplotlib")
-    names = ["addmm", "shrink", "lora_linear"]
 def test_what_is_kept_for_backward_is_told_apart(monkeypatch, tmp_path):
     """Seven linears over four inputs: of whose tensors PEFT keeps one each, lowrank one per input; bytes from the shapes."""
     pytest.importorskip("peft")
@@ -88,6 +88,10 @@ def test_what_is_kept_for_backward_is_told_apart(monkeypatch, tmp_path):
     assert row["over_inputs"] == row["bytes"] / sum(inputs)
 
 
+def test_runner_and_reports(tmp_path, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    names = ["addmm", "shrink", "lora_linear"]
     assert run.main([*names, "--toy", "--no-gate", "--out", str(tmp_path), "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert all(f"VERDICT {name}: " in printed for name in names)
