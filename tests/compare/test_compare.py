@@ -1,7 +1,9 @@
 """One toy comparison from the command's main to the files, and every bad input before it starts."""
 
 import io
+import itertools
 import json
+import re
 import sys
 
 import pytest
@@ -35,6 +37,26 @@ def reported(parse, texts, tmp_path_factory):
 def test_writes_three_files_and_nothing_else(reported):
     assert sorted(p.name for p in reported.iterdir()) == ["compare.json", "compare.md", "compare.png"]
     assert (reported / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_names_every_curve_at_its_end_without_overlaps(reported, tmp_path):
+    from lowrank.compare.figure import draw
+
+    result = json.loads((reported / "compare.json").read_text())
+    draw(result, tmp_path / "compare.svg")
+    written = re.findall(
+        r'<text style="([^"]*)" x="([^"]*)" y="([^"]*)"[^>]*>([^<]*)<', (tmp_path / "compare.svg").read_text()
+    )
+    for name, method in result["methods"].items():
+        assert [text for *_, text in written].count(name) == 2  # at the curve, at the bars
+        assert any(text == f"{method['memory']['total'] / 1e6:.1f}" for *_, text in written)
+    ends = [
+        (float(x), float(y), style) for style, x, y, text in written if text in METHODS and "anchor: start" in style
+    ]
+    assert len({x for x, _, _ in ends}) == 1
+    heights = sorted(y for _, y, _ in ends)
+    size = float(re.search(r"font-size: ([0-9.]+)px", ends[0][2])[1])
+    assert all(b - a > size for a, b in itertools.pairwise(heights))
 
 
 def test_json_holds_every_measurement(reported):
