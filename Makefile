@@ -1,5 +1,5 @@
 # One command sets everything up:   make demo | make test | make check | make lint | make bench [NAMES="shrink lora_linear"]
-#                                   make test-cpus [ONLY=avx2] | make test-install | make compile-all | make hub REPO=you/lowrank
+#                                   make bench-readme | make test-cpus [ONLY=avx2] | make test-install | make compile-all | make hub REPO=you/lowrank
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 NAMES  ?= all
 REPO   ?= ACCOUNT/lowrank
 
-.PHONY: demo test check test-cpus test-install compile-all lint bench hub clean
+.PHONY: demo test check test-cpus test-install compile-all lint bench bench-readme hub clean
 demo: $(VENV)/.demo
 	$(BIN)/lowrank compare
 
@@ -50,6 +50,10 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/run.py $(NAMES) --out bench/results/local
 	$(BIN)/python bench/report.py bench/results/local
+
+# README's and docs/benchmarks.md's figures in one go, ten minutes at most: JSON, tables and charts.
+bench-readme: $(VENV)/.dev
+	$(BIN)/python bench/readme.py
 
 # The layout of a kernel repository of the Hugging Face Hub: docs/hub.md.
 hub:

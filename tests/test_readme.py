@@ -1,0 +1,54 @@
+"""bench/readme.py: everything that README shows is measured at toy sizes, rendered, drawn and put between its markers."""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+import charts
+import readme
+
+
+def texts(svg: str) -> list[str]:
+    return [" ".join(text.split()) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+
+
+@pytest.mark.slow
+def test_measured_rendered_and_drawn_at_toy_sizes(tmp_path):
+    result = readme.measured(torch.device("cpu"), toy=True)
+    tables = readme.rendered({"cpu": result})
+    assert list(tables) == ["headline", "linear", "kept", "host", "step"]
+    for name, table in tables.items():
+        *rows, blank, small = table.splitlines()
+        assert len({row.count("|") for row in rows}) == 1
+        assert blank == ""
+        assert all(result["environment"][key] in small for key in ("device", "torch", "peft", "python")), name
+    assert "4.45× / 1.53× | **1.11×** / **1.02×** |" in tables["headline"]
+    gpu = readme.rendered({"gpu": result})
+    assert gpu["kept-gpu"] == tables["kept"]
+    charts.step(result, tmp_path / "step.svg")
+    charts.kept(result, tmp_path / "kept.svg")
+    (step,) = (
+        row for row in result["tables"]["step"]["rows"] if (row["method"], row["dropout"]) == ("frozen", charts.DROPOUT)
+    )
+    assert {f"{step['us'] / 1e6:.2f} s", "PEFT", "lowrank"} <= set(texts((tmp_path / "step.svg").read_text()))
+    drawn = texts((tmp_path / "kept.svg").read_text())
+    assert drawn[0] == "PEFT: 57.8 MiB, 4.45× the inputs"
+    assert "7 dropout masks, 32 bits an element: 38.0 MiB" in drawn
+    assert any(text.startswith("7 dropout masks, 1 bit an element: 1.2 MiB") for text in drawn)
+
+
+def test_marked_tables_are_filled_and_nothing_else():
+    x, y, end = "<!-- table: x (bench/readme.py) -->", "<!-- table: y (bench/readme.py) -->", "<!-- end -->"
+    page = f"a\n{x}\nold\n\n{end}\nb\n{y}\n{end}\nc\n"
+    filled = readme.filled(page, {"x": "| new |", "y": "| 2 |"})
+    assert filled == f"a\n{x}\n| new |\n{end}\nb\n{y}\n| 2 |\n{end}\nc\n"
+    assert readme.filled(filled, {"x": "| new |", "y": "| 2 |"}) == filled
+    with pytest.raises(ValueError, match="no table named y: expected some of x"):
+        readme.filled(page, {"x": "| new |"})
+    for broken in (page.replace(f"{end}\nc", "c"), page.replace(x, "<!-- table: x -->")):
+        with pytest.raises(ValueError, match="needs an '<!-- end -->'"):
+            readme.filled(broken, {"x": "", "y": ""})
