@@ -111,7 +111,7 @@ def test_what_is_no_such_file_is_refused(tmp_path):
 KILLED = """
 import os, signal, sys, torch
 sys.path[:0] = {path!r}
-from test_factors import model
+from test_factor_files import model
 from lowrank import checkpoints
 from lowrank.adapters import factor_files
 real, calls = getattr(factor_files, {where!r}), []
