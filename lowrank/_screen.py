@@ -1,6 +1,38 @@
-"""A text stream that a reader who leaves, or an encoding without our characters, cannot make raise."""
+"""What commands print through: a stream that cannot raise, and rich's tables and bars on it.  rich is imported when used."""
 
 import io
+import sys
+
+WIDTH = 112  # of tables at least: a pipe counts as 80 columns, and whole numbers matter more
+
+
+def console(*, folds: bool = False):
+    """A rich Console on stdout, at least WIDTH columns wide.  ``folds``: what is printed fits a narrower terminal too."""
+    from rich.console import Console
+
+    screen = Console(file=Unbreakable(sys.stdout), highlight=False)
+    if not (folds and screen.is_terminal):
+        screen.width = max(screen.width, WIDTH)
+    return screen
+
+
+def progress(*, label: int = 0, bar: int = 40, note: bool = False, disable: bool = False):
+    """A rich Progress on stderr: description, bar, how many of how many, seconds.
+
+    Stdout may be read by a program; and whoever closes stderr does not end the work.
+
+    Args:
+        label, bar: widths of the description, at least, and of the bar.
+        note: tasks have a field of that name, shown behind the numbers.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = [TextColumn(f"{{task.description:<{label}}}"), BarColumn(bar), MofNCompleteColumn()]
+    if note:
+        columns.append(TextColumn("{task.fields[note]}"))
+    screen = Console(file=Unbreakable(sys.stderr), highlight=False)
+    return Progress(*columns, TimeElapsedColumn(), console=screen, disable=disable)
 
 
 class Unbreakable(io.TextIOBase):

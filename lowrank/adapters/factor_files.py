@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.types import Device
 
+from .. import _screen
 from .._linears import Weight, dense_weight, has_exact_weight, module_weights, target_layers, weight_checksum
 from .._version import __version__
 from ..checkpoints import as_bytes, open_tensors, publish, write_tensors
@@ -52,11 +54,9 @@ def save_factors(
     weights = module_weights(target_layers(model, target_modules))
     written = write_factors(path, weights, k=k, method=method, dtype=dtype, progress=progress)
     if progress:
-        from rich.console import Console
-
         worst = FactorErrors(*map(max, zip(*(layer.errors for layer in written), strict=True)))
         errors = ", ".join(f"{what} {value:.1e}" for what, value in worst._asdict().items())
-        Console(stderr=True, highlight=False).print(f"{path}: {len(written)} layers; worst {errors}")
+        print(f"{path}: {len(written)} layers; worst {errors}", file=_screen.Unbreakable(sys.stderr))
     return Path(path)
 
 
@@ -168,9 +168,6 @@ def write_factors(
     progress: bool = True,
 ) -> list[WrittenLayer]:
     """:func:`save_factors` for weights that need not be in memory.  device: where to compute; None: where each one is."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     path = Path(path)
     if path.is_dir() or not path.name:
         raise IsADirectoryError(f"{path}: expected a file name to write to, got a directory")
@@ -180,10 +177,9 @@ def write_factors(
     resolve_method(method, largest, k, dtype)  # raises for k and method before anything is computed
     work = path.with_name(f".{path.name}.partial")
     work.mkdir(parents=True, exist_ok=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     shards: dict[str, tuple[Path, dict]] = {}
     written = []
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with _screen.progress(disable=not progress) as bar:
         task = bar.add_task("", total=len(weights))
         for name, weight in weights.items():
             bar.update(task, description=name)

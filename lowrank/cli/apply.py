@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .. import delta
+from .._screen import console, progress
 from ..checkpoints import JOURNAL, STEP, open_tensors, publish, read_json, tensor_files, write_json
 
 SUMMARY = "apply such a file to a checkpoint, in place; run again after an interruption"
@@ -29,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    folder, console = Path(args.model), Console(highlight=False)
+    folder = Path(args.model)
     if not args.model or not folder.is_dir():
         raise ValueError(f"MODEL: expected a checkpoint's folder, got {args.model!r}")
     with open_tensors(Path(args.delta)) as file:
@@ -42,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(f"MODEL: another process is applying a delta to {folder}") from error
-            console.print(f"{folder}: {_apply(folder, file, description, args.verify)}", soft_wrap=True, markup=False)
+            console().print(f"{folder}: {_apply(folder, file, description, args.verify)}", soft_wrap=True, markup=False)
         finally:
             os.close(lock)
     return 0
@@ -90,11 +89,7 @@ def _parts(file, name: str) -> list[torch.Tensor]:
 
 
 def _progress(shards, total: int):
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress() as bar:
         task = bar.add_task("", total=total)
         for path, names in shards:
             bar.update(task, description=path.name)

@@ -5,12 +5,11 @@ Forward and backward of each distinct linear, one call after the other in paired
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .._screen import Unbreakable
+from .._screen import console
 from ..measure.environment import environment
 from ..measure.layer import DTYPES, Problem, adapter_kinds, frozen, lowrank_method, passes, peft_method, tensors
 from ..measure.models import BUILT_IN, load_config
@@ -183,13 +182,11 @@ def summary(result: dict) -> str:
 
 def _print(result: dict) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=Unbreakable(sys.stdout), highlight=False)
-    console.width = max(console.width, 112)
+    screen = console()
     env = result["environment"]
-    console.print(
+    screen.print(
         f"{result['model']}: {result['tokens']} tokens, rank {result['rank']}, {result['dtype']}, dropout "
         f"{result['dropout']:g}; {env['device']}, torch {env['torch']}, peft {env.get('peft', 'not installed')}, "
         f"lowrank {env['lowrank']}"
@@ -207,13 +204,13 @@ def _print(result: dict) -> None:
         cells += ["", ""] if peft is None else [f"{peft[1] / 1e3:.3f}", f"{peft[1] / base:.2f}×"]
         cells += [f"{ours[1] / 1e3:.3f}", f"{ours[1] / base:.2f}×", "" if peft is None else f"{ours[1] / peft[1]:.2f}×"]
         table.add_row(*cells, "; ".join(found[0] for found in (peft, ours) if found))
-    console.print(table)
-    console.print(
+    screen.print(table)
+    screen.print(
         "Medians of forward + backward, the methods in turn within each round; adapters in 16 bits, in fp32, and in fp32 "
         f"under autocast, each method at its fastest. {result['seconds']:.0f} s."
     )
     if result["seconds"] > 1.2 * result["seconds_asked"]:
-        console.print(f"Three rounds are the least, and took more than --seconds {result['seconds_asked']:g}.")
+        screen.print(f"Three rounds are the least, and took more than --seconds {result['seconds_asked']:g}.")
     for name, why in result["absent"].items():
-        console.print(f"not timed: {name}: {why}")
-    console.print(result["summary"], soft_wrap=True)
+        screen.print(f"not timed: {name}: {why}")
+    screen.print(result["summary"], soft_wrap=True)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from .. import delta
+from .._screen import console, progress
 from ..checkpoints import JOURNAL, STEP, as_bytes, open_tensors, read_json, tensor_files, write_tensors
 from ..ops import delta as op
 
@@ -26,9 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     out = Path(args.out)
     if out.is_dir() or not out.name:
         raise IsADirectoryError(f"{out}: expected a file name to write to, got a directory")
@@ -47,9 +45,8 @@ def main(args: argparse.Namespace) -> int:
     description = delta.describe_parts({}, stream, base_step, step)
     data = out.with_name(f".{out.name}.{os.getpid()}.parts")
     where: dict[str, tuple] = {}  # of each part: dtype, shape, place in the data file
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
-        with open(data, "wb+") as file, Progress(*columns, console=Console(stderr=True)) as bar:
+        with open(data, "wb+") as file, progress() as bar:
             task = bar.add_task("", total=len(old))
 
             def parts():
@@ -70,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     nbytes, changed = out.stat().st_size, sum(facts["changed"] for facts in description["tensors"].values())
     each = f", {nbytes / changed:.2f} per changed element" if changed else ""
     said = f"{out}: step {base_step} to {step}, {delta.share(description)}, {nbytes:,} bytes{each}"
-    Console(highlight=False).print(said, soft_wrap=True, markup=False)
+    console().print(said, soft_wrap=True, markup=False)
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from .._linears import Weight, is_conv1d, module_weights, target_layers, weight_shape
+from .._screen import console
 from ..adapters.factor_files import WrittenLayer, write_factors
 from ..checkpoints import open_tensors, tensor_files
 from ..measure.models import BUILT_IN, load_config
@@ -148,7 +149,6 @@ def _targets(names: list[str]) -> str | list[str]:
 def _print_table(out: str, written: list[WrittenLayer]) -> None:
     """One row for the layers of a kind: the same last name, shape, k and method."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     def kind(layer: WrittenLayer):
@@ -164,12 +164,11 @@ def _print_table(out: str, written: list[WrittenLayer]) -> None:
     if len(groups) > 1:
         table.add_section()
         table.add_row("all", "", "", "", *_totals(written))
-    console = Console(highlight=False)
-    console.width = max(console.width, 112)  # a pipe counts as 80 columns: whole numbers matter more
-    console.print(table)
-    console.print(f"{out}: {Path(out).stat().st_size:,} bytes.  Errors are the largest of each row.")
+    screen = console()
+    screen.print(table)
+    screen.print(f"{out}: {Path(out).stat().st_size:,} bytes.  Errors are the largest of each row.")
     if reused := sum(layer.seconds is None for layer in written):
-        console.print(f"{reused} of {len(written)} layers were there from an interrupted run.")
+        screen.print(f"{reused} of {len(written)} layers were there from an interrupted run.")
 
 
 def _totals(layers: list[WrittenLayer]) -> list[str]:

@@ -3,10 +3,9 @@
 import argparse
 import dataclasses
 import json
-import sys
 import warnings
 
-from .._screen import Unbreakable
+from .._screen import console
 from ..measure.estimate import ASSUMPTIONS, CARDS, Estimate, Setting, estimate_all
 from ..measure.models import BUILT_IN, load_config
 
@@ -58,12 +57,10 @@ def _notes(setting: Setting, fused: bool) -> list[str]:
 
 def _print_table(model: str, setting: Setting, estimates: list[Estimate], notes: list[str]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=Unbreakable(sys.stdout), highlight=False)
-    console.width = max(console.width, 112)  # a pipe counts as 80 columns: whole numbers matter more
-    console.print(
+    screen = console()
+    screen.print(
         f"{model}: {estimates[0].parameters:,} parameters in {setting.dtype}; {setting.batch} x {setting.seq} tokens, "
         f"rank {setting.rank}, dropout {setting.dropout:g}{', gradient checkpointing' * setting.gradient_checkpointing}"
     )
@@ -78,9 +75,9 @@ def _print_table(model: str, setting: Setting, estimates: list[Estimate], notes:
         cells = [f"{value / size:,.2f}" for value in memory]
         cards = [str(count) for count in e.gpus().values()]
         table.add_row(e.method, _count(e.trainable), *cells, f"{e.flops_per_token / 1e9:.3g}", *cards)
-    console.print(table)
+    screen.print(table)
     for note in notes:
-        console.print(note)
+        screen.print(note)
 
 
 def _count(n: int) -> str:

@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from .._screen import Unbreakable
+from .. import _screen
 from . import train
 from .run import Comparison
 from .settings import REPORTS
@@ -88,9 +87,7 @@ def tables(result: dict) -> list[Rows]:
 
 def show(comparison: Comparison, console: Console | None = None) -> None:
     """Print the tables and the verdict, as far as the terminal can spell them and its reader stays."""
-    if console is None:
-        out = Unbreakable(sys.stdout)
-        console = Console(file=out, width=None if out.isatty() else 112)
+    console = console or _screen.console(folds=True)
     result = summarize(comparison)
     for title, columns, rows in tables(result):
         table = Table(*columns, title=title, title_justify="left")

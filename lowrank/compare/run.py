@@ -3,18 +3,16 @@
 import contextlib
 import copy
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import nn
 
-from .._screen import Unbreakable
+from .. import _screen
 from ..measure.environment import environment
 from . import train
 from .costs import latency, merged, weight_changes
@@ -88,15 +86,7 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
         settings, subject, environment(device), not_done=rehearse(settings.methods, subject, settings.rank)
     )
     _some_left(comparison)
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    # not stdout, which the report may be read from; and whoever closes it does not end the training
-    console = Console(file=Unbreakable(sys.stderr))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress, warnings.catch_warnings():
+    with _screen.progress(label=34, bar=24, note=True) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         if subject.embedded:
             comparison.pretraining = _pretrain(settings, subject, device, progress)
