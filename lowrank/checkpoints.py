@@ -1,5 +1,6 @@
 """Checkpoints on disk: which safetensors file holds which tensor, opened one at a time; files written piece by piece."""
 
+import contextlib
 import json
 import math
 import os
@@ -40,14 +41,29 @@ def tensor_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), path)
 
 
-def open_tensors(path: Path) -> "safe_open":
-    """safetensors' safe_open for torch on the CPU; ValueError where the file is not whole."""
-    from safetensors import SafetensorError, safe_open
+@contextlib.contextmanager
+def _whole(path: Path):
+    """Inside, what safetensors cannot read is a ValueError."""
+    from safetensors import SafetensorError
 
     try:
-        return safe_open(path, "pt")
+        yield
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({path.stat().st_size} bytes): {error}") from error
+
+
+def open_tensors(path: Path):
+    """safetensors' safe_open for torch on the CPU; ValueError where the file is not whole."""
+    from safetensors import safe_open
+
+    with _whole(path):
+        return safe_open(path, "pt")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All of a file, by name, on the CPU; ValueError where it is not whole."""
+    with open_tensors(path) as file, _whole(path):
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def write_tensors(
@@ -104,11 +120,11 @@ def write_json(path: Path, value: dict) -> None:
 def read_json(path: Path) -> dict | None:
     """None if there is no such file; ValueError for one that :func:`write_json` did not write."""
     try:
-        found = json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object, got {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object, got {type(value).__name__}")
+    return value

@@ -82,16 +82,10 @@ class FactorsFile(Mapping[str, SVDFactors]):
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        from safetensors import SafetensorError, safe_open
-
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file; `lowrank tools factors` writes one")
-        try:
-            self._file = safe_open(self.path, "pt")
-        except SafetensorError as error:
-            size = self.path.stat().st_size
-            raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): {error}") from error
+        self._file = open_tensors(self.path)
         text = (self._file.metadata() or {}).get("lowrank")
         description = {} if text is None else json.loads(text)
         if description.get("format") != _FORMAT:
@@ -229,13 +223,12 @@ def _shard(work: Path, name: str, source: Weight, k, method, dtype, device) -> t
 
 
 def _facts(shard: Path) -> dict | None:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(shard, "pt") as file:
-            return json.loads(file.metadata()["lowrank"])
-    except (FileNotFoundError, SafetensorError):
+        file = open_tensors(shard)
+    except (FileNotFoundError, ValueError):  # not there, or not whole
         return None
+    with file:
+        return json.loads(file.metadata()["lowrank"])
 
 
 def _assemble(path: Path, work: Path, shards: dict[str, tuple[Path, dict]], dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .._linears import exact_names
+from ..checkpoints import read_tensors
 from ..nn import LoRALinear
 from .fits import targets, warn_of_misfits
 
@@ -25,9 +26,6 @@ def import_peft():
 
 
 def read(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if file.name == PICKLED:
         with open(file, "rb") as opened:
             try:
@@ -38,10 +36,7 @@ def read(file: Path) -> dict[str, torch.Tensor]:
         if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
             raise ValueError(f"{file}: expected a dict of tensors")
         return tensors
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({file.stat().st_size} bytes): {error}") from error
+    return read_tensors(file)
 
 
 def _pattern(config: dict, pattern: str, name: str, default):

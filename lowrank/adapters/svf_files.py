@@ -8,7 +8,6 @@ for what it saved.
 
 import dataclasses
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import nn
 
 from .._linears import dense_weight, exact_names, weight_checksum
 from .._version import __version__
+from ..checkpoints import open_tensors, publish
 from ..nn import SVFLinear
 from .fits import targets, warn_of_misfits
 from .lora_files import WEIGHTS
@@ -70,26 +70,21 @@ def save(model: nn.Module, path, expert: str | None = None) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".lowrank-") as scratch:
         save_file(tensors, Path(scratch) / FILE, metadata=metadata)
-        os.replace(Path(scratch) / FILE, path / FILE)
+        publish(Path(scratch) / FILE, path / FILE)
     return path
 
 
 def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]] | None:
     """(description, vectors) of a directory that :func:`save` wrote; None if it holds something else."""
-    from safetensors import SafetensorError, safe_open
-
     file = Path(path) / FILE
     if not file.is_file():
         return None
-    try:
-        with safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get("lowrank")
-            description = None if text is None else json.loads(text)
-            if description is None or description.get("format") != _FORMAT:
-                return None
-            return description, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({file.stat().st_size} bytes): {error}") from error
+    with open_tensors(file) as opened:
+        text = (opened.metadata() or {}).get("lowrank")
+        description = None if text is None else json.loads(text)
+        if description is None or description.get("format") != _FORMAT:
+            return None
+        return description, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
 
 
 def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:

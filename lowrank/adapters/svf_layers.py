@@ -52,11 +52,6 @@ class SVFConfig:
             object.__setattr__(self, "modules_to_save", list(names))
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 class SavedModule(nn.Module):
     """A module that is trained as a whole, a copy for each expert.  Names in the state dict are PEFT's."""
 

@@ -17,7 +17,7 @@ from ..nn.svf import check_name
 from ..svd import SVDFactors, svd_factors
 from .factor_files import load_factors
 from .svf_files import checksum, save
-from .svf_layers import SavedModule, SVFConfig, put, saved_modules, svf_layers
+from .svf_layers import SavedModule, SVFConfig, saved_modules, svf_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,7 +65,7 @@ def adapt(
             p.requires_grad_(True)
         raise
     for name, new in made.items():
-        put(model, name, new)
+        model.set_submodule(name, new)
     model.__class__ = _with_experts(type(model))
     model.svf_config = config
     model.register_forward_hook(_stats.tell_read)
@@ -231,9 +231,9 @@ class _Experts:
             reports.append((report, merged.dtype))
             base, layer._cache = layer.base_layer, None  # which keeps the weight it was made from
             base.weight = nn.Parameter(layer._as_stored(merged).contiguous(), requires_grad=False)
-            put(self, name, base)
+            self.set_submodule(name, base)
         for name, saved in saved_modules(self).items():
-            put(self, name, saved.modules_to_save[saved.active_expert])
+            self.set_submodule(name, saved.modules_to_save[saved.active_expert])
         self.__class__ = _plain_class(self)
         del self.svf_config
         for key in [key for key, hook in self._forward_hooks.items() if hook is _stats.tell_read]:

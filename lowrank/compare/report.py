@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import tempfile
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import _screen
+from ..checkpoints import publish
 from . import train
 from .run import Comparison
 from .settings import REPORTS
@@ -196,4 +196,4 @@ def write(comparison: Comparison, out: Path) -> None:
             (draft / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         draw(result, draft / "compare.png")
         for name in REPORTS:
-            os.replace(draft / name, out / name)
+            publish(draft / name, out / name)
