@@ -78,6 +78,13 @@ def stats(model: nn.Module | None = None) -> Stats:
     return {"fused": counts[_FUSED], "shared": counts[_SHARED], "fallback": fallback, "untouched": untouched}
 
 
+def reset() -> None:
+    """As in a new process: nothing counted, nothing warned of."""
+    _all.clear()
+    _by_layer.clear()
+    _warned.clear()
+
+
 def ran_fused(layer: nn.Module, shared: bool = False) -> None:
     """Count one call of ``layer`` that took lowrank's path, ``shared`` if a sibling had computed it."""
     if torch.compiler.is_compiling():
@@ -150,15 +157,15 @@ def tell_read(model: nn.Module, *_: object) -> None:
         return
     _forwards += 1
     waiting = {id(layer) for ref in _read.valuerefs() if (layer := ref()) is not None}
-    found = {name: m for name, m in model.named_modules() if id(m) in waiting} if waiting else {}
-    for layer in found.values():
+    uncalled = {name: m for name, m in model.named_modules() if id(m) in waiting} if waiting else {}
+    for layer in uncalled.values():
         layer.__dict__[READ] = True
         _read.pop(id(layer), None)
-    if found:
-        names = ", ".join(list(found)[:3]) + (", ..." if len(found) > 3 else "")
+    if uncalled:
+        names = ", ".join(list(uncalled)[:3]) + (", ..." if len(uncalled) > 3 else "")
         warnings.warn(
             f"{type(model).__name__} reads the weight of adapted layers instead of calling them, and their adapters do"
-            f" nothing there: {names} ({len(found)} in all)",
+            f" nothing there: {names} ({len(uncalled)} in all)",
             stacklevel=2,
         )
 

@@ -676,7 +676,7 @@ def test_without_the_library_it_is_counted_and_told_once(monkeypatch):
     want = diff_stats(old, old + 1), topk_mask(old, 0.1).tolist(), overlap([topk_mask(old, 0.1)]).sizes.tolist()
     monkeypatch.setattr(_native, "available", lambda library: False)
     monkeypatch.setattr(_native, "why_not", lambda library: f"no {library} for the test")
-    monkeypatch.setattr(_stats, "_warned", set())
+    _stats.reset()
     with pytest.warns(UserWarning, match="diff_stats: no cpu for the test"):
         assert diff_stats(old, old + 1) == want[0]
     assert diff_stats(old, old + 1) == want[0]

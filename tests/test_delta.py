@@ -243,7 +243,7 @@ def test_a_gpu_gives_the_cpus_bytes():
 def test_without_the_library_it_is_counted(monkeypatch):
     monkeypatch.setattr(_native, "available", lambda library: False)
     monkeypatch.setattr(_native, "why_not", lambda library: "not here")
-    monkeypatch.setattr(_stats, "_warned", set())
+    _stats.reset()
     with pytest.warns(UserWarning, match="delta: not here"):
         op.map_changes(torch.ones(3), torch.zeros(3))
     assert _stats.stats()["fallback"]["delta: not here"] >= 1

@@ -189,7 +189,7 @@ def test_what_csrc_takes_is_asked_in_one_place(monkeypatch):
     """64-bit numbers and LOWRANK_BACKEND=eager are no fallbacks; a missing library and another device are."""
     monkeypatch.delenv("LOWRANK_BACKEND", raising=False)
     monkeypatch.setattr(_native, "why_not", lambda library: "not built" if library == "cpu" else None)
-    monkeypatch.setattr(_stats, "_warned", set())
+    _stats.reset()
     single, double = torch.ones(1), torch.ones(1, dtype=torch.float64)
     with lowrank.strict():
         assert not _native.takes(double, "an op")

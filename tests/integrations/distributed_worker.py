@@ -35,8 +35,7 @@ def serve(rank: int, store: str, pipe) -> None:
     while (order := pipe.recv()) is not None:
         name, args, options = order
         try:
-            _stats._all.clear()
-            _stats._warned.clear()
+            _stats.reset()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 warnings.filterwarnings("error", ".*returned a view")  # then an in-place op would lose FSDP2's hook

@@ -26,8 +26,7 @@ TARGETS = ["q_proj", "k_proj", "up_proj"]
 def clean():
     torch._dynamo.reset()
     counters.clear()
-    _stats._all.clear()
-    _stats._warned.clear()
+    _stats.reset()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -326,7 +325,7 @@ def test_any_other_layer_is_traced_as_it_is_called(name):
     try:
         found = []
         for f in (layer, torch.compile(lambda x: layer(x), fullgraph=True, backend="eager")):
-            _stats._all.clear()
+            _stats.reset()
             found.append((f(x).detach(), lowrank.stats()["fused"], lowrank.stats()["fallback"]))
     finally:
         if hook is not None:
@@ -353,7 +352,7 @@ def test_dtypes_that_nobody_casts_are_peft_s_error():
             pytest.raises(RuntimeError, match="dtype"),
         ):
             f(x)
-        _stats._warned.clear()
+        _stats.reset()
 
 
 def test_what_changes_between_calls_is_noticed():

@@ -22,8 +22,7 @@ KEY = "_lowrank_torch_masks"
 
 @pytest.fixture(autouse=True)
 def clean():
-    _stats._all.clear()
-    _stats._by_layer.clear()
+    _stats.reset()
     yield
     lowrank.strict(False)
 

@@ -54,8 +54,7 @@ def kernel(repository):
 def clean(kernel):
     replace_kernel_forward_from_hub(PeftLinear, NAME)
     for package in (lowrank._stats, kernel._stats):
-        package._all.clear()
-        package._warned.clear()
+        package.reset()
     yield
     unpatch()
     kernel.strict(False)

@@ -61,8 +61,7 @@ def step(model, run=lambda model, x: model(x)):
 
 @pytest.fixture(autouse=True)
 def clean():
-    _stats._all.clear()
-    _stats._warned.clear()
+    _stats.reset()
     yield
     unpatch()
     lowrank.strict(False)

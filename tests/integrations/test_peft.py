@@ -88,8 +88,7 @@ def as_right_as_peft(make, patched, context=contextlib.nullcontext, kinds=("logi
 
 @pytest.fixture(autouse=True)
 def clean():
-    _stats._all.clear()
-    _stats._warned.clear()
+    _stats.reset()
     yield
     unpatch()
     lowrank.strict(False)

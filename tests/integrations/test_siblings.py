@@ -21,8 +21,7 @@ from lowrank.ops import lora
 
 @pytest.fixture(autouse=True)
 def clean():
-    _stats._all.clear()
-    _stats._by_layer.clear()
+    _stats.reset()
     yield
     lowrank.strict(False)
 

@@ -227,7 +227,7 @@ def test_says_what_ran_once_for_each_train(tmp_path, caplog):
 
 
 def test_a_fallback_is_a_warning(tmp_path, caplog):
-    lowrank._stats._warned.clear()
+    lowrank._stats.reset()
     model = peft_model()
     model.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].register_forward_hook(lambda *args: None)
     with pytest.warns(UserWarning, match="falls back"):

@@ -216,8 +216,7 @@ def leaves_of(found):
 
 @pytest.fixture(autouse=True)
 def clean():
-    _stats._all.clear()
-    _stats._warned.clear()
+    _stats.reset()
     yield
     unpatch()
     lowrank.strict(False)

@@ -33,8 +33,7 @@ ALL = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 @pytest.fixture(autouse=True)
 def clean():
-    _stats._all.clear()
-    _stats._warned.clear()
+    _stats.reset()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(False)  # TRL's buffers are its own

@@ -18,8 +18,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def fresh(environment):
     environment.delenv("LOWRANK_BACKEND", raising=False)
     environment.delenv("TRITON_INTERPRET", raising=False)
-    _stats._all.clear()
-    _stats._warned.clear()
+    _stats.reset()
     yield environment
     lowrank.strict(False)
 

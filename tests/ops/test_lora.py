@@ -565,8 +565,7 @@ def test_a_differentiable_backward_is_as_right(autocast):
 
 def test_following_is_counted_and_refused_under_strict():
     x, W, A, B, _, _ = tensors(2, 12, 10, 3, torch.float32)
-    lowrank._stats._all.clear()
-    lowrank._stats._warned.clear()
+    lowrank._stats.reset()
     y = lowrank.lora_linear(x, W, A, B)
     torch.autograd.grad(y.sum(), x, retain_graph=True)
     assert lowrank.stats()["fallback"] == {}

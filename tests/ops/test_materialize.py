@@ -421,8 +421,7 @@ def test_falls_back_to_torch_and_says_so(monkeypatch):
     materialize(*arguments, changed=changed[0])
     monkeypatch.setattr(_native, "why_not", lambda library: f"no {library} library today")
     monkeypatch.delenv("LOWRANK_BACKEND", raising=False)
-    monkeypatch.setattr(_stats, "_warned", set())
-    _stats._all.clear()
+    _stats.reset()
     with pytest.warns(UserWarning, match="materialize: no cpu library today"):
         out = materialize(*arguments, changed=changed[1])
     materialize(*arguments)
