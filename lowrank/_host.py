@@ -36,9 +36,14 @@ def register(plan, compiled) -> int:
     kinds = declared(compiled.asm["ptx"])
     values = [value for _, value in parameters(plan)]
     handle = torch.ops.lowrank.new_plan(
-        compiled.function, (*plan.grid, 1, 1)[:3], 32 * compiled.metadata.num_warps, compiled.metadata.shared,
-        plan.device.index or 0, kinds, values + [NULL] * (len(kinds) - len(values)),
-    )  # fmt: skip
+        compiled.function,
+        (*plan.grid, 1, 1)[:3],
+        32 * compiled.metadata.num_warps,
+        compiled.metadata.shared,
+        plan.device.index or 0,
+        kinds,
+        values + [NULL] * (len(kinds) - len(values)),
+    )
     if handle:
         weakref.finalize(plan, torch.ops.lowrank.free_plan, handle).atexit = False
     return handle
@@ -61,9 +66,9 @@ def why_not(plan, compiled) -> str | None:
             return f"{name} is {getattr(metadata, name)}"
     if metadata.shared > MAX_SHARED:
         return f"{metadata.shared} bytes of shared memory"
-    ours, theirs = [kind for kind, _ in parameters(plan)], declared(ptx)
-    if theirs[: len(ours)] != ours or theirs[len(ours) :] not in ([POINTER] * n for n in range(SCRATCH + 1)):
-        return f"the kernel's parameters are of kinds {theirs}, expected {ours} and scratch"
+    expected, kinds = [kind for kind, _ in parameters(plan)], declared(ptx)
+    if kinds[: len(expected)] != expected or kinds[len(expected) :] not in ([POINTER] * n for n in range(SCRATCH + 1)):
+        return f"the kernel's parameters are of kinds {kinds}, expected {expected} and scratch"
     return None
 
 
@@ -72,8 +77,8 @@ def parameters(plan) -> list[tuple[int, int]]:
 
     The value of an integer; the index of a pointer or float among a call's.
     """
-    found = [(POINTER, i) for i in range(plan.tensors)] + [(FLOAT32, i) for i in range(plan.floats)]
-    return found + [
+    of_a_call = [(POINTER, i) for i in range(plan.tensors)] + [(FLOAT32, i) for i in range(plan.floats)]
+    return of_a_call + [
         (INT32 if -(1 << 31) <= integer < 1 << 31 else INT64, integer)
         for integer in flat(plan.integers)
         if integer != 1

@@ -44,10 +44,10 @@ def target_layers(model: nn.Module, target_modules: str | Iterable[str] = "all-l
         targets = list(target_modules)
         if odd := [target for target in targets if not isinstance(target, str)]:
             raise TypeError(f"target_modules: expected names, got {odd[0]!r}")
-        found = {target: [name for name in modules if f".{name}".endswith(f".{target}")] for target in targets}
-        if missing := [target for target, names in found.items() if not names]:
+        names_of = {target: [name for name in modules if f".{name}".endswith(f".{target}")] for target in targets}
+        if missing := [target for target, names in names_of.items() if not names]:
             raise ValueError(f"target_modules: no module of {type(model).__name__} is called {missing[0]!r}")
-        matched = {name for names in found.values() for name in names}
+        matched = {name for names in names_of.values() for name in names}
         chosen = [name for name in modules if name in matched]
     if not chosen:
         raise ValueError(f"target_modules: {target_modules!r} matches no module of {type(model).__name__}")

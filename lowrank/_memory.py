@@ -13,8 +13,8 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether the memory that a spans, from its first element to its last, meets that which b spans."""
     if a.is_meta or a.device != b.device or a.numel() == 0 or b.numel() == 0:
         return False
-    (first, end, *_), (other, other_end, *_) = _pieces(a), _pieces(b)
-    return first < other_end and other < end
+    (first_a, end_a, *_), (first_b, end_b, *_) = _pieces(a), _pieces(b)
+    return first_a < end_b and first_b < end_a
 
 
 class Memory:
@@ -33,18 +33,18 @@ class Memory:
                 continue
             first, end, run, outer = _pieces(t)
             spans = self.spans.setdefault(t.device, [])
-            shared = slice(bisect_right(spans, first, key=itemgetter(1)), bisect_left(spans, end, key=itemgetter(0)))
+            touched = slice(bisect_right(spans, first, key=itemgetter(1)), bisect_left(spans, end, key=itemgetter(0)))
             owners: list[Tensor] = []
-            for start, stop, others in spans[shared]:
+            for start, stop, residents in spans[touched]:
                 first, end = min(first, start), max(end, stop)
-                crowded.pop(id(others), None)
-                owners = [*owners, *others] if owners else others
-            if not any(t is other for other in owners):
+                crowded.pop(id(residents), None)
+                owners = [*owners, *residents] if owners else residents
+            if not any(t is owner for owner in owners):
                 owners.append(t)
-            spans[shared] = [(first, end, owners)]
+            spans[touched] = [(first, end, owners)]
             if len(owners) > 1 or any(stride < inner for stride, inner in _nesting(run, outer)):
                 crowded[id(owners)] = owners
-        return next((found for owners in crowded.values() if (found := _first_overlap(owners))), [])
+        return next((shared for owners in crowded.values() if (shared := _first_overlap(owners))), [])
 
 
 def _pieces(t: Tensor) -> tuple[int, int, int, list[tuple[int, int]]]:
@@ -72,20 +72,20 @@ def _first_overlap(tensors: list[Tensor]) -> list[Tensor]:
     pieces = [_pieces(t) for t in tensors]
     start, end = min(first for first, *_ in pieces), max(end for _, end, *_ in pieces)
     unit = math.gcd(*(n for first, _, run, outer in pieces for n in (first - start, run, *(s for s, _ in outer))))
-    taken = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
+    occupied = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
 
-    def place(first, _, run, outer, on=taken):
+    def place(first, _, run, outer, on=occupied):
         sizes, strides = [*(size for _, size in outer), run // unit], [*(stride // unit for stride, _ in outer), 1]
         return on.as_strided(sizes, strides, (first - start) // unit)
 
     for t, piece in zip(tensors, pieces, strict=True):
         if place(*piece).any():
-            taken.zero_()
+            occupied.zero_()
             place(*piece).fill_(True)
-            return [next(other for other, there in zip(tensors, pieces, strict=True) if place(*there).any()), t]
+            return [next(first for first, there in zip(tensors, pieces, strict=True) if place(*there).any()), t]
         place(*piece).fill_(True)
         if any(stride < inner for stride, inner in _nesting(*piece[2:])):
-            alone = torch.zeros_like(taken)
+            alone = torch.zeros_like(occupied)
             place(*piece, on=alone).fill_(True)
             if int(alone.sum()) != place(*piece).numel():
                 return [t]

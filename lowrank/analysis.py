@@ -111,7 +111,7 @@ def diff_stats(
     if ulp < 0:
         raise ValueError(f"diff_stats: expected ulp >= 0, got {ulp}")
     limits = float(tol), float(rel), ulp
-    if all(isinstance(given, (str, os.PathLike)) for given in (old, new)):
+    if all(isinstance(side, (str, os.PathLike)) for side in (old, new)):
         olds, news = _files(old), _files(new)
         _same_names("diff_stats", olds, news)
         return {name: _diff(name, _read(olds[name], name), _read(news[name], name), *limits) for name in olds}
@@ -128,12 +128,12 @@ def diff_stats(
 
 def total(stats: Mapping[str, DiffStats] | Iterable[DiffStats]) -> DiffStats:
     """The DiffStats of several tensors together: counts added up, the largest max, norms as of one long vector."""
-    found = list(stats.values() if isinstance(stats, Mapping) else stats)
-    if bad := [type(s).__name__ for s in found if not isinstance(s, DiffStats)]:
+    parts = list(stats.values() if isinstance(stats, Mapping) else stats)
+    if bad := [type(s).__name__ for s in parts if not isinstance(s, DiffStats)]:
         raise TypeError(f"total: expected DiffStats, got {bad[0]}")
-    counts = (sum(s[i] for s in found) for i in range(5))
-    largest = max((s.max for s in found), default=0.0)
-    norm, old_norm = math.hypot(*(s.norm for s in found)), math.hypot(*(s.old_norm for s in found))
+    counts = (sum(s[i] for s in parts) for i in range(5))
+    largest = max((s.max for s in parts), default=0.0)
+    norm, old_norm = math.hypot(*(s.norm for s in parts)), math.hypot(*(s.old_norm for s in parts))
     return DiffStats(*counts, largest, norm, old_norm)  # type: ignore[call-arg]  # five counts
 
 
@@ -265,19 +265,19 @@ def topk_mask(
             raise ValueError(f"topk_mask: expected scores without NaN, got some in {where} ({error})") from None
         return {name: _ops.emit(s, key, last, width) for name, s in chosen.items()}
 
-    found = words(sizes) if scope == "global" else {n: w for name in sizes for n, w in words([name]).items()}
-    return found[""] if bare else {name: found[name] for name in new}
+    masks = words(sizes) if scope == "global" else {n: w for name in sizes for n, w in words([name]).items()}
+    return masks[""] if bare else {name: masks[name] for name in new}
 
 
-def _scores(given) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None, bool]:
+def _scores(scores) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None, bool]:
     """(new, old or None, whether they came without names), checked."""
-    old, new = given if isinstance(given, (tuple, list)) and len(given) == 2 else (None, given)
+    old, new = scores if isinstance(scores, (tuple, list)) and len(scores) == 2 else (None, scores)
     bare = isinstance(new, Tensor)
     if bare:
         old, new = None if old is None else {"": old}, {"": new}
     if not isinstance(new, Mapping) or not (old is None or isinstance(old, Mapping)):
         raise TypeError(
-            f"topk_mask: expected a tensor, {{name: tensor}} or a pair of either, got {type(given).__name__}"
+            f"topk_mask: expected a tensor, {{name: tensor}} or a pair of either, got {type(scores).__name__}"
         )
     if old is not None:
         _same_names("topk_mask", old, new)
@@ -310,16 +310,16 @@ def _has_nan(s: "_ops.Scores") -> bool:
 
 def _shared(sizes: dict[str, int], dtypes: list[torch.dtype], group) -> tuple[dict[str, int], int]:
     """Elements by name over all processes, in one order, and how many bits the scores have."""
-    wide = torch.float64 in dtypes
+    has_fp64 = torch.float64 in dtypes
     if group is not None:
         import torch.distributed as dist
 
-        every: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(every, (sizes, wide), group=group)
-        names = sorted({name for theirs, _ in every for name in theirs})
-        sizes = {name: sum(theirs.get(name, 0) for theirs, _ in every) for name in names}
-        wide = any(w for _, w in every)
-    return sizes, 63 if wide else 31
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, (sizes, has_fp64), group=group)
+        names = sorted({name for in_process, _ in gathered for name in in_process})
+        sizes = {name: sum(in_process.get(name, 0) for in_process, _ in gathered) for name in names}
+        has_fp64 = any(there for _, there in gathered)
+    return sizes, 63 if has_fp64 else 31
 
 
 def _added_up(counts: Tensor, group) -> Tensor:
@@ -360,26 +360,26 @@ def overlap(masks: Sequence[Tensor | Mapping[str, Tensor]], numel: int | Mapping
     masks = _masks(masks)
     words = {name: w.numel() for name, w in masks[0].items()}
     N = _numel(numel, words)
-    found = sum(
+    intersections = sum(
         (_ops.intersections([mask[name].contiguous() for mask in masks]) for name in words),
         torch.zeros((len(masks), len(masks)), dtype=torch.int64),
     )
-    found = found.triu() + found.triu(1).mT
-    sizes = found.diagonal().clone()
-    shared, size = found.double(), sizes.double()
+    intersections = intersections.triu() + intersections.triu(1).mT
+    sizes = intersections.diagonal().clone()
+    shared, size = intersections.double(), sizes.double()
     chance = size[:, None] * size / N
     union = size[:, None] + size
     one_sided = (size / N).expand(len(masks), -1).clone()
     return Overlap(
-        sizes, found, shared / (union - shared), shared / size[:, None], chance / (union - chance), one_sided
-    )  # fmt: skip
+        sizes, intersections, shared / (union - shared), shared / size[:, None], chance / (union - chance), one_sided
+    )
 
 
-def _masks(given) -> list[Mapping[str, Tensor]]:
-    if not isinstance(given, (list, tuple)) or not given:
-        got = "none" if isinstance(given, (list, tuple)) else type(given).__name__
+def _masks(masks) -> list[Mapping[str, Tensor]]:
+    if not isinstance(masks, (list, tuple)) or not masks:
+        got = "none" if isinstance(masks, (list, tuple)) else type(masks).__name__
         raise TypeError(f"overlap: expected a list of masks, got {got}")
-    masks = [{"": mask} if isinstance(mask, Tensor) else mask for mask in given]
+    masks = [{"": mask} if isinstance(mask, Tensor) else mask for mask in masks]
     for i, mask in enumerate(masks):
         if not isinstance(mask, Mapping):
             raise TypeError(f"overlap: expected mask {i} as words or {{name: words}}, got {type(mask).__name__}")

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ def tensor_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def _whole(path: Path):
+def _whole(path: Path) -> Iterator[None]:
     """Inside, what safetensors cannot read is a ValueError."""
     from safetensors import SafetensorError
 
@@ -52,7 +52,7 @@ def _whole(path: Path):
         raise ValueError(f"{path}: not a whole safetensors file ({path.stat().st_size} bytes): {error}") from error
 
 
-def open_tensors(path: Path):
+def open_tensors(path: Path) -> "safe_open":
     """safetensors' safe_open for torch on the CPU; ValueError where the file is not whole."""
     from safetensors import safe_open
 

@@ -60,14 +60,14 @@ def encode(
     for name, t in new.items():
         check_tensor(f"delta.encode: {name}", t)
     if changes is not None:
-        given = _by_name(new, changes)
+        words_of = _by_name(new, changes)
     if old is not None:
         same_names("delta.encode: old", old, new, of="new")
         for name, t in new.items():
             check_tensor(f"delta.encode: {name} in old", old[name], list(t.shape), t.dtype, t.device)
     tensors, parts = {}, {}
     for name, t in sorted(new.items()):
-        words = op.map_changes(old[name], t) if old is not None else given[name]
+        words = op.map_changes(old[name], t) if old is not None else words_of[name]
         tensors[name], parts[name] = encode_tensor(t, words, fingerprint)
     description = describe_parts(tensors, stream, base_step, step)
     description["sha256"] = checksum(description, (part for name in parts for part in parts[name]))
@@ -175,12 +175,12 @@ def checksum(description: dict, parts: Iterable[Tensor]) -> str:
 def parse(text: str) -> dict:
     """The description in a delta's metadata; ValueError unless everything in it is of its type."""
     try:
-        found = json.loads(text)
-        if found.get("format") != FORMAT:
-            raise ValueError(f"expected {FORMAT!r}, got {found.get('format')!r}")
-        check_steps("delta", found["stream"], found["base_step"], found["step"])
-        whole = isinstance(found["sha256"], str) and isinstance(found["tensors"], dict)
-        for facts in found["tensors"].values():
+        description = json.loads(text)
+        if description.get("format") != FORMAT:
+            raise ValueError(f"expected {FORMAT!r}, got {description.get('format')!r}")
+        check_steps("delta", description["stream"], description["base_step"], description["step"])
+        whole = isinstance(description["sha256"], str) and isinstance(description["tensors"], dict)
+        for facts in description["tensors"].values():
             sizes = [*facts["shape"], facts["changed"]]
             whole &= isinstance(facts["shape"], list) and all(type(n) is int and n >= 0 for n in sizes)
             whole &= facts["dtype"] in _DTYPES and (facts["fingerprint"] is None or int(facts["fingerprint"], 16) >= 0)
@@ -188,7 +188,7 @@ def parse(text: str) -> dict:
             raise ValueError("of a wrong type")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"delta: not a description of {FORMAT!r} ({type(error).__name__}: {error})") from error
-    return found
+    return description
 
 
 def share(description: dict) -> str:
@@ -249,10 +249,10 @@ def check_tensor(
         raise ValueError(f"{where}: expected on {device}, got {t.device}")
 
 
-def same_names(where: str, given: Mapping, expected: Mapping, of: str = "the delta") -> None:
-    if missing := sorted(expected.keys() - given.keys()):
+def same_names(where: str, actual: Mapping, expected: Mapping, of: str = "the delta") -> None:
+    if missing := sorted(expected.keys() - actual.keys()):
         raise ValueError(f"{where}: lacks {missing[0]!r}")
-    if extra := sorted(given.keys() - expected.keys()):
+    if extra := sorted(actual.keys() - expected.keys()):
         raise ValueError(f"{where}: has {extra[0]!r}, which is not in {of}")
 
 
@@ -296,23 +296,23 @@ def _by_name(new: Mapping[str, Tensor], changes: Mapping[str, Tensor] | Mapping[
     names: dict[int, list[str]] = {}
     for name, t in new.items():
         names.setdefault(id(t), []).append(name)
-    found: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     for key, words in changes.items():
         of = names.get(id(key), []) if not isinstance(key, str) else [key] if key in new else []
         shown = repr(key) if isinstance(key, str) else f"a tensor {list(key.shape)}"
         if not of:
             raise ValueError(f"delta.encode: changes has {shown}, which is not in new")
         for name in of:
-            if name in found:
+            if name in by_name:
                 raise ValueError(f"delta.encode: changes has {name!r} twice")
-            found[name] = words
+            by_name[name] = words
     for name, t in new.items():
-        if name not in found:
+        if name not in by_name:
             raise ValueError(f"delta.encode: changes lacks {name!r}; zeros if nothing of it changed")
         count = -(-t.numel() // 32)
-        words = found[name]
+        words = by_name[name]
         if not isinstance(words, Tensor) or words.dtype is not torch.int32 or words.shape != (count,):
             got = f"{list(words.shape)} in {words.dtype}" if isinstance(words, Tensor) else type(words).__name__
             raise ValueError(f"delta.encode: expected changes of {name!r} as int32 [{count}], got {got}")
-        found[name] = words.to(t.device)
-    return found
+        by_name[name] = words.to(t.device)
+    return by_name

@@ -27,9 +27,9 @@ _TORCHS = {
 _DROPPED = (*_TORCHS, "decoupled_weight_decay")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _KEPT = (
-    "master_weights", "stochastic_rounding", "seed", "compact", "track_changes", "nonfinite", "skipped_steps",
-    "_masks", "_prefixes", "_firsts", "_changes",
-)  # fmt: skip
+    *("master_weights", "stochastic_rounding", "seed", "compact", "track_changes", "nonfinite", "skipped_steps"),
+    *("_masks", "_prefixes", "_firsts", "_changes"),
+)
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -43,7 +43,7 @@ def _refuse_options(options: dict) -> None:
             raise ValueError(f"AdamW: expected {name} to be {meant}, got {options[name]!r}")
 
 
-def _wide(p: Tensor) -> torch.dtype:
+def _moment_dtype(p: Tensor) -> torch.dtype:
     """The moments' dtype."""
     return torch.float64 if p.dtype is torch.float64 else torch.float32
 
@@ -233,13 +233,13 @@ class AdamW(torch.optim.Optimizer):
                     return group["param_names"][i] if "param_names" in group else f"parameter {i} of group {n}"
         return f"a parameter {list(p.shape)}"
 
-    def _by_parameter(self, given, what: str):
+    def _by_parameter(self, values, what: str):
         """(parameter, value) of a dict keyed by parameters or their names."""
         names: dict[str, Tensor] = {}
         for group in self.param_groups:
             names.update(zip(group.get("param_names", ()), group["params"], strict=False))
         known = set(self._parameters())
-        for key, value in (given or {}).items():
+        for key, value in (values or {}).items():
             p = names.get(key) if isinstance(key, str) else key
             if p is None or p not in known:
                 shown = repr(key) if isinstance(key, str) else f"a tensor {list(key.shape)}"
@@ -252,10 +252,10 @@ class AdamW(torch.optim.Optimizer):
         before = [p.data_ptr() for group in self.param_groups[:-1] for p in group["params"]]
         if self._memory is None or before != self._memory.pointers:
             self._memory, params = Memory(), list(self._parameters())
-        if found := self._memory.add(params):
+        if overlapping := self._memory.add(params):
             self._memory = Memory()
-            names = " and ".join(map(self._name, found))
-            raise ValueError(f"AdamW: {names} overlap{'s itself' if len(found) == 1 else ''} in memory")
+            names = " and ".join(map(self._name, overlapping))
+            raise ValueError(f"AdamW: {names} overlap{'s itself' if len(overlapping) == 1 else ''} in memory")
 
     def _set_mask(self, p: Tensor, words, masks: dict[Tensor, Tensor], prefixes: dict[Tensor, Tensor]) -> None:
         expected = -(-p.numel() // 32)
@@ -336,9 +336,8 @@ class AdamW(torch.optim.Optimizer):
 
         beta1, beta2 = map(float, group["betas"])
         lr, decay, eps = (float(group[name]) for name in ("lr", "weight_decay", "eps"))
-        scalars = [
-            1.0, 1 - beta1, beta2, 1 - beta2, 1 - lr * decay, lr / (1 - beta1**step), math.sqrt(1 - beta2**step), eps,
-        ]  # fmt: skip
+        corrections = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+        scalars = [1.0, 1 - beta1, beta2, 1 - beta2, 1 - lr * decay, *corrections, eps]
         adamw.step(
             params,
             [g.contiguous() for _, g in pairs],
@@ -360,14 +359,14 @@ class AdamW(torch.optim.Optimizer):
 
     def _state(self, p: Tensor) -> dict:
         """p's, in the dtypes and on the device that it has by now."""
-        state, wide = self.state[p], _wide(p)
+        state, dtype = self.state[p], _moment_dtype(p)
         if not state:
             size = p.shape if p not in self._prefixes else (int(self._prefixes[p][-1]),)
             state["step"] = _zeros((), torch.float32, torch.device("cpu"))
-            state.update({name: _zeros(size, wide, p.device) for name in _MOMENTS})
+            state.update({name: _zeros(size, dtype, p.device) for name in _MOMENTS})
         for name in _MOMENTS:
-            if state[name].dtype is not wide or state[name].device != p.device:
-                state[name] = state[name].to(p.device, wide)
+            if state[name].dtype is not dtype or state[name].device != p.device:
+                state[name] = state[name].to(p.device, dtype)
             if p not in self._prefixes and state[name].numel() != p.numel():
                 raise ValueError(
                     f"AdamW: {self._name(p)} has {p.numel()} elements by now, its {name} {state[name].numel()}"
@@ -392,9 +391,9 @@ class AdamW(torch.optim.Optimizer):
         for p in params:
             if p.numel():
                 by_device.setdefault(p.device, []).append(p)
-        for found in by_device.values():
-            largest = torch._foreach_norm([p.grad for p in found], math.inf)  # type: ignore[misc]  # as above
-            for p, finite in zip(found, torch.stack([n.float() for n in largest]).isfinite().tolist(), strict=True):
+        for on_device in by_device.values():
+            largest = torch._foreach_norm([p.grad for p in on_device], math.inf)  # type: ignore[misc]  # as above
+            for p, finite in zip(on_device, torch.stack([n.float() for n in largest]).isfinite().tolist(), strict=True):
                 if not finite and not self._active_gradient(p).isfinite().all():
                     return p
         return None
@@ -408,8 +407,10 @@ class AdamW(torch.optim.Optimizer):
             if p.grad is not None:
                 norm = torch.linalg.vector_norm(self._active_gradient(p), dtype=torch.float32)
                 norms.setdefault(p.device, []).append(norm)
-        found = [torch.linalg.vector_norm(torch.stack(of)) for of in norms.values()]
-        return found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.tensor([float(norm) for norm in found]))
+        per_device = [torch.linalg.vector_norm(torch.stack(of)) for of in norms.values()]
+        if len(per_device) == 1:
+            return per_device[0]
+        return torch.linalg.vector_norm(torch.tensor([float(norm) for norm in per_device]))
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -489,10 +490,10 @@ class AdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch.optim.Optimizer's, with the masks in it: {index of the parameter: words}."""
         self._follow()
-        found = super().state_dict()
+        state = super().state_dict()
         index = {p: i for i, p in enumerate(self._parameters())}
-        found["masks"] = {index[p]: words.clone() for p, words in self._masks.items()}
-        return found
+        state["masks"] = {index[p]: words.clone() for p, words in self._masks.items()}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What :meth:`state_dict` gave, or torch.optim.AdamW's; moments stay fp32.  The weights have not changed.
@@ -504,38 +505,37 @@ class AdamW(torch.optim.Optimizer):
         """
         self._follow()
         params = list(self._parameters())
-        found: dict[Tensor, dict] = {}
+        states: dict[Tensor, dict] = {}
         masks, prefixes = self._masks, self._prefixes
 
-        def take(_, given):  # after all other hooks; torch's load_state_dict would cast to 16 bits, and is quadratic
+        def take(_, loaded):  # after all other hooks; torch's load_state_dict would cast to 16 bits, and is quadratic
             nonlocal masks, prefixes
-            sizes = [[len(g["params"]) for g in groups] for groups in (self.param_groups, given["param_groups"])]
+            sizes = [[len(g["params"]) for g in groups] for groups in (self.param_groups, loaded["param_groups"])]
             if sizes[0] != sizes[1]:
-                return given  # which it refuses
-            if "masks" in given:
+                return loaded  # which it refuses
+            if "masks" in loaded:
                 masks, prefixes = {}, {}
-                for i, words in given["masks"].items():
+                for i, words in loaded["masks"].items():
                     self._set_mask(params[i], words.to(params[i].device), masks, prefixes)
-            for i, state in self._in_order(given).items():
+            for i, state in self._in_order(loaded).items():
                 if state:
-                    found[params[i]] = self._fitted(params[i], state, prefixes.get(params[i]))
+                    states[params[i]] = self._fitted(params[i], state, prefixes.get(params[i]))
             groups = []
-            for group in given[
-                "param_groups"
-            ]:  # what chose among torch's implementations of one formula means nothing here
+            for group in loaded["param_groups"]:
+                # what chose among torch's implementations of one formula means nothing here
                 _refuse_options({name: group.get(name) for name in ("amsgrad", "maximize")})
                 groups.append({name: value for name, value in group.items() if name not in _DROPPED})
-            return {key: value for key, value in given.items() if key != "masks"} | {
+            return {key: value for key, value in loaded.items() if key != "masks"} | {
                 "state": {},
                 "param_groups": groups,
             }
 
         def put(_):
             self._masks, self._prefixes = masks, prefixes
-            if not self.master_weights and any("master" in state for state in found.values()):
+            if not self.master_weights and any("master" in state for state in states.values()):
                 warnings.warn("AdamW: made without master_weights: the state's masters are left out", stacklevel=3)
-            self.state.update(found)
-            for p in found:
+            self.state.update(states)
+            for p in states:
                 self._state(p)
 
         hooks = (
@@ -560,7 +560,7 @@ class AdamW(torch.optim.Optimizer):
                 )
         with torch.inference_mode(False), torch.no_grad():
             fitted = {
-                name: value.to(p.device, _wide(p), copy=True, memory_format=torch.contiguous_format)
+                name: value.to(p.device, _moment_dtype(p), copy=True, memory_format=torch.contiguous_format)
                 if isinstance(value, Tensor)
                 else value
                 for name, value in state.items()

@@ -36,9 +36,11 @@ def assert_as_right(out: torch.Tensor, eager: torch.Tensor, oracle: torch.Tensor
     if len(oracle) < 4 or oracle.numel() < ENOUGH:
         raise ValueError(f"{what}: a ratio of errors needs 4 draws and {ENOUGH} numbers, got {list(oracle.shape)}")
     _assert_like(out, oracle, what, eager.dtype)
-    ours, theirs = error(out, oracle), error(eager, oracle)
-    if not ours <= 1.15 * theirs:
-        raise AssertionError(f"{what}: error {ours:.3e} > {1.15 * theirs:.3e} (eager {theirs:.3e})")
+    error_of_out, error_of_eager = error(out, oracle), error(eager, oracle)
+    if not error_of_out <= 1.15 * error_of_eager:
+        raise AssertionError(
+            f"{what}: error {error_of_out:.3e} > {1.15 * error_of_eager:.3e} (eager {error_of_eager:.3e})"
+        )
 
 
 def assert_within(
@@ -56,10 +58,10 @@ def assert_within(
     it is summed one by one in that dtype, whatever n is, and less in a tree.
     """
     _assert_like(out, oracle, what, out.dtype)
-    found = float((out.detach().double() - oracle.detach()).norm())
+    distance = float((out.detach().double() - oracle.detach()).norm())
     bound = roundings * torch.finfo(unit or out.dtype).eps / 2 * float(_norm(scale))
-    if not found <= bound:
-        raise AssertionError(f"{what}: error {found:.3e} > {bound:.3e}")
+    if not distance <= bound:
+        raise AssertionError(f"{what}: error {distance:.3e} > {bound:.3e}")
 
 
 def _assert_like(out, oracle, what, dtype) -> None:
