@@ -153,8 +153,8 @@ def load_adapter(
     Raises: FileNotFoundError for a missing file; ValueError for a damaged one, or an adapter of another model.
     """
     path = Path(path)
-    if (found := svf_files.read(path)) is not None:
-        return svf_model.load(model, path, *found, adapter_name, is_trainable)
+    if (experts := svf_files.read(path)) is not None:
+        return svf_model.load(model, path, *experts, adapter_name, is_trainable)
     peft = lora_files.import_peft()
     if not (path / CONFIG).is_file() and (path / adapter_name / CONFIG).is_file():
         path = path / adapter_name
@@ -172,9 +172,9 @@ def load_adapter(
     if isinstance(model, peft.PeftModel):
         if tried is not None and adapter_name in model.peft_config:
             check_same(model, tried, path, adapter_name)
-            one, other = (m.peft_config[adapter_name] for m in (model, tried))
-            if lora_files.changes_base(one) != lora_files.changes_base(other):
-                inits = f"{one.init_lora_weights!r}, {path} from {other.init_lora_weights!r}"
+            own, in_file = (m.peft_config[adapter_name] for m in (model, tried))
+            if lora_files.changes_base(own) != lora_files.changes_base(in_file):
+                inits = f"{own.init_lora_weights!r}, {path} from {in_file.init_lora_weights!r}"
                 raise ValueError(f"adapter_name: the model's {adapter_name!r} is from init_lora_weights={inits}")
         mapping = getattr(base, "_checkpoint_conversion_mapping", None)  # as from_pretrained
         model.load_adapter(path, adapter_name, is_trainable=is_trainable, key_mapping=mapping)
@@ -188,14 +188,14 @@ def load_adapter(
 def _same_config(*files: Path) -> bool:
     """Whether both say the same; PEFT writes a set of names in another order in every process."""
     try:
-        one, other = (json.loads(file.read_text()) for file in files)
+        first, second = (json.loads(file.read_text()) for file in files)
     except (OSError, ValueError):
         return False
-    for config in (one, other):
+    for config in (first, second):
         for key in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(config.get(key), list):
                 config[key] = sorted(config[key])
-    return one == other
+    return first == second
 
 
 def _check_whole(model: nn.Module) -> None:

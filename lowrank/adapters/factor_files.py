@@ -121,16 +121,16 @@ class FactorsFile(Mapping[str, SVDFactors]):
             weight = dense_weight(modules[name])
             if has_exact_weight(modules[name], facts["weight"]):
                 return
-            found, expected = (list(weight.shape), _name(weight.dtype)), (facts["shape"], facts["dtype"])
-            if found[0] == expected[0] and found[1] != expected[1]:
+            actual, expected = (list(weight.shape), _name(weight.dtype)), (facts["shape"], facts["dtype"])
+            if actual[0] == expected[0] and actual[1] != expected[1]:
                 raise ValueError(
-                    f"{self.path}: computed from {expected[1]} weights, the model's {name} is {found[1]}: load the model"
+                    f"{self.path}: computed from {expected[1]} weights, the model's {name} is {actual[1]}: load the model"
                     f" with dtype=torch.{expected[1]}, or compute the factors from this one"
                 )
-            if found != expected or weight_checksum(weight) != facts["weight"]:
+            if actual != expected or weight_checksum(weight) != facts["weight"]:
                 raise ValueError(
                     f"{self.path}: factors of another weight: {name} was {expected[0]} of {expected[1]} with checksum"
-                    f" {facts['weight'][:12]}, the model's is {found[0]} with {weight_checksum(weight)[:12]}"
+                    f" {facts['weight'][:12]}, the model's is {actual[0]} with {weight_checksum(weight)[:12]}"
                 )
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock

@@ -81,32 +81,32 @@ def check_same(model: nn.Module, tried: nn.Module, path: Path, adapter_name: str
     from peft.tuners.lora import LoraLayer
 
     modules = dict(model.named_modules())
-    for name, theirs in tried.named_modules():
-        if not isinstance(theirs, LoraLayer) or adapter_name not in theirs.scaling:
+    for name, tried_layer in tried.named_modules():
+        if not isinstance(tried_layer, LoraLayer) or adapter_name not in tried_layer.scaling:
             continue
-        ours, where = modules.get(name), name.removeprefix(_PREFIX)
-        if not isinstance(ours, LoraLayer) or adapter_name not in ours.scaling:
+        layer, where = modules.get(name), name.removeprefix(_PREFIX)
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.scaling:
             raise ValueError(f"adapter_name: the model's {adapter_name!r} has no {where}, {path} has")
-        for what, one, other in (
-            ("a rank of", ours.r[adapter_name], theirs.r[adapter_name]),
-            ("a scaling of", float(ours.scaling[adapter_name]), float(theirs.scaling[adapter_name])),
-            ("a variant", type(ours.lora_variant.get(adapter_name)), type(theirs.lora_variant.get(adapter_name))),
+        for what, own, in_file in (
+            ("a rank of", layer.r[adapter_name], tried_layer.r[adapter_name]),
+            ("a scaling of", float(layer.scaling[adapter_name]), float(tried_layer.scaling[adapter_name])),
+            ("a variant", type(layer.lora_variant.get(adapter_name)), type(tried_layer.lora_variant.get(adapter_name))),
         ):
-            if one != other:
+            if own != in_file:
                 raise ValueError(
-                    f"adapter_name: {where} of the model's {adapter_name!r} has {what} {one}, {path} {other}"
+                    f"adapter_name: {where} of the model's {adapter_name!r} has {what} {own}, {path} {in_file}"
                 )
 
 
-def _misfit(key: str, given: list[int], wanted: list[int]) -> str:
+def _misfit(key: str, shape: list[int], expected: list[int]) -> str:
     layer, _, factor = key.rpartition(".lora_")
     rank = {"A.weight": 0, "B.weight": 1}.get(factor)
-    if rank is None or len(given) != 2 or len(wanted) != 2:
-        return f"an adapter of another model: {key} is {given}, the model's is {wanted}"
-    if given[1 - rank] == wanted[1 - rank]:
-        return f"{key} has rank {given[rank]}, adapter_config.json says {wanted[rank]}"
+    if rank is None or len(shape) != 2 or len(expected) != 2:
+        return f"an adapter of another model: {key} is {shape}, the model's is {expected}"
+    if shape[1 - rank] == expected[1 - rank]:
+        return f"{key} has rank {shape[rank]}, adapter_config.json says {expected[rank]}"
     side = "out_features" if rank else "in_features"
-    return f"an adapter of another model: {key} is {given}, {layer} has {side}={wanted[1 - rank]}"
+    return f"an adapter of another model: {key} is {shape}, {layer} has {side}={expected[1 - rank]}"
 
 
 def warn_of_misfits(model: nn.Module, path: Path, tensors: dict[str, torch.Tensor], peft) -> None:
@@ -145,8 +145,15 @@ def targets(model: nn.Module, pattern: str, names: list[str], peft) -> tuple[str
 
 
 _LEFT_OUT = {  # hooks, offloading, sharding, a replaced forward: nothing that says what the model consists of
-    "forward", "_hf_hook", "_old_forward", "hf_device_map", "_hf_tp_plan", "_hf_device_mesh", "_device_mesh", "_tp_size",
-}  # fmt: skip
+    "forward",
+    "_hf_hook",
+    "_old_forward",
+    "hf_device_map",
+    "_hf_tp_plan",
+    "_hf_device_mesh",
+    "_device_mesh",
+    "_tp_size",
+}
 
 
 def skeleton(model: nn.Module) -> nn.Module:

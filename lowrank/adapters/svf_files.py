@@ -55,17 +55,19 @@ def save(model: nn.Module, path, expert: str | None = None) -> Path:
         config = SVFConfig(k=None, target_modules=list(layers), **options)
     metadata = {
         "format": "pt",
-        "lowrank": json.dumps({
-            "format": _FORMAT,
-            "version": __version__,
-            "config": {key: value for key, value in dataclasses.asdict(config).items() if value is not None},
-            "order": "descending singular values",
-            "sign": "the entry of largest magnitude of each column of U is positive",
-            "active": first.active_expert if expert is None else expert,
-            "layers": described,
-            "modules_to_save": list(saved),
-        }),
-    }  # fmt: skip
+        "lowrank": json.dumps(
+            {
+                "format": _FORMAT,
+                "version": __version__,
+                "config": {key: value for key, value in dataclasses.asdict(config).items() if value is not None},
+                "order": "descending singular values",
+                "sign": "the entry of largest magnitude of each column of U is positive",
+                "active": first.active_expert if expert is None else expert,
+                "layers": described,
+                "modules_to_save": list(saved),
+            }
+        ),
+    }
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".lowrank-") as scratch:

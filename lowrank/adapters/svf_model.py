@@ -55,16 +55,16 @@ def adapt(
     trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
-        made = {
+        replacements = {
             name: _layer(name, layer, config, ks[name], known.get(name), name in exact)
             for name, layer in layers.items()
         }
-        made |= {name: SavedModule(model.get_submodule(name)) for name in saved}
+        replacements |= {name: SavedModule(model.get_submodule(name)) for name in saved}
     except BaseException:
         for p in trained:
             p.requires_grad_(True)
         raise
-    for name, new in made.items():
+    for name, new in replacements.items():
         model.set_submodule(name, new)
     model.__class__ = _with_experts(type(model))
     model.svf_config = config
@@ -109,7 +109,7 @@ def _saved_names(model: nn.Module, endings: list[str] | None) -> list[str]:
     heads, chosen = _heads(model), []
     for name in names:  # a module comes before what is in it
         wanted = name in heads or name.endswith(tuple(endings or ()))
-        if wanted and not name.startswith(tuple(f"{each}." for each in chosen)):
+        if wanted and not name.startswith(tuple(f"{outer}." for outer in chosen)):
             chosen.append(name)
     return chosen
 
@@ -146,10 +146,10 @@ def expert_mix(
     layers = svf_layers(model)
     if not layers:
         raise ValueError("model: has no SVF layers; adapt it with an SVFConfig")
-    given = alpha if isinstance(alpha, dict) else dict.fromkeys(layers, alpha)
-    if unknown := given.keys() - layers.keys():
+    alphas = alpha if isinstance(alpha, dict) else dict.fromkeys(layers, alpha)
+    if unknown := alphas.keys() - layers.keys():
         raise ValueError(f"alpha: {sorted(unknown)[0]} is no SVF layer of this model")
-    for name, weights in given.items():
+    for name, weights in alphas.items():
         names = layers[name].experts if experts is None else list(experts)
         if missing := [e for e in names if e not in layers[name].z]:
             raise ValueError(f"experts: no expert {missing[0]!r}; {name} has {', '.join(layers[name].z)}")
@@ -159,9 +159,9 @@ def expert_mix(
             raise ValueError(f"alpha: expected [..., {len(names)}] for {', '.join(names)}, got {list(weights.shape)}")
         if layers[name].merged:
             raise ValueError(f"model: {name} is merged; unmerge it, a mixture has no single weight")
-    before = {name: layers[name]._mix for name in given}
+    before = {name: layers[name]._mix for name in alphas}
     try:
-        for name, weights in given.items():
+        for name, weights in alphas.items():
             layers[name]._mix = weights, tuple(layers[name].experts if experts is None else experts)
         yield model
     finally:
@@ -174,8 +174,8 @@ class _Experts:
 
     def add_expert(self, name: str) -> None:
         """An expert at z = 1 in every layer, and a copy of what is trained as a whole, made active."""
-        if taken := [where for where, layer in svf_layers(self).items() if name in layer.z]:
-            raise ValueError(f"name: there is an expert {name!r} in {taken[0]} already")
+        if holders := [where for where, layer in svf_layers(self).items() if name in layer.z]:
+            raise ValueError(f"name: there is an expert {name!r} in {holders[0]} already")
         for layer in (svf_layers(self) | saved_modules(self)).values():
             layer.add_expert(name)
 
@@ -253,17 +253,17 @@ class _Experts:
         for name, saved in saved_modules(self).items():
             own |= {f"{name}.modules_to_save.{key}" for key in saved.modules_to_save.state_dict()}
         if state_dict and state_dict.keys() <= own:
-            found = super().load_state_dict(state_dict, False, assign)
-            found.missing_keys[:] = sorted(own - state_dict.keys())
-            if strict and found.missing_keys:
-                raise RuntimeError(f"Missing key(s) in state_dict: {', '.join(found.missing_keys)}")
-            return found
+            incompatible = super().load_state_dict(state_dict, False, assign)
+            incompatible.missing_keys[:] = sorted(own - state_dict.keys())
+            if strict and incompatible.missing_keys:
+                raise RuntimeError(f"Missing key(s) in state_dict: {', '.join(incompatible.missing_keys)}")
+            return incompatible
         return super().load_state_dict(state_dict, strict, assign)
 
     def __reduce_ex__(self, protocol):
         # by the class that was adapted, which has an importable name
         make, arguments, *rest = super().__reduce_ex__(protocol)
-        arguments = tuple(_plain_class(self) if each is type(self) else each for each in arguments)
+        arguments = tuple(_plain_class(self) if argument is type(self) else argument for argument in arguments)
         return _rebuild, (make, arguments), *rest
 
 
@@ -293,7 +293,7 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
     config = SVFConfig(**description["config"])
     wanted, layers = description["layers"], svf_layers(model)
     saved = description.get("modules_to_save", [])
-    marks = tuple(f"{each}.modules_to_save." for each in saved)
+    marks = tuple(f"{where}.modules_to_save." for where in saved)
     whole = {key: vectors.pop(key) for key in list(vectors) if key.startswith(marks)}
     experts = sorted({key.rpartition(".z.")[2] for key in vectors}, key=lambda e: (e != description["active"], e))
     expected = {f"{layer}.z.{e}" for layer in wanted for e in experts}
@@ -319,12 +319,12 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
                 f"{path}: {layer} has k={facts['k']}, {config.parametrization}, normalize={config.normalize}; the"
                 f" model's has k={layers[layer].k}, {layers[layer].parametrization}, {layers[layer].normalize}"
             )
-        found = checksum(layers[layer]) if layers else weight_checksum(dense_weight(plain[layer]))
-        if found != facts["weight"] and not layers and has_exact_weight(plain[layer], facts["weight"]):
+        actual = checksum(layers[layer]) if layers else weight_checksum(dense_weight(plain[layer]))
+        if actual != facts["weight"] and not layers and has_exact_weight(plain[layer], facts["weight"]):
             exact.add(layer)
-        elif found != facts["weight"]:
+        elif actual != facts["weight"]:
             raise ValueError(
-                f"{path}: experts of another weight: {layer} has checksum {found[:12]}, the file {facts['weight'][:12]}"
+                f"{path}: experts of another weight: {layer} has checksum {actual[:12]}, the file {facts['weight'][:12]}"
                 " (another model, or the same in another dtype)"
             )
     if not layers:
@@ -363,15 +363,15 @@ def load(model: nn.Module, path, description: dict, vectors: dict, name: str, tr
 
 def _check_saved(model: nn.Module, path, saved: list[str], experts: list[str], whole: dict) -> None:
     """Raise ValueError unless the modules that the file holds as a whole are the model's."""
-    found = saved_modules(model)
-    if svf_layers(model) and found.keys() != set(saved):
-        odd = sorted(found.keys() ^ set(saved))
+    present = saved_modules(model)
+    if svf_layers(model) and present.keys() != set(saved):
+        odd = sorted(present.keys() ^ set(saved))
         raise ValueError(f"{path}: experts of another model: {odd[0]} is trained as a whole on one side only")
     modules, expected = dict(model.named_modules()), {}
     for name in saved:
         if name not in modules:
             raise ValueError(f"{path}: experts of another model: it has {name}, which {type(model).__name__} lacks")
-        state = (found[name].original_module if name in found else modules[name]).state_dict()
+        state = (present[name].original_module if name in present else modules[name]).state_dict()
         expected |= {f"{name}.modules_to_save.{e}.{key}": t.shape for e in experts for key, t in state.items()}
     if expected.keys() != whole.keys():
         odd = sorted(expected.keys() ^ whole.keys())
