@@ -184,13 +184,13 @@ def _copied(layers: dict[nn.Module, list[str]], copy_inputs: bool | Sequence[str
     _check_copy_inputs(copy_inputs)
     if isinstance(copy_inputs, bool):
         return set(layers) if copy_inputs else set()
-    found = {
+    matches = {
         wanted: [m for m, names in layers.items() if any(n == wanted or n.endswith(f".{wanted}") for n in names)]
         for wanted in copy_inputs
     }
-    if layers and (missing := [wanted for wanted, of in found.items() if not of]):
+    if layers and (missing := [wanted for wanted, matched in matches.items() if not matched]):
         raise ValueError(f"copy_inputs: no LoRA layer {missing[0]!r}; there is {next(iter(layers.values()))[0]!r}")
-    return {layer for of in found.values() for layer in of}
+    return {layer for matched in matches.values() for layer in matched}
 
 
 def is_patched(layer: nn.Module) -> bool:

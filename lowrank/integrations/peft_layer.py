@@ -43,20 +43,20 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
             if not args and not kwargs and (y := peft_traced.forward(self, x)) is not None:
                 return y
         elif not args and not kwargs and plainly(x):
-            made = _waiting(self)
+            waiting = _waiting(self)
             projection = _plain(self, x)
             if projection is not None:
-                return _run_plain(self, x, projection, made)
-            return general(self, x, args, kwargs, made, None)
+                return _run_plain(self, x, projection, waiting)
+            return general(self, x, args, kwargs, waiting, None)
         followers = followed()
         if followers is AGAIN:
             return again(forward, self, x, *args, **kwargs)
         if followers is FORWARD_MODE and not has_tangent((x, *self.parameters())):
             followers = None
-        made = None if torch.compiler.is_compiling() else _waiting(self)
-        return general(self, x, args, kwargs, made, followers)
+        waiting = None if torch.compiler.is_compiling() else _waiting(self)
+        return general(self, x, args, kwargs, waiting, followers)
 
-    def general(self, x, args, kwargs, made, followers):
+    def general(self, x, args, kwargs, waiting, followers):
         compiling, dora = torch.compiler.is_compiling(), _dora(self)
         adapters, reason = adapters_of(self, x, args, kwargs, dora)
         if adapters:
@@ -81,8 +81,8 @@ def fused(original: Callable, dora_base_dropout: bool = True) -> Callable:
         alone = compiling or _draws_as_torch(self, adapters)  # compiling: its counts would be guards
         projection = _projected(self, base.weight, base.bias, _drawn(self, adapters, x))
         group = None if alone else self.__dict__.get(GROUP)
-        y = None if group is None else group.call(self, x, projection, _projection, made)
-        _stats.ran_fused(self, shared=made is not None and y is not None)
+        y = None if group is None else group.call(self, x, projection, _projection, waiting)
+        _stats.ran_fused(self, shared=waiting is not None and y is not None)
         return lora_projections(x, (projection,))[0] if y is None else y
 
     forward._is_lowrank = True
@@ -106,15 +106,15 @@ def _waiting(layer):
     return None if group is None else group.take(layer)
 
 
-def _run_plain(layer, x, projection: Projection, made) -> torch.Tensor:
+def _run_plain(layer, x, projection: Projection, waiting) -> torch.Tensor:
     """The layer's result, where :func:`_plain` answered."""
     group = layer.__dict__.get(GROUP)
     if projection.weight is None:
         projection = projection._replace(base=_call(layer.base_layer, x))
     elif group is not None:
-        y = group.call(layer, x, projection, _projection, made)
+        y = group.call(layer, x, projection, _projection, waiting)
         if y is not None:
-            _stats.ran_fused(layer, shared=made is not None)
+            _stats.ran_fused(layer, shared=waiting is not None)
             return y
     _stats.ran_fused(layer)
     return projected(x, (projection,))[0]
@@ -260,13 +260,13 @@ def _drawn(layer, adapters, x) -> tuple[Adapter, ...]:
     casts = getattr(layer, "cast_input_dtype_enabled", True)
     if type(layer).__name__ in _QUANTISED and torch.is_autocast_enabled():
         casts = False
-    found = []
+    drawn = []
     for adapter in adapters:
         A, p = adapter.A, adapter.dropout_p
         x = x.to(A.dtype) if casts else x
         fits = x.shape[-1:] == A.shape[-1:]  # else the op is to say what does not
-        found.append(adapter._replace(dropout_p=dropout.as_torch(x, p)) if p and fits else adapter)
-    return tuple(found)
+        drawn.append(adapter._replace(dropout_p=dropout.as_torch(x, p)) if p and fits else adapter)
+    return tuple(drawn)
 
 
 def _dora(layer) -> str | None:
@@ -301,9 +301,20 @@ def _run_dora(layer, name: str, adapter: Adapter, x: torch.Tensor, base_dropout:
     cache, key = _norms_of(vector), f"weight-norm-{name}"
     known = None if torch.compiler.is_compiling() else layer
     return dora_op.of_layer(
-        known, x, base.weight, A, B, vector.weight, scaling, base.bias,
-        dropout_p=p, base_dropout=base_dropout, cache=cache, key=key, copy=layer.__dict__.get(COPY, False),
-    )  # fmt: skip
+        known,
+        x,
+        base.weight,
+        A,
+        B,
+        vector.weight,
+        scaling,
+        base.bias,
+        dropout_p=p,
+        base_dropout=base_dropout,
+        cache=cache,
+        key=key,
+        copy=layer.__dict__.get(COPY, False),
+    )
 
 
 def _norms_of(vector) -> dict | None:

@@ -54,7 +54,7 @@ def inside(units: list[nn.Module], x: torch.Tensor, run: Callable[[torch.Tensor]
         return run(x)
     unit, rest = units[0], units[1:]
     linear = getattr(unit, "_fsdp_wrapped_module", unit)
-    linear.forward = lambda given: inside(rest, given.to(x.dtype), run)
+    linear.forward = lambda gathered: inside(rest, gathered.to(x.dtype), run)
     try:
         return unit(x)
     finally:

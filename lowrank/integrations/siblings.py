@@ -52,7 +52,7 @@ _CROSS = ("cross", "encoder_attn", "encdec", "enc_dec")
 _PATIENCE = 8  # results that nobody took beyond those taken, after which a warning says what they cost
 
 
-class _Made(NamedTuple):
+class _Result(NamedTuple):
     """One sibling's result, and all that it was made from."""
 
     y: torch.Tensor
@@ -68,7 +68,7 @@ class _Kept(threading.local):
     """
 
     def __init__(self):
-        self.made: dict[int, _Made | None] = {}
+        self.results: dict[int, _Result | None] = {}
 
 
 class Siblings:
@@ -80,14 +80,14 @@ class Siblings:
     def __init__(self, layers: list[nn.Module], shared_mask: bool):
         self.layers, self.shared_mask = layers, shared_mask
         self._kept, self._ref = _Kept(), weakref.ref(self)
-        self.taken, self._wasted = 0, 0  # results handed over, and results nobody took
+        self._used, self._wasted = 0, 0  # results handed over, and results nobody took
 
-    def take(self, layer: nn.Module) -> _Made | None:
+    def take(self, layer: nn.Module) -> _Result | None:
         """What waits in this thread for ``layer``.  If it is not waited for, all the rest is dropped."""
-        made, key = self._kept.made, id(layer)
-        if key in made:
-            return made.pop(key)
-        if made:
+        results, key = self._kept.results, id(layer)
+        if key in results:
+            return results.pop(key)
+        if results:
             self._drop()
         return None
 
@@ -96,52 +96,52 @@ class Siblings:
         self._kept = _Kept()
 
     def call(
-        self, layer: nn.Module, x: torch.Tensor, projection: Projection, projection_of, made: _Made | None
+        self, layer: nn.Module, x: torch.Tensor, projection: Projection, projection_of, waiting: _Result | None
     ) -> torch.Tensor | None:
         """``layer``'s result, or None if it is to compute alone.
 
-        ``projection_of(sibling, x)``: what a sibling would compute for x, or None if it cannot take part.  ``made``: what
-        :meth:`take` had for this call.
+        ``projection_of(sibling, x)``: what a sibling would compute for x, or None if it cannot take part.
+        ``waiting``: what :meth:`take` had for this call.
         """
-        if made is None:
+        if waiting is None:
             return self._lead(layer, x, projection, projection_of)
-        if made.x() is x and made.modes == _modes(x) and _same(made.state, _state(projection)):
-            self.taken += 1
-            return made.y
+        if waiting.x() is x and waiting.modes == _modes(x) and _same(waiting.state, _state(projection)):
+            self._used += 1
+            return waiting.y
         self._waste(1)
         return None
 
     def _lead(self, layer, x, projection, projection_of):
         if x.is_inference() or layer not in self.layers or _state(projection) is None:  # nn.DataParallel's replica
             return None
-        if self._kept.made:
+        if self._kept.results:
             self._drop()
         group, members = [projection], {}
         for sibling in self.layers:
             if sibling is not layer:
-                other = projection_of(sibling, x)
-                state = members[id(sibling)] = None if other is None else _state(other)
+                its_projection = projection_of(sibling, x)
+                state = members[id(sibling)] = None if its_projection is None else _state(its_projection)
                 if state is not None:
-                    group.append(other)
+                    group.append(its_projection)
         if len(group) == 1:
             return None
         ref, modes = weakref.ref(x), _modes(x)
         y, *rest = lora_projections(x, tuple(group), shared_mask=self.shared_mask)
         for key, state in members.items():
             if state is not None:
-                members[key] = _Made(rest.pop(0), ref, modes, state)
-        self._kept.made = members
+                members[key] = _Result(rest.pop(0), ref, modes, state)
+        self._kept.results = members
         thread.group = self._ref
         return y
 
     def _drop(self):
-        self._waste(sum(made is not None for made in self._kept.made.values()))
-        self._kept.made, thread.group = {}, None
+        self._waste(sum(result is not None for result in self._kept.results.values()))
+        self._kept.results, thread.group = {}, None
 
     def _waste(self, results: int) -> None:
         # It only warns: a group that changed its mind between a forward and its recomputation would break checkpointing.
         self._wasted += results
-        if self._wasted > self.taken + _PATIENCE:
+        if self._wasted > self._used + _PATIENCE:
             warnings.warn(
                 "lowrank computes q/k/v or gate/up together here, but they are not called with one tensor:"
                 " patch(model, siblings=False) saves that work",
@@ -154,17 +154,19 @@ def find(model: nn.Module, is_member) -> list[tuple[list[nn.Module], list[nn.Mod
     holds.  A layer is in one group: the one of which most are there, or the first of those.
     """
     layers = {path: module for path, module in model.named_modules(remove_duplicate=False) if is_member(module)}
-    groups, taken = [], set()
+    groups, grouped = [], set()
     for path, module in model.named_modules():
         if any(word in path.lower() for word in _CROSS) or getattr(module, "is_cross_attention", False):
             continue
         prefix = f"{path}." if path else ""
-        *found, between = ([layers[prefix + n] for n in names if prefix + n in layers] for names in (*NAMES, _BETWEEN))
-        for group in sorted(found, key=len, reverse=True):
-            group = [layer for layer in dict.fromkeys(group) if layer not in taken]
+        *present, between = (
+            [layers[prefix + n] for n in names if prefix + n in layers] for names in (*NAMES, _BETWEEN)
+        )
+        for group in sorted(present, key=len, reverse=True):
+            group = [layer for layer in dict.fromkeys(group) if layer not in grouped]
             if len(group) > 1 and len({layer.in_features for layer in group}) == 1:
                 groups.append((group, between))
-                taken.update(group)
+                grouped.update(group)
     return groups
 
 
@@ -201,10 +203,10 @@ def _state(projection: Projection) -> tuple[list, list, list] | None:
     return tensors, numbers, versions
 
 
-def _same(made: tuple, now: tuple | None) -> bool:
+def _same(before: tuple, now: tuple | None) -> bool:
     return (
         now is not None
-        and len(made[0]) == len(now[0])
-        and all(map(operator.is_, made[0], now[0]))
-        and made[1:] == now[1:]
+        and len(before[0]) == len(now[0])
+        and all(map(operator.is_, before[0], now[0]))
+        and before[1:] == now[1:]
     )

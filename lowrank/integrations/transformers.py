@@ -81,16 +81,16 @@ class PatchCallback(TrainerCallback):
             return
         before, after, self._before = self._before, _stats.stats(), None
         fallback = {why: n - before["fallback"].get(why, 0) for why, n in after["fallback"].items()}
-        found: _stats.Stats = {
+        counts: _stats.Stats = {
             "fused": after["fused"] - before["fused"],
             "shared": after["shared"] - before["shared"],
             "fallback": {why: n for why, n in fallback.items() if n},
             "untouched": _stats.stats(model)["untouched"],
         }
-        whole = (found["fused"] or _is_compiled(args, model)) and not found["fallback"] and not found["untouched"]
+        whole = (counts["fused"] or _is_compiled(args, model)) and not counts["fallback"] and not counts["untouched"]
         if state.is_local_process_zero:
             level = logging.INFO if whole else logging.WARNING
-            logging.getLogger("lowrank").log(level, "first step: %s", found)
+            logging.getLogger("lowrank").log(level, "first step: %s", counts)
 
 
 def _is_compiled(args: "TrainingArguments", model: nn.Module) -> bool:
@@ -263,10 +263,10 @@ class ProxyTuning(LogitsProcessor):
         pad, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         first = input_ids[:, :1]
-        found = input_ids == pad if pad is not None and pad not in ends else first == -1
+        padding = input_ids == pad if pad is not None and pad not in ends else first == -1
         if len(input_ids) > 1:
-            found = found | torch.isin(first, torch.tensor(ends, dtype=first.dtype, device=first.device))
-        if bool(found.any()):
+            padding = padding | torch.isin(first, torch.tensor(ends, dtype=first.dtype, device=first.device))
+        if bool(padding.any()):
             raise ValueError(
                 "attention_mask: the prompt seems to be padded; call prepare(attention_mask) before, or use"
                 " ProxyTuning.generate (ones, where nothing is padding)"

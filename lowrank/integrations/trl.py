@@ -34,10 +34,10 @@ _TRAINERS = tuple(f"trl.trainer.{name}_trainer" for name in ("grpo", "rloo", "sf
 _PARAMETERS = {
     "add_fused_lm_head": ["model", "temperature", "cast_lm_head_to_fp32", "outputs"],
     "_ChunkedLogProbFunction": [
-        "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
-        "outputs",
+        *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"),
+        *("logit_scale", "outputs"),
     ],
-}  # fmt: skip
+}
 _KNOWN = {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
 _originals: dict[types.ModuleType, dict[str, object]] = {}
 
@@ -75,9 +75,9 @@ def _seam() -> list[types.ModuleType]:
     """The modules to patch, all of them with what is replaced."""
     missing = []
     for name, expected in _PARAMETERS.items():
-        found = getattr(utils, name, None)
-        found = getattr(found, "forward", None) if name.startswith("_") else found
-        if not callable(found) or list(inspect.signature(found).parameters) != expected:
+        function = getattr(utils, name, None)
+        function = getattr(function, "forward", None) if name.startswith("_") else function
+        if not callable(function) or list(inspect.signature(function).parameters) != expected:
             missing.append(f"trl.trainer.utils.{name}({', '.join(expected)})")
     if not missing and "_ChunkedLogProbFunction" not in _names(utils.add_fused_lm_head.__code__):
         missing.append("a call of _ChunkedLogProbFunction in add_fused_lm_head")
@@ -114,15 +114,17 @@ def _is_covered(head: nn.Module) -> bool:
     return type(head) in (_peft.PeftLinear, _peft._twin(_peft.PeftLinear)) and type(head.base_layer) is nn.Linear
 
 
-def _add_fused_lm_head(theirs):
+def _add_fused_lm_head(original):
     """TRL's function, whose models look up their LoRA and call our op where they called TRL's."""
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     def add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
         _refuse(model.get_output_embeddings(), cast_lm_head_to_fp32)
         scores = _Scores(utils._ChunkedLogProbFunction)
-        scope = theirs.__globals__ | {"_ChunkedLogProbFunction": scores}
-        add = types.FunctionType(theirs.__code__, scope, theirs.__name__, theirs.__defaults__, theirs.__closure__)
+        scope = original.__globals__ | {"_ChunkedLogProbFunction": scores}
+        add = types.FunctionType(
+            original.__code__, scope, original.__name__, original.__defaults__, original.__closure__
+        )
         add(model, temperature, cast_lm_head_to_fp32, outputs)
         fused = model.forward.__func__
 
@@ -167,8 +169,8 @@ def _lora(head: nn.Module, like: torch.Tensor):
         return None, None
     biases = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
     bias = sum(biases[1:], biases[0]) if biases else None
-    (A, B, scaling, *_), *others = adapters
-    if others or isinstance(scaling, torch.Tensor):  # side by side they are one
+    (A, B, scaling, *_), *further = adapters
+    if further or isinstance(scaling, torch.Tensor):  # side by side they are one
         A = torch.cat([adapter.A for adapter in adapters])
         B, scaling = torch.cat([adapter.B * adapter.scaling for adapter in adapters], 1), 1.0
     return (A, B, scaling), bias
@@ -177,8 +179,8 @@ def _lora(head: nn.Module, like: torch.Tensor):
 class _Scores:
     """In the place of TRL's ``_ChunkedLogProbFunction``, for one model."""
 
-    def __init__(self, theirs: type[torch.autograd.Function]):
-        self.theirs = theirs
+    def __init__(self, original: type[torch.autograd.Function]):
+        self.original = original
         self.head: nn.Module = None  # type: ignore[assignment]  # forward sets it before it calls apply
 
     def apply(self, hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
@@ -191,9 +193,9 @@ class _Scores:
             )
         if reason is not None:
             _stats.fell_back(self.head, reason, "TRL")
-            return self.theirs.apply(
+            return self.original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
-            )  # fmt: skip
+            )
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)
         if added is not None:
@@ -223,13 +225,13 @@ def _not_covered(weight: torch.Tensor, softcap: float | None, outputs: tuple[str
 @torch.no_grad()
 def _mean_logits(head: Head) -> torch.Tensor:
     """[N] over the vocabulary: the product with the mean row of the head."""
-    wide = torch.promote_types(head.hidden.dtype, torch.float32)
+    acc_dtype = torch.promote_types(head.hidden.dtype, torch.float32)
     with no_autocast(head.hidden.device):
-        row = head.weight.mean(0, dtype=wide)
+        row = head.weight.mean(0, dtype=acc_dtype)
         if head.lora is not None:
             A, B, scaling = head.lora
-            row += scaling * (B.mean(0, dtype=wide) @ A.to(wide))
-        mean = head.hidden.to(wide) @ row
+            row += scaling * (B.mean(0, dtype=acc_dtype) @ A.to(acc_dtype))
+        mean = head.hidden.to(acc_dtype) @ row
         if head.bias is not None:
-            mean += head.bias.mean(dtype=wide)
+            mean += head.bias.mean(dtype=acc_dtype)
         return mean * (head.logit_scale / head.temperature)

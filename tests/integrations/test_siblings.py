@@ -196,7 +196,7 @@ def test_nothing_is_held_once_all_have_theirs():
     del x
     gc.collect()
     assert ref() is None
-    assert not attention.q_proj.__dict__["_lowrank_siblings"]._kept.made
+    assert not attention.q_proj.__dict__["_lowrank_siblings"]._kept.results
 
 
 @pytest.fixture
