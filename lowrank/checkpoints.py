@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STEP, JOURNAL = "lowrank.step.json", "lowrank.apply.json"  # lowrank tools apply's, in a checkpoint's folder
 CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.uint16: "U16", torch.uint8: "U8",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+}
 
 
 def tensor_files(folder: str | os.PathLike[str]) -> dict[str, Path]:

@@ -26,14 +26,14 @@ def layer_shapes(config, dtype: str) -> list[tuple[int, int, list[str], int]]:
 
     model = meta_forward.build(config, getattr(torch, dtype))
     head = model.get_output_embeddings()
-    found: dict[tuple[int, int], list[str]] = {}
+    names_of: dict[tuple[int, int], list[str]] = {}
     for name, module in model.named_modules():
         if is_linear(module) and module is not head:
             N, K = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.shape[::-1]
-            found.setdefault((K, N), []).append(name.rpartition(".")[2])
-    if not found:
+            names_of.setdefault((K, N), []).append(name.rpartition(".")[2])
+    if not names_of:
         raise ValueError(f"{type(model).__name__} has no linear layers to adapt: not supported")
-    return [(K, N, list(dict.fromkeys(names)), len(names)) for (K, N), names in found.items()]
+    return [(K, N, list(dict.fromkeys(names)), len(names)) for (K, N), names in names_of.items()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,8 +147,8 @@ def _measure(calls: dict[str, Callable], first: dict[str, float], device, second
 
 def best(us: dict[str, dict[str, float]], method: str) -> tuple[str, float] | None:
     """(variant, median) of the fastest variant of ``method``, None where it was not timed."""
-    found = {name: t["median"] for name, t in us.items() if name.split()[0] == method}
-    return min(found.items(), key=lambda item: item[1]) if found else None
+    medians = {name: t["median"] for name, t in us.items() if name.split()[0] == method}
+    return min(medians.items(), key=lambda item: item[1]) if medians else None
 
 
 def summary(result: dict) -> str:
@@ -158,10 +158,10 @@ def summary(result: dict) -> str:
     for shape in result["shapes"]:
         us = shape["us"]
         fastest = {method: best(us, method) for method in total}
-        for method, found in fastest.items():
-            total[method] += shape["count"] * (found[1] if found else float("nan"))
+        for method, variant in fastest.items():
+            total[method] += shape["count"] * (variant[1] if variant else float("nan"))
         if fastest["peft"] is not None:
-            (_, theirs), (_, ours) = fastest["peft"], fastest["lowrank"]
+            (_, peft_us), (_, lowrank_us) = fastest["peft"], fastest["lowrank"]
             low, high = us[fastest["lowrank"][0]], us[fastest["peft"][0]]
             word = (
                 "slower"
@@ -170,7 +170,7 @@ def summary(result: dict) -> str:
                 if low["q80"] < high["q20"]
                 else "level within the spread"
             )
-            compared[word].append(f"{', '.join(shape['layers'])} ({ours / theirs:.2f}×)")
+            compared[word].append(f"{', '.join(shape['layers'])} ({lowrank_us / peft_us:.2f}×)")
     layers = sum(shape["count"] for shape in result["shapes"])
     said = f"All {layers} linears, forward + backward, over the frozen ones' time: "
     said += f"lowrank {total['lowrank'] / total['frozen']:.2f}×"
@@ -203,7 +203,7 @@ def _print(result: dict) -> None:
         cells += [f"{base / 1e3:.3f}"]
         cells += ["", ""] if peft is None else [f"{peft[1] / 1e3:.3f}", f"{peft[1] / base:.2f}×"]
         cells += [f"{ours[1] / 1e3:.3f}", f"{ours[1] / base:.2f}×", "" if peft is None else f"{ours[1] / peft[1]:.2f}×"]
-        table.add_row(*cells, "; ".join(found[0] for found in (peft, ours) if found))
+        table.add_row(*cells, "; ".join(variant[0] for variant in (peft, ours) if variant))
     screen.print(table)
     screen.print(
         "Medians of forward + backward, the methods in turn within each round; adapters in 16 bits, in fp32, and in fp32 "

@@ -52,8 +52,8 @@ def main(args: argparse.Namespace) -> int:
             def parts():
                 for name in sorted(old):
                     bar.update(task, description=name)
-                    description["tensors"][name], found = _encode(name, old[name], new[name], not args.no_fingerprint)
-                    for part, t in zip(delta.PARTS, found, strict=True):
+                    description["tensors"][name], encoded = _encode(name, old[name], new[name], not args.no_fingerprint)
+                    for part, t in zip(delta.PARTS, encoded, strict=True):
                         where[f"{name}.{part}"] = t.dtype, [len(t)], file.tell()
                         file.write(as_bytes(t))
                         yield t
@@ -65,8 +65,8 @@ def main(args: argparse.Namespace) -> int:
     finally:
         data.unlink(missing_ok=True)
     nbytes, changed = out.stat().st_size, sum(facts["changed"] for facts in description["tensors"].values())
-    each = f", {nbytes / changed:.2f} per changed element" if changed else ""
-    said = f"{out}: step {base_step} to {step}, {delta.share(description)}, {nbytes:,} bytes{each}"
+    density = f", {nbytes / changed:.2f} per changed element" if changed else ""
+    said = f"{out}: step {base_step} to {step}, {delta.share(description)}, {nbytes:,} bytes{density}"
     console().print(said, soft_wrap=True, markup=False)
     return 0
 

@@ -173,8 +173,8 @@ def _traps() -> Iterator[str]:
 
     spec = importlib.util.find_spec("kernels")
     if spec is not None and (spec.origin is None or _version("kernels") is None):  # None: a folder without __init__.py
-        found = spec.origin or next(iter(spec.submodule_search_locations))
-        yield f"`import kernels` finds {found}, not Hugging Face's package: start Python in another folder, or with -P"
+        location = spec.origin or next(iter(spec.submodule_search_locations))
+        yield f"`import kernels` finds {location}, not Hugging Face's package: start Python in another folder, or with -P"
     triton, numpy = _version("triton") or "", _version("numpy") or ""
     if _numbers(triton) == (3, 6) and _numbers(numpy) >= (2, 4):
         yield f"triton {triton}'s interpreter (TRITON_INTERPRET=1) fails with numpy {numpy}: pip install 'numpy<2.4'"

@@ -118,10 +118,10 @@ def _why_not_as_stored(config, skeleton, layers, files: dict[str, Path]) -> str 
     if config.dtype is not torch.float32 and any(kept):
         return "some of its modules stay in float32"
     for name, layer in layers.items():
-        found = _locate(name, skeleton, files)
-        if found is None:
+        place = _locate(name, skeleton, files)
+        if place is None:
             return f"the files have no {name}.weight"
-        key, path = found
+        key, path = place
         with open_tensors(path) as file:
             stored = file.get_slice(key)
             shape, dtype = tuple(stored.get_shape()), stored.get_dtype()

@@ -38,8 +38,8 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         rows = {e.method: {**dataclasses.asdict(e), "total": e.total, "gpus": e.gpus()} for e in estimates}
         setting = dataclasses.asdict(setting)
-        found = {"model": args.model, "setting": setting, "methods": rows, "not_done": not_done, "notes": notes}
-        print(json.dumps(found, indent=2))
+        report = {"model": args.model, "setting": setting, "methods": rows, "not_done": not_done, "notes": notes}
+        print(json.dumps(report, indent=2))
     else:
         _print_table(args.model, setting, estimates, notes)
     return 0

@@ -58,8 +58,8 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         while hasattr(module, "get_delta_weight"):  # PEFT's layers over parameters nest, one in another
             inside = name + "."
             adapters = [a for a in module.active_adapters if a in getattr(module, "lora_A", (a,))]
-            found = deltas.setdefault(getattr(module, "parameter_name", "weight"), [])
-            found += [module.get_delta_weight(adapter).float() for adapter in adapters]
+            of_parameter = deltas.setdefault(getattr(module, "parameter_name", "weight"), [])
+            of_parameter += [module.get_delta_weight(adapter).float() for adapter in adapters]
             module = module.base_layer
         plain = name.removeprefix("base_model.model.")
         for own, parameter in module.named_parameters(recurse=False):
@@ -71,14 +71,14 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def weight_changes(base: nn.Module, model: nn.Module) -> dict:
     """Shares of the weights of linear layers and experts whose stored value (base's dtype) differs in any bit, and by more
     than TOLERANCE; stable ranks of the matrices that changed, as long as they are finite."""
-    found, ranks = {}, []
+    diffs, ranks = {}, []
     for name, weight in linear_weights(model):
         before = base.get_parameter(name).detach().to(weight.device)
-        found[name] = diff_stats(before, weight.to(before.dtype), TOLERANCE)
+        diffs[name] = diff_stats(before, weight.to(before.dtype), TOLERANCE)
         delta = weight - before.float()
         ranks += [stable_rank(d) for d in delta.reshape(-1, *delta.shape[-2:]) if d.any() and d.isfinite().all()]
     ranks = ranks or [0.0]
-    sums = total(found)
+    sums = total(diffs)
     return {
         "share_changed": sums.share_changed,
         "share_beyond_tolerance": sums.share_beyond,

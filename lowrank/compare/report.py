@@ -34,25 +34,29 @@ def tables(result: dict) -> list[Rows]:
     for name, m in result["methods"].items():
         milliseconds = {key: value * 1e3 for key, value in m["seconds_per_step"].items()}
         forward, rank = m["latency"], m["stable_rank"]
-        cost.append([
-            name,
-            f"{m['trainable_parameters']:,}",
-            _over_seeds(milliseconds, 1),
-            megabytes(m["memory"]["total"]),
-            megabytes(m["checkpoint_bytes"]),
-            *("–" if forward[key] is None else f"{forward[key] * 1e3:.1f}" for key in ("unmerged", "merged")),
-        ])  # fmt: skip
+        cost.append(
+            [
+                name,
+                f"{m['trainable_parameters']:,}",
+                _over_seeds(milliseconds, 1),
+                megabytes(m["memory"]["total"]),
+                megabytes(m["checkpoint_bytes"]),
+                *("–" if forward[key] is None else f"{forward[key] * 1e3:.1f}" for key in ("unmerged", "merged")),
+            ]
+        )
         before, at = m["old_loss"]["before"], m["at_target"]
-        effect.append([
-            name,
-            f"{m['new_loss']['before']:.3f} → {_over_seeds(m['new_loss']['after'])}",
-            f"{before:.3f} → {_over_seeds(m['old_loss']['after'])}",
-            _over_seeds({key: value - before for key, value in at["old_loss"].items()}),
-            f"{at['step']['mean']:.0f}",
-            f"{at['seconds']['mean']:.1f}",
-            *("–" if m[key] is None else f"{m[key]:.1%}" for key in ("share_changed", "share_beyond_tolerance")),
-            "–" if rank is None else f"{rank['median']:.1f}",
-        ])  # fmt: skip
+        effect.append(
+            [
+                name,
+                f"{m['new_loss']['before']:.3f} → {_over_seeds(m['new_loss']['after'])}",
+                f"{before:.3f} → {_over_seeds(m['old_loss']['after'])}",
+                _over_seeds({key: value - before for key, value in at["old_loss"].items()}),
+                f"{at['step']['mean']:.0f}",
+                f"{at['seconds']['mean']:.1f}",
+                *("–" if m[key] is None else f"{m[key]:.1%}" for key in ("share_changed", "share_beyond_tolerance")),
+                "–" if rank is None else f"{rank['median']:.1f}",
+            ]
+        )
         tried = ", ".join(f"{s['learning_rate']:g}: {s['validation_loss']:.3f}" for s in m["sweep"])
         rates.append([name, tried, f"{m['learning_rate']:g}", "edge of the grid" if m["edge_of_grid"] else ""])
     steps, target = result["settings"]["steps"], result["target_loss"]
@@ -107,14 +111,15 @@ def markdown(result: dict) -> str:
         lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", "![loss against time, memory and forgetting](compare.png)", "", "## How it was measured", ""]
     parts = ", ".join(f"{key} {value}" for key, value in env.items())
-    lines += [f"- {sentence}" for sentence in [
+    sentences = [
         f"{parts}; {settings['dtype']}, batch {settings['batch']} × {settings['length']} tokens; "
         f"the whole comparison took {result['seconds']:.0f} s.",
         f"Model: {model['name']}, {model['parameters']:,} parameters. New domain: {_source(result['data']['new'])}. "
         f"Old domain: {_source(result['data']['general'])}.",
         *(f"{name}: {m['summary']}." + _paths(m["paths"]) + _unmeasured(m) for name, m in result["methods"].items()),
         *caveats(result),
-    ]]  # fmt: skip
+    ]
+    lines += [f"- {sentence}" for sentence in sentences]
     return "\n".join(lines) + "\n"
 
 

@@ -138,9 +138,9 @@ def _check_base(subject: Subject, device: torch.device) -> None:
 def _looks_ahead(model: nn.Module, block: torch.Tensor) -> bool:
     """Whether the first position's logits depend on the last token by more than rounding."""
     model.eval()  # dropout, too, changes the logits
-    other = block.clone()
-    other[:, -1] = (block[:, -1] + 1) % model.get_input_embeddings().num_embeddings
-    one, two = (model(input_ids=b).logits[:, 0].float() for b in (block, other))
+    changed = block.clone()
+    changed[:, -1] = (block[:, -1] + 1) % model.get_input_embeddings().num_embeddings
+    one, two = (model(input_ids=b).logits[:, 0].float() for b in (block, changed))
     scale = one.abs().max() * max(1e-4, 8 * torch.finfo(model.dtype).eps)
     return bool((one - two).abs().max() > scale)
 

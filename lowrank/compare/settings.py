@@ -111,8 +111,8 @@ def _readable(what: str, path: Path) -> None:
 def try_out(what: str, folder: Path, names) -> None:
     """Write a file into a folder and take it away again, with the folders made for it.  Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    if taken := [name for name in names if (folder / name).is_dir()]:
-        raise IsADirectoryError(f"{what}: {folder / taken[0]} is a directory; expected a file or nothing")
+    if folders := [name for name in names if (folder / name).is_dir()]:
+        raise IsADirectoryError(f"{what}: {folder / folders[0]} is a directory; expected a file or nothing")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

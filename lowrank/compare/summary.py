@@ -108,7 +108,7 @@ def _agreement(comparison: Comparison, eps: float) -> dict | None:
     lora, peft = comparison.rows["lora"], comparison.rows["peft-lora"]
     rate = lora.sweep.picked
     if rate == peft.sweep.picked:
-        ours, theirs = lora.runs[0].losses, peft.runs[0].losses
+        lora_losses, peft_losses = lora.runs[0].losses, peft.runs[0].losses
     else:
-        ours, theirs = lora.sweep.curves[rate], peft.sweep.curves[rate]
-    return {"learning_rate": rate, **agreement(ours, theirs, comparison.control, eps)}
+        lora_losses, peft_losses = lora.sweep.curves[rate], peft.sweep.curves[rate]
+    return {"learning_rate": rate, **agreement(lora_losses, peft_losses, comparison.control, eps)}

@@ -81,10 +81,10 @@ def _best(names: list[str], total: int, value: str) -> str:
     """names: the leader and what is not separated from it."""
     if len(names) == 1:
         return f"{names[0]} ({value})" + (", apart from all the others" if total > 1 else "")
-    others = (
+    rest = (
         "none of the others separated from it" if len(names) == total else f"{listed(names[1:])} not separated from it"
     )
-    return f"no single method: {names[0]} is lowest ({value}), {others}"
+    return f"no single method: {names[0]} is lowest ({value}), {rest}"
 
 
 def _lowest(result: dict) -> str:
@@ -136,16 +136,20 @@ def _memory(result: dict) -> str:
     )
 
 
-def _agreement(found: dict) -> str:
-    same = "gave the same loss curve within rounding" if found["within_rounding"] else "differ by more than rounding"
-    text = (
-        f"lowrank's and PEFT's LoRA {same}: at most {found['largest_difference']:.1e} apart over the first "
-        f"{found['steps']} steps at rate {found['learning_rate']:g}, where up to {found['allowed']:.1e} counts as rounding: "
-        f"PEFT with every weight one rounding off differs from itself by {found['rounding_alone']:.1e}."
+def _agreement(agreement: dict) -> str:
+    same = (
+        "gave the same loss curve within rounding" if agreement["within_rounding"] else "differ by more than rounding"
     )
-    if found["steps"] < found["all_steps"]:
+    text = (
+        f"lowrank's and PEFT's LoRA {same}: at most {agreement['largest_difference']:.1e} apart over the first "
+        f"{agreement['steps']} steps at rate {agreement['learning_rate']:g}, where up to {agreement['allowed']:.1e} counts "
+        "as rounding: "
+        f"PEFT with every weight one rounding off differs from itself by {agreement['rounding_alone']:.1e}."
+    )
+    if agreement["steps"] < agreement["all_steps"]:
         text += (
-            f" Training amplifies rounding: over all {found['all_steps']} steps the two are "
-            f"{found['largest_difference_of_all']:.1e} apart, and PEFT is {found['rounding_alone_of_all']:.1e} from itself."
+            f" Training amplifies rounding: over all {agreement['all_steps']} steps the two are "
+            f"{agreement['largest_difference_of_all']:.1e} apart, "
+            f"and PEFT is {agreement['rounding_alone_of_all']:.1e} from itself."
         )
     return text

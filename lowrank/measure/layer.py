@@ -60,7 +60,7 @@ class Method(NamedTuple):
 def tensors(p: Problem) -> list[Tensors]:
     import torch
 
-    dtype, found = getattr(torch, p.dtype), []
+    dtype, sets = getattr(torch, p.dtype), []
     for _ in range(p.sets):
         x, W, A, B, dY = (
             torch.randn(shape, device=p.device).mul_(scale)
@@ -72,8 +72,8 @@ def tensors(p: Problem) -> list[Tensors]:
                 ((p.M, p.N), 1.0),
             )
         )
-        found.append(Tensors(x.to(dtype).requires_grad_(), W.to(dtype), A, B, dY.to(dtype)))
-    return found
+        sets.append(Tensors(x.to(dtype).requires_grad_(), W.to(dtype), A, B, dY.to(dtype)))
+    return sets
 
 
 def adapter_kinds(p: Problem) -> tuple[str, ...]:

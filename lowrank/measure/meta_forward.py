@@ -74,8 +74,8 @@ def experts_per_token(model: "PreTrainedModel") -> int:
     """What the model's config says.  Raises ValueError where it does not."""
     config = model.config.get_text_config()
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"):
-        if isinstance(found := getattr(config, name, None), int):
-            return found
+        if isinstance(experts := getattr(config, name, None), int):
+            return experts
     raise ValueError(
         f"{type(model).__name__} has weights of more than two dimensions, and its config does not say how many experts a "
         "token visits: not supported"
