@@ -24,27 +24,27 @@ from lowrank.ops._choice import backend
 
 def methods(p: Problem, data: list[Tensors]) -> tuple[dict[str, Method], dict[str, str]]:
     """({name: Method}, {name: why it is absent})."""
-    found, absent = {"frozen": frozen(p, data)}, {}
+    by_name, absent = {"frozen": frozen(p, data)}, {}
     for kind in adapter_kinds(p):
-        found[f"lora-{kind}"] = lowrank_method(p, data, kind)
-        found[f"lowrank-{kind}"] = _ours(p, data, kind, True)
+        by_name[f"lora-{kind}"] = lowrank_method(p, data, kind)
+        by_name[f"lowrank-{kind}"] = _ours(p, data, kind, True)
         if p.dropout:
-            found[f"lowrank-{kind}-one-gemm"] = _ours(p, data, kind, False)
+            by_name[f"lowrank-{kind}-one-gemm"] = _ours(p, data, kind, False)
         try:
-            found[f"peft-{kind}"] = _peft(p, data, kind)
+            by_name[f"peft-{kind}"] = _peft(p, data, kind)
         except ImportError as error:
             absent["peft"] = str(error)
-    return found, absent
+    return by_name, absent
 
 
 def _magnitudes(p: Problem, data: list[Tensors], factors) -> list[torch.nn.Parameter]:
     """Near the norms, in the factors' dtype, as after some training."""
-    found = []
+    magnitudes = []
     for i, (one, (A, B)) in enumerate(zip(data, factors, strict=True)):
         norm = torch.ops.lowrank.dora_norm(one.W, A.detach(), SCALING * B.detach().float())
         noise = torch.randn(p.N, generator=torch.Generator().manual_seed(i)).to(norm)
-        found.append(torch.nn.Parameter((norm * (1 + 0.05 * noise)).to(A.dtype)))
-    return found
+        magnitudes.append(torch.nn.Parameter((norm * (1 + 0.05 * noise)).to(A.dtype)))
+    return magnitudes
 
 
 def _ours(p: Problem, data: list[Tensors], kind: str, base_dropout: bool) -> Method:
@@ -108,13 +108,13 @@ def flops(p: Problem, mode: str) -> int:
 
 
 def pass_inputs(p: Problem) -> list[dict]:
-    found = []
+    sets = []
     for one in tensors(p):
         A, B, x = one.A.to(getattr(torch, p.thin_dtype)), one.B.float(), one.x.detach()
         gain, seed = torch.rand(p.N, device=p.device), dropout.draw_seeds(1, x.device)
         (keep,) = thin_eager.shrink(x, [A], torch.float32, [0], [6554], seed)[1]
-        found.append(dict(x=x, W=one.W, A=A, B=B, dY=one.dY, v=one.dY.flip(0), gain=gain, keep=keep))
-    return found
+        sets.append(dict(x=x, W=one.W, A=A, B=B, dY=one.dY, v=one.dY.flip(0), gain=gain, keep=keep))
+    return sets
 
 
 _PASSES = {

@@ -37,8 +37,8 @@ def red(tests: tuple[str, ...], seconds: float = 600.0) -> set[str]:
     print(*(done.stdout + done.stderr).splitlines()[-15:], sep="\n")
     lines = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     named = {(ROOT / line.split("::")[0]).resolve() for line in lines}  # pytest names files from its root
-    found = {test for test in tests if (ROOT / test).resolve() in named}
-    return found if done.returncode == 1 and len(found) == len(named) > 0 else set(tests)
+    failed_tests = {test for test in tests if (ROOT / test).resolve() in named}
+    return failed_tests if done.returncode == 1 and len(failed_tests) == len(named) > 0 else set(tests)
 
 
 def sources() -> str:

@@ -69,7 +69,7 @@ def by_triton(call):
     return through
 
 
-def timed(calls: dict, rounds: int = 60, each: int = 50) -> dict[str, float]:
+def timed(calls: dict, rounds: int = 60, repeats: int = 50) -> dict[str, float]:
     """Microseconds of a call."""
     times = {name: [] for name in calls}
     gc.disable()
@@ -78,9 +78,9 @@ def timed(calls: dict, rounds: int = 60, each: int = 50) -> dict[str, float]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(each):
+            for _ in range(repeats):
                 call()
-            times[name].append((time.perf_counter() - start) / each * 1e6)
+            times[name].append((time.perf_counter() - start) / repeats * 1e6)
     gc.enable()
     return {name: statistics.median(of) for name, of in times.items()}
 

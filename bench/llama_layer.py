@@ -50,7 +50,7 @@ def inputs(p: Problem) -> list[Layer]:
         max_position_embeddings=tokens,
         attn_implementation="sdpa",
     )
-    dtype, found = getattr(torch, p.dtype), []
+    dtype, sets = getattr(torch, p.dtype), []
     positions = torch.arange(tokens, device=p.device)[None]
     for _ in range(p.sets):
         with torch.device(p.device):
@@ -59,22 +59,22 @@ def inputs(p: Problem) -> list[Layer]:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
             x, dY = (torch.randn(sequences, tokens, p.K).to(dtype) for _ in range(2))
             rotary = LlamaRotaryEmbedding(config)(x, positions)
-        found.append(Layer(x.requires_grad_(), dY, layer, rotary))
-    return found
+        sets.append(Layer(x.requires_grad_(), dY, layer, rotary))
+    return sets
 
 
 def methods(p: Problem, data: list[Layer]) -> tuple[dict[str, Method], dict[str, str]]:
     """({name: Method}, {name: why it is absent}).  All copies share one set of parameters."""
-    found = {"frozen": _method(p, data, [one.frozen for one in data], "")}
+    by_name = {"frozen": _method(p, data, [one.frozen for one in data], "")}
     try:
         kinds = ("fp32",) if p.dtype == "float32" else ("16bit", "fp32-autocast")
         for kind in kinds:
             adapted = [_adapted(p, one.frozen, kind) for one in data]
-            found[f"peft-{kind}"] = _method(p, data, adapted, kind)
-            found[f"lowrank-{kind}"] = _method(p, data, [_patched(layer) for layer in adapted], kind)
+            by_name[f"peft-{kind}"] = _method(p, data, adapted, kind)
+            by_name[f"lowrank-{kind}"] = _method(p, data, [_patched(layer) for layer in adapted], kind)
     except ImportError as error:
-        return {"frozen": found["frozen"]}, {"peft": str(error).splitlines()[0]}
-    return found, {}
+        return {"frozen": by_name["frozen"]}, {"peft": str(error).splitlines()[0]}
+    return by_name, {}
 
 
 def _adapted(p: Problem, layer: nn.Module, kind: str) -> nn.Module:

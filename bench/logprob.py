@@ -33,7 +33,7 @@ class Set(NamedTuple):
 
 
 def inputs(p: Problem) -> list[Set]:
-    dtype, found = getattr(torch, p.dtype), []
+    dtype, sets = getattr(torch, p.dtype), []
     for _ in range(p.sets):
         h, W, A, B = (
             torch.randn(shape, device=p.device).mul_(scale).to(dtype).requires_grad_(name != "W")
@@ -44,13 +44,13 @@ def inputs(p: Problem) -> list[Set]:
                 ("B", (p.N, p.r), 0.1),
             )
         )
-        found.append(Set(h, W, A, B, torch.randint(p.N, (p.M,), device=p.device)))
-    return found
+        sets.append(Set(h, W, A, B, torch.randint(p.N, (p.M,), device=p.device)))
+    return sets
 
 
 def methods(p: Problem) -> tuple[dict[str, Callable[[Set], tuple]], dict[str, str]]:
     """({name: f(set) -> (logp [T] or their sum, entropy if there is one)}, {name: why it is absent})."""
-    found = {
+    by_name = {
         "lowrank": lambda s: lowrank.linear_logprob(s.h, s.W, s.targets),
         "lowrank-lora": lambda s: lowrank.linear_logprob(s.h, s.W, s.targets, lora=(s.A, s.B, SCALING)),
         "lowrank-ce": lambda s: (-lowrank.linear_cross_entropy(s.h, s.W, s.targets, reduction="sum"),),
@@ -59,20 +59,20 @@ def methods(p: Problem) -> tuple[dict[str, Callable[[Set], tuple]], dict[str, st
     }
     if backend(torch.device(p.device))[0] == "triton":
         for name in ("", "-lora"):
-            found[f"lowrank{name}-logits"] = lambda s, lora=bool(name): lowrank.linear_logprob(
+            by_name[f"lowrank{name}-logits"] = lambda s, lora=bool(name): lowrank.linear_logprob(
                 s.h, s.W, s.targets, lora=(s.A, s.B, SCALING) if lora else None, batch_invariant=True
             )
     absent = {}
     for name, make in {"trl": _trl, "torch-ce": _torch_ce, "liger-ce": _liger, "cut-ce": _cut}.items():
         try:
-            found[name] = make(p)
+            by_name[name] = make(p)
         except Exception as error:  # other people's packages raise what they like on a machine they do not know
             absent[name] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-    return found, absent
+    return by_name, absent
 
 
 def calls(p: Problem, data: list[Set]) -> tuple[dict, dict[str, str]]:
-    found, absent = methods(p)
+    functions, absent = methods(p)
 
     def forward(f):
         def call(i):
@@ -92,11 +92,11 @@ def calls(p: Problem, data: list[Set]) -> tuple[dict, dict[str, str]]:
     return {
         "forward": {
             "gemms": lambda i: _gemms(data[i % p.sets], rows_of(p), False),
-            **{name: forward(f) for name, f in found.items()},
+            **{name: forward(f) for name, f in functions.items()},
         },
         "both": {
             "gemms": lambda i: _gemms(data[i % p.sets], rows_of(p), True),
-            **{name: both(f, "lora" in name) for name, f in found.items()},
+            **{name: both(f, "lora" in name) for name, f in functions.items()},
         },
     }, absent
 

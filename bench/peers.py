@@ -21,7 +21,7 @@ DEFAULT = ("frozen", "lowrank", "peft", "unsloth", "lorafusion")  # "peft-compil
 
 def methods(p: Problem, data: list[Tensors], peers=DEFAULT) -> tuple[dict[str, Method], dict[str, str]]:
     """({name: Method}, {name: why it is absent}).  "lowrank" and "peft" stand for one method per kind of adapter."""
-    found: dict[str, Method] = {}
+    by_name: dict[str, Method] = {}
     absent: dict[str, str] = {}
     makers = {
         "frozen": lambda: {"frozen": frozen(p, data)},
@@ -37,10 +37,10 @@ def methods(p: Problem, data: list[Tensors], peers=DEFAULT) -> tuple[dict[str, M
         if name not in makers:
             raise ValueError(f"peer {name!r}: expected some of {', '.join(makers)}")
         try:
-            found |= makers[name]()
+            by_name |= makers[name]()
         except Exception as error:  # other people's packages raise what they like on a machine they do not know
             absent[name] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-    return found, absent
+    return by_name, absent
 
 
 def unsloth(p: Problem, data: list[Tensors]) -> Method:

@@ -94,17 +94,17 @@ def _addmm_calls(p, inputs, options) -> Calls:
 
 def _thin_inputs(p):
     """Per set: x [M, K], dY [M, N], A [r, K], B [N, r], S and dS [M, r], keep bits, seeds, dX."""
-    found = []
+    sets = []
     for one in tensors(p):
         thin, x = getattr(torch, p.thin_dtype), one.x.detach()
         A, B = one.A.to(thin), one.B.to(thin)
         S, dS = (torch.randn(p.M, p.r, device=p.device).to(thin) for _ in range(2))
         seeds, cuts = dropout.draw_seeds(1, x.device), [dropout.threshold(p.dropout)] if p.dropout else []
         keeps = thin_eager.shrink(x, [A], thin, [0], cuts, seeds)[1] if p.dropout else []
-        found.append(
+        sets.append(
             dict(x=x, dY=one.dY, A=A, B=B, S=S, dS=dS, keeps=keeps, seeds=seeds, cuts=cuts, dX=torch.empty_like(x))
         )
-    return found
+    return sets
 
 
 def _thin_calls(run):
@@ -116,10 +116,12 @@ def _thin_calls(run):
             from lowrank.kernels import thin
 
             modules = {"triton": thin, **modules}
-        found = {name: lambda i, module=module: run(module, inputs[i % p.sets], p) for name, module in modules.items()}
+        products = {
+            name: lambda i, module=module: run(module, inputs[i % p.sets], p) for name, module in modules.items()
+        }
         size = max(1, _THIN_BYTES[run.__name__.strip("_")](p) // 2)
         copies = [torch.zeros(2, size, dtype=torch.uint8, device=p.device) for _ in inputs]
-        return {"": {**found, "copy": lambda i: copies[i % p.sets][0].copy_(copies[i % p.sets][1])}}
+        return {"": {**products, "copy": lambda i: copies[i % p.sets][0].copy_(copies[i % p.sets][1])}}
 
     return calls
 
@@ -177,9 +179,9 @@ def _thin(name, run, dropouts=(0.0,)) -> Benchmark:
 
 
 def _linear_calls(p, inputs, options) -> Calls:
-    found, absent = peers.methods(p, inputs, options.peers)
+    methods, absent = peers.methods(p, inputs, options.peers)
     options.add(absent)
-    return _by_pass(found, [one.dY for one in inputs])
+    return _by_pass(methods, [one.dY for one in inputs])
 
 
 def _by_pass(methods, dYs) -> Calls:
@@ -206,11 +208,11 @@ def _linear_flops(p: Problem, mode: str) -> int:
 
 def _small_calls(p, inputs, options) -> Calls:
     device = torch.device(p.device)
-    found, absent = peers.methods(p, inputs, ("frozen", "peft"))
+    methods, absent = peers.methods(p, inputs, ("frozen", "peft"))
     options.add(absent)
     kind = "fp32" if p.dtype == "float32" else "16bit"
     calls = _by_pass(
-        {name: m for name, m in found.items() if name in ("frozen", f"peft-{kind}")}, [t.dY for t in inputs]
+        {name: m for name, m in methods.items() if name in ("frozen", f"peft-{kind}")}, [t.dY for t in inputs]
     )
     ours = peers.methods(p, inputs, ("lowrank",))[0][f"lowrank-{kind}"]
     forced = ["eager", *(["triton"] if backend(device)[0] == "triton" else [])]
@@ -232,9 +234,9 @@ def _forced(name, call):
 
 
 def _llama_calls(p, inputs, options) -> Calls:
-    found, absent = llama_layer.methods(p, inputs)
+    methods, absent = llama_layer.methods(p, inputs)
     options.add(absent)
-    return _by_pass(found, [t.dY for t in inputs])
+    return _by_pass(methods, [t.dY for t in inputs])
 
 
 # SVF.
@@ -254,9 +256,9 @@ def _stream(name, inputs, calls, bytes_of, *tests) -> Benchmark:
 
 
 def _dora_calls(p, inputs, options) -> Calls:
-    found, absent = dora.methods(p, inputs)
+    methods, absent = dora.methods(p, inputs)
     options.add(absent)
-    return _by_pass(found, [one.dY for one in inputs])
+    return _by_pass(methods, [one.dY for one in inputs])
 
 
 def _dora_pass(name) -> Benchmark:
@@ -313,32 +315,67 @@ REGISTRY = {
             "lora_linear", tensors, _linear_calls, _linear_bytes, _linear_flops, "frozen", OPS + KERNELS, (0.0, 0.1)
         ),
         Benchmark(
-            "small", tensors, _small_calls, _linear_bytes, _linear_flops, "frozen", OPS + KERNELS, graphs=False,
+            "small",
+            tensors,
+            _small_calls,
+            _linear_bytes,
+            _linear_flops,
+            "frozen",
+            OPS + KERNELS,
+            graphs=False,
             rows=(1, 8, 32, 128, 512),
         ),
         Benchmark(
-            "llama_layer", llama_layer.inputs, _llama_calls, llama_layer.bytes_of, llama_layer.flops, "frozen",
-            OPS + KERNELS + ("tests/integrations/test_peft.py",), (0.0, 0.1),
+            "llama_layer",
+            llama_layer.inputs,
+            _llama_calls,
+            llama_layer.bytes_of,
+            llama_layer.flops,
+            "frozen",
+            OPS + KERNELS + ("tests/integrations/test_peft.py",),
+            (0.0, 0.1),
         ),
         Benchmark("svf_linear", svf.inputs, _svf_calls, svf.bytes_of, svf.flops, "frozen", SVF),
         Benchmark(
-            "svf_dy", svf.dy_inputs, lambda p, inputs, options: svf.dy_calls(p, inputs), lambda p, mode: svf.dy_bytes(p),
-            lambda p, mode: 2 * p.M * p.N * p.r, "copy", SVF,
+            "svf_dy",
+            svf.dy_inputs,
+            lambda p, inputs, options: svf.dy_calls(p, inputs),
+            lambda p, mode: svf.dy_bytes(p),
+            lambda p, mode: 2 * p.M * p.N * p.r,
+            "copy",
+            SVF,
         ),
         Benchmark(
-            "dora_linear", tensors, _dora_calls, dora.bytes_of, dora.flops, "frozen",
-            OPS + DORA + ("tests/integrations/test_dora.py",), (0.0, 0.1),
+            "dora_linear",
+            tensors,
+            _dora_calls,
+            dora.bytes_of,
+            dora.flops,
+            "frozen",
+            OPS + DORA + ("tests/integrations/test_dora.py",),
+            (0.0, 0.1),
         ),
         _dora_pass("dora_norm"),
         _dora_pass("gain_dy"),
         _dora_pass("drop"),
         Benchmark(
-            "linear_logprob", logprob.inputs, _logprob_calls, logprob.bytes_of, logprob.flops, "gemms", HEAD, graphs=False,
+            "linear_logprob",
+            logprob.inputs,
+            _logprob_calls,
+            logprob.bytes_of,
+            logprob.flops,
+            "gemms",
+            HEAD,
+            graphs=False,
         ),
         Benchmark(
-            "materialize", svf.materialize_inputs, lambda p, inputs, options: svf.materialize_calls(p, inputs),
+            "materialize",
+            svf.materialize_inputs,
+            lambda p, inputs, options: svf.materialize_calls(p, inputs),
             lambda p, mode: 2 * p.N * p.K * _sizes(p)[0] + p.r * (p.N + p.K) * _sizes(p)[1],
-            lambda p, mode: 2 * p.N * p.K * p.r, "copy", ("tests/ops/test_materialize.py", "tests/kernels/test_materialize.py"),
+            lambda p, mode: 2 * p.N * p.K * p.r,
+            "copy",
+            ("tests/ops/test_materialize.py", "tests/kernels/test_materialize.py"),
         ),
         _stream("adamw", streams.adamw_inputs, streams.adamw_calls, streams.adamw_bytes, "tests/test_optim.py"),
         _stream("diff_stats", streams.pair_inputs, streams.diff_calls, streams.pair_bytes, "tests/test_analysis.py"),
@@ -346,4 +383,4 @@ REGISTRY = {
         _stream("delta", streams.pair_inputs, streams.delta_calls, streams.delta_bytes, "tests/test_delta.py"),
         _stream("fold", streams.fold_inputs, streams.fold_calls, streams.fold_bytes, "tests/ops/test_fold.py"),
     )
-}  # fmt: skip
+}

@@ -11,9 +11,22 @@ import sys
 from pathlib import Path
 
 LIGER = (
-    "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit", "x_name", "x_label", "x_value",
-    "y_value_50", "y_value_20", "y_value_80", "extra_benchmark_config_str", "gpu_name", "timestamp", "liger_version",
-)  # fmt: skip
+    "kernel_name",
+    "kernel_provider",
+    "kernel_operation_mode",
+    "metric_name",
+    "metric_unit",
+    "x_name",
+    "x_label",
+    "x_value",
+    "y_value_50",
+    "y_value_20",
+    "y_value_80",
+    "extra_benchmark_config_str",
+    "gpu_name",
+    "timestamp",
+    "liger_version",
+)
 OURS = ("dtype", "thin_dtype", "rank", "lowrank_version", "torch_version")
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito
 MARKERS = "osD^vP*X"
@@ -21,8 +34,8 @@ MARKERS = "osD^vP*X"
 
 def load(folder: Path) -> list[dict]:
     """The results in ``folder`` that bench/run.py wrote, by name."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [result for result in found if isinstance(result, dict) and "benchmark" in result and result["rows"]]
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [result for result in results if isinstance(result, dict) and "benchmark" in result and result["rows"]]
 
 
 def markdown(results: list[dict]) -> str:
@@ -61,11 +74,22 @@ def csv_rows(results: list[dict]) -> list[dict]:
         for row in result["rows"]:
             config = {key: row[key] for key in ("K", "N", "r", "dropout", "dtype", "thin_dtype", "sets", "how")}
             common = dict(
-                kernel_name=result["benchmark"], kernel_provider=row["provider"], kernel_operation_mode=row["mode"],
-                x_name="M", x_label="tokens", x_value=row["M"], extra_benchmark_config_str=json.dumps(config),
-                gpu_name=env["device"], timestamp=env["timestamp"], liger_version="", dtype=row["dtype"],
-                thin_dtype=row["thin_dtype"], rank=row["r"], lowrank_version=env["lowrank"], torch_version=env["torch"],
-            )  # fmt: skip
+                kernel_name=result["benchmark"],
+                kernel_provider=row["provider"],
+                kernel_operation_mode=row["mode"],
+                x_name="M",
+                x_label="tokens",
+                x_value=row["M"],
+                extra_benchmark_config_str=json.dumps(config),
+                gpu_name=env["device"],
+                timestamp=env["timestamp"],
+                liger_version="",
+                dtype=row["dtype"],
+                thin_dtype=row["thin_dtype"],
+                rank=row["r"],
+                lowrank_version=env["lowrank"],
+                torch_version=env["torch"],
+            )
             ms = {"y_value_50": row["us"] / 1e3, "y_value_20": row["us_20"] / 1e3, "y_value_80": row["us_80"] / 1e3}
             rows.append({**common, "metric_name": "speed", "metric_unit": "ms", **ms})
             if row["peak"] is not None:
@@ -114,12 +138,12 @@ def _dots(axes, rows: list[dict], key: str, providers: list[str]) -> None:
     labels = [f"{r['name']} {r['M']}x{r['K']}x{r['N']} r{r['r']} p{r['dropout']:g}" for r in rows]
     heights = {label: -i for i, label in enumerate(dict.fromkeys(labels))}
     for n, provider in enumerate(dict.fromkeys(providers)):
-        mine = [
+        points = [
             (row[key], heights[label]) for row, label in zip(rows, labels, strict=True) if row["provider"] == provider
         ]
-        mine = [(x, y) for x, y in mine if x is not None]
+        points = [(x, y) for x, y in points if x is not None]
         style = dict(color=COLOURS[n % len(COLOURS)], marker=MARKERS[(n + n // 8) % len(MARKERS)], s=26, label=provider)
-        axes.scatter([x for x, _ in mine], [y for _, y in mine], **style)
+        axes.scatter([x for x, _ in points], [y for _, y in points], **style)
     axes.set_xscale("log")  # eager on a small problem may be hundreds of times off
     axes.xaxis.set_major_formatter(LogFormatter())
     axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))

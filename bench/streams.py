@@ -30,29 +30,31 @@ def adamw_inputs(p: Problem) -> list[dict]:
 
 def adamw_calls(p: Problem, data: list[dict]) -> dict[str, dict]:
     """torch-fused keeps its moments in the parameters' dtype: in 16 bits it reads and writes 8 bytes less."""
-    modes = {mode: each for mode, each in ADAMW.items() if p.dtype != "float32" or mode not in ("stochastic", "master")}
+    modes = {
+        mode: setting for mode, setting in ADAMW.items() if p.dtype != "float32" or mode not in ("stochastic", "master")
+    }
     return {mode: _adamw(p, data, mode, options) for mode, (_, options) in modes.items()}
 
 
 def _adamw(p: Problem, data: list[dict], mode: str, options: dict) -> dict:
-    ours, theirs, masks = [], [], []
+    lowrank_optimizers, torch_optimizers, masks = [], [], []
     for one in data:
         pair = [torch.nn.Parameter(one["p"].clone()) for _ in range(2)]
         for parameter in pair:
             parameter.grad = one["g"].clone()
         active = torch.rand(p.N * p.K, device=p.device) < ACTIVE
-        given = {pair[0]: bits.pack(active)} if mode == "masked" else None
-        ours.append(lowrank.optim.AdamW([pair[0]], masks=given, nonfinite="propagate", **options))
-        theirs.append(torch.optim.AdamW([pair[1]], fused=True))
+        mask_of = {pair[0]: bits.pack(active)} if mode == "masked" else None
+        lowrank_optimizers.append(lowrank.optim.AdamW([pair[0]], masks=mask_of, nonfinite="propagate", **options))
+        torch_optimizers.append(torch.optim.AdamW([pair[1]], fused=True))
         masks.append((pair[1].grad, active) if mode == "masked" else None)
 
     def fused(i):
         if masks[i % p.sets]:
             grad, active = masks[i % p.sets]
             grad.mul_(active)
-        return theirs[i % p.sets].step()
+        return torch_optimizers[i % p.sets].step()
 
-    calls = {"lowrank": lambda i: ours[i % p.sets].step(), "torch-fused": fused}
+    calls = {"lowrank": lambda i: lowrank_optimizers[i % p.sets].step(), "torch-fused": fused}
     return calls | copies(p, adamw_bytes(p, mode))
 
 
@@ -72,13 +74,13 @@ def copies(p: Problem, count: int) -> dict:
 def pair_inputs(p: Problem) -> list[dict]:
     """old, and new of which one element in a hundred moved by about a unit of its spacing, as RL's steps leave them."""
     dtype = getattr(torch, p.dtype)
-    found = []
+    pairs = []
     for _ in range(p.sets):
         old = torch.randn(p.N, p.K, device=p.device).mul_(0.02).to(dtype)
         moved = torch.rand(p.N, p.K, device=p.device) < CHANGED
         new = torch.where(moved, old * (1 + 2 * torch.finfo(dtype).eps), old)
-        found.append(dict(old=old, new=new))
-    return found
+        pairs.append(dict(old=old, new=new))
+    return pairs
 
 
 def diff_calls(p: Problem, data: list[dict]) -> dict[str, dict]:

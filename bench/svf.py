@@ -24,7 +24,7 @@ class Set(NamedTuple):
 
 
 def inputs(p: Problem) -> list[Set]:
-    dtype, n, found = getattr(torch, p.dtype), min(p.K, p.N), []
+    dtype, n, sets = getattr(torch, p.dtype), min(p.K, p.N), []
     for _ in range(p.sets):
         x, W, U, Vh, dY = (
             torch.randn(shape, device=p.device).mul_(shape[1] ** -0.5).to(dtype)
@@ -32,8 +32,8 @@ def inputs(p: Problem) -> list[Set]:
         )
         S, z = torch.rand(n, device=p.device).sort(descending=True).values, torch.rand(n, device=p.device) + 0.5
         top = lowrank.SVDFactors(U[:, : p.r].contiguous(), S[: p.r], Vh[: p.r])
-        found.append(Set(x.requires_grad_(), W, lowrank.SVDFactors(U, S, Vh), top, z.requires_grad_(), dY))
-    return found
+        sets.append(Set(x.requires_grad_(), W, lowrank.SVDFactors(U, S, Vh), top, z.requires_grad_(), dY))
+    return sets
 
 
 def methods(p: Problem, data: list[Set]) -> dict[str, Method]:
@@ -88,12 +88,12 @@ def flops(p: Problem, mode: str) -> int:
 
 def dy_inputs(p: Problem) -> list[dict]:
     """dY [M, N], B [N, k], S [M, k], scales [k], or [4, k] beside a mix [M, 4]."""
-    thin, found = getattr(torch, p.thin_dtype), []
+    thin, sets = getattr(torch, p.thin_dtype), []
     for one in inputs(p):
         S = torch.randn(p.M, p.r, device=p.device).to(thin)
         mixed = dict(scales=torch.rand(4, p.r, device=p.device), mix=torch.rand(p.M, 4, device=p.device))
-        found.append(dict(dY=one.dY, B=one.top.U.to(thin), S=S, scales=one.top.S.clone(), mixed=mixed))
-    return found
+        sets.append(dict(dY=one.dY, B=one.top.U.to(thin), S=S, scales=one.top.S.clone(), mixed=mixed))
+    return sets
 
 
 def dy_calls(p: Problem, data: list[dict]) -> dict[str, dict]:

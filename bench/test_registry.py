@@ -61,10 +61,10 @@ def test_providers_compute_the_same(name):
     pytest.importorskip("peft")
     _, _, outputs = run(name)
     for mode, of in outputs.items():
-        others = {n: out for n, out in of.items() if n != "frozen" and not n.startswith("lora-")}
-        assert len(others) > 1
-        first = next(iter(others.values()))
-        for n, out in others.items():
+        adapted = {n: out for n, out in of.items() if n != "frozen" and not n.startswith("lora-")}
+        assert len(adapted) > 1
+        first = next(iter(adapted.values()))
+        for n, out in adapted.items():
             assert len(out) == len(first)
             for a, b in zip(out, first, strict=True):
                 assert error(a, b.double()) < 1e-5, (mode, n)
@@ -112,8 +112,8 @@ def test_svf_modes_are_the_formulas():
     assert error(dy[""]["eager"][0], (t["dY"].double() @ t["B"].double()) * t["scales"].double()) < 1e-5
     m = t["mixed"]["mix"].double() @ t["mixed"]["scales"].double()
     assert error(dy["4 experts"]["eager"][0], (t["dY"].double() @ t["B"].double()) * m) < 1e-5
-    _, inputs, found = run("materialize")
-    assert error(found[""]["lowrank"][0], found[""]["eager"][0].double()) < 1e-6
+    _, inputs, weights = run("materialize")
+    assert error(weights[""]["lowrank"][0], weights[""]["eager"][0].double()) < 1e-6
 
 
 def test_log_probabilities_are_the_formulas():

@@ -45,10 +45,10 @@ def main() -> None:
     print("ms per layer (median)          PEFT  lowrank  ratio (median of pairs; lowest-highest)")
     for way, backend in WAYS.items():
         pairs = [[in_a_process(patched, backend, args.layers) for patched in (False, True)] for _ in range(args.rounds)]
-        theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratios = sorted(mine / other for other, mine in pairs)
+        peft_ms, lowrank_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratios = sorted(lowrank / peft for peft, lowrank in pairs)
         spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-        print(f"{way:28} {theirs:7.1f} {ours:8.1f}  {spread}")
+        print(f"{way:28} {peft_ms:7.1f} {lowrank_ms:8.1f}  {spread}")
 
 
 def in_a_process(patched: bool, backend: str, layers: int) -> float:

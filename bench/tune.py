@@ -67,12 +67,12 @@ def configs(name: str, module, t: dict, toy: bool) -> list:
     """None, which leaves the choice to the launcher; then what differs from its choice in one field, then in two."""
     first, grid = picked(name, module, t), TOY if toy else GRID
     changes = [(field.name, value) for field in dataclasses.fields(first) for value in grid[field.name]]
-    found = [first]
+    candidates = [first]
     for many in (1, 2):
         for chosen in itertools.combinations(changes, many):
             if len(dict(chosen)) == many:
-                found.append(dataclasses.replace(first, **dict(chosen)))
-    return [None, *dict.fromkeys(found)]
+                candidates.append(dataclasses.replace(first, **dict(chosen)))
+    return [None, *dict.fromkeys(candidates)]
 
 
 def picked(name: str, module, t: dict):
@@ -105,11 +105,11 @@ def sweep(name: str, p: Problem, rates, args) -> list[dict]:
             row["refused"] = "no time left (--seconds)"
             continue
         try:
-            for ours, theirs, truth in zip(call(name, module, data[0], config), plain, oracle, strict=True):
+            for out, eager, truth in zip(call(name, module, data[0], config), plain, oracle, strict=True):
                 # of one draw
-                found, bound = error(ours, truth), 2 * error(theirs, truth) + 1.5 * torch.finfo(ours.dtype).eps
-                if not found <= bound:
-                    raise AssertionError(f"{name}: error {found:.3e} > {bound:.3e}")
+                distance, bound = error(out, truth), 2 * error(eager, truth) + 1.5 * torch.finfo(out.dtype).eps
+                if not distance <= bound:
+                    raise AssertionError(f"{name}: error {distance:.3e} > {bound:.3e}")
         except Exception as refusal:  # too much shared memory, a compiler's failure, a wrong result: all are answers
             row["refused"] = f"{type(refusal).__name__}: {(str(refusal) or '-').splitlines()[0]}"
         else:
@@ -175,11 +175,11 @@ def main(argv: list[str] | None = None) -> int:
         for r in map(int, args.ranks.split(",")):
             p = Problem(*map(int, shape.split("x")), r, **settings)
             for name in names:
-                found = sweep(name, p, rates, args)
-                rows += found
-                wrong |= any(row.get("refused", "").startswith("AssertionError") for row in found)
+                swept = sweep(name, p, rates, args)
+                rows += swept
+                wrong |= any(row.get("refused", "").startswith("AssertionError") for row in swept)
                 if not args.compile_only:
-                    show(name, p, found)
+                    show(name, p, swept)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(

@@ -20,11 +20,11 @@ def verdict(name: str, rows: list[dict]) -> str:
 
 def cases(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     """{everything but the provider: {provider: row}}."""
-    found: dict[tuple, dict[str, dict]] = {}
+    by_case: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         keys = ("mode", "M", "K", "N", "r", "dropout", "dtype", "thin_dtype")
-        found.setdefault(tuple(row[key] for key in keys), {})[row["provider"]] = row
-    return found
+        by_case.setdefault(tuple(row[key] for key in keys), {})[row["provider"]] = row
+    return by_case
 
 
 def _addmm(rows):
@@ -44,32 +44,32 @@ def _thin(rows):
             if "copy" in of:
                 shares.setdefault(name, []).append(of["copy"]["us"] / of[name]["us"])
     said = []
-    for name, found in sorted(shares.items(), reverse=True):
-        word = "reached" if min(found) >= COPY_TARGET else "missed"
-        said.append(f"{name} {_range(found, '.0%')} of a copy's bytes/s, target {COPY_TARGET:.0%} {word}")
+    for name, values in sorted(shares.items(), reverse=True):
+        word = "reached" if min(values) >= COPY_TARGET else "missed"
+        said.append(f"{name} {_range(values, '.0%')} of a copy's bytes/s, target {COPY_TARGET:.0%} {word}")
     return "; ".join(said) or "nothing to compare"
 
 
 def _ratio(rows):
     """Over the frozen computation, and against the fastest peer of the same case."""
-    ours: dict[str, list[float]] = {}
-    theirs: dict[str, list[float]] = {}
+    lowrank_ratios: dict[str, list[float]] = {}
+    peer_ratios: dict[str, list[float]] = {}
     slower = compared = 0
     for case, of in cases(rows).items():
-        mine = [row for name, row in of.items() if name.startswith("lowrank")]
+        lowrank_rows = [row for name, row in of.items() if name.startswith("lowrank")]
         peers = [row for name, row in of.items() if not name.startswith(("lowrank", "frozen", "lora-"))]
-        if not mine or "frozen" not in of:
+        if not lowrank_rows or "frozen" not in of:
             continue
-        frozen, fastest = of["frozen"]["us"], min(mine, key=lambda row: row["us"])
-        ours.setdefault(case[0], []).append(fastest["us"] / frozen)
+        frozen, fastest = of["frozen"]["us"], min(lowrank_rows, key=lambda row: row["us"])
+        lowrank_ratios.setdefault(case[0], []).append(fastest["us"] / frozen)
         if peers:
             peer = min(peers, key=lambda row: row["us"])
-            theirs.setdefault(case[0], []).append(peer["us"] / frozen)
+            peer_ratios.setdefault(case[0], []).append(peer["us"] / frozen)
             slower += fastest["us"] > peer["us"]
             compared += 1
     said = [
-        f"{mode} {_range(found)}×" + (f" (fastest peer {_range(theirs[mode])}×)" if mode in theirs else "")
-        for mode, found in ours.items()
+        f"{mode} {_range(ratios)}×" + (f" (fastest peer {_range(peer_ratios[mode])}×)" if mode in peer_ratios else "")
+        for mode, ratios in lowrank_ratios.items()
     ]
     said = f"lowrank over frozen: {', '.join(said)}" if said else "nothing to compare"
     return said + (f"; slower than the fastest peer in {slower} of {compared} cases" if compared else "")
@@ -79,12 +79,16 @@ def _small(rows):
     """From which M on the kernels are at least as fast as eager, for every larger M that was timed."""
     said = []
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        of = {case[1:4]: found for case, found in cases(rows).items() if case[0] == mode and "lowrank-triton" in found}
+        of = {
+            case[1:4]: providers
+            for case, providers in cases(rows).items()
+            if case[0] == mode and "lowrank-triton" in providers
+        }
         for K, N in dict.fromkeys(size[1:] for size in of):
-            wins = [(size[0], found) for size, found in sorted(of.items()) if size[1:] == (K, N)]
+            wins = [(size[0], providers) for size, providers in sorted(of.items()) if size[1:] == (K, N)]
             start = None
-            for M, found in reversed(wins):
-                if found["lowrank-triton"]["us"] > found["lowrank-eager"]["us"]:
+            for M, providers in reversed(wins):
+                if providers["lowrank-triton"]["us"] > providers["lowrank-eager"]["us"]:
                     break
                 start = M
             said.append(f"{mode} {K}x{N}: {'eager throughout' if start is None else f'triton from M = {start}'}")
@@ -120,17 +124,17 @@ def _head(rows):
     return "; ".join(said) or "nothing to compare"
 
 
-def _against(rows, name, other):
+def _against(rows, name, baseline):
     """Forward and backward together: time, and bytes if both have a figure."""
     both = [of for case, of in cases(rows).items() if case[0] == "both"]
-    pairs = [(of[name], of[other]) for of in both if {name, other} <= of.keys()]
+    pairs = [(of[name], of[baseline]) for of in both if {name, baseline} <= of.keys()]
     if not pairs:
         return ""
-    said = f"{name} {_range([a['us'] / b['us'] for a, b in pairs])}× of {other}'s time"
+    said = f"{name} {_range([a['us'] / b['us'] for a, b in pairs])}× of {baseline}'s time"
     peaks = [a["peak"] / b["peak"] for a, b in pairs if a.get("peak") and b.get("peak")]
     return said + (f", {_range(peaks)}× of its peak memory" if peaks else "")
 
 
-def _range(found: list[float], form: str = ".2f") -> str:
-    low, high = format(min(found), form), format(max(found), form)
+def _range(values: list[float], form: str = ".2f") -> str:
+    low, high = format(min(values), form), format(max(values), form)
     return low if low == high else f"{low}-{high}"
