@@ -56,16 +56,16 @@ def ninja() -> str | None:
 
 def torch_folder() -> Path | None:
     """Where torch is: on the path, or beside this Python's other packages, which an isolated build does not see."""
-    found = importlib.util.find_spec("torch")
-    folders = [Path(path) for path in found.submodule_search_locations or []] if found else []
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(path) for path in spec.submodule_search_locations or []] if spec else []
     folders += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
     return next((folder for folder in folders if (folder / "include" / "torch" / "csrc" / "stable").is_dir()), None)
 
 
 def torch_version(of: str = "__version__") -> str | None:
     """The version of that torch, or of its "cuda", read from its version.py: an isolated build cannot import it."""
-    found = re.search(rf"^{of}\b[^=\n]*= *'([^']+)'", (torch_folder() / "version.py").read_text(), re.MULTILINE)
-    return found and found[1]
+    match = re.search(rf"^{of}\b[^=\n]*= *'([^']+)'", (torch_folder() / "version.py").read_text(), re.MULTILINE)
+    return match and match[1]
 
 
 def torch_flags() -> tuple[str, str]:
@@ -154,23 +154,23 @@ class NinjaBuild(build_ext):
 
 def extensions() -> list[Extension]:
     required = os.environ.get("LOWRANK_REQUIRE_NATIVE") == "1"
-    found = []
+    modules = []
     for library in ("cpu", "cuda", "node"):
         reason = why_not(library)
         if reason is None:
             sources = [str(path.relative_to(CSRC.parent)) for path in sorted(CSRC.iterdir()) if path.suffix != ".md"]
-            found.append(Extension(f"lowrank._C_{library}", sources, py_limited_api=True, optional=not required))
+            modules.append(Extension(f"lowrank._C_{library}", sources, py_limited_api=True, optional=not required))
         elif required and library == "cpu":
             raise SystemExit(f"lowrank/_C_{library} {reason}")
         else:
             print(f"lowrank/_C_{library} is left out: it {reason}", file=sys.stderr)
-    return found
+    return modules
 
 
 if __name__ == "__main__":
-    found = extensions()
+    modules = extensions()
     setup(
-        ext_modules=found,
+        ext_modules=modules,
         cmdclass={"build_ext": NinjaBuild},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}} if found else {},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
     )

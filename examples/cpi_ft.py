@@ -98,10 +98,10 @@ def merge(base: Weights, tuned: list[Weights], cores: list[Weights], on: str) ->
 
 
 def union(masks: list[Weights]) -> Weights:
-    found = {name: words.clone() for name, words in masks[0].items()}
-    for mask, name in itertools.product(masks[1:], found):
-        found[name] |= mask[name]
-    return found
+    joined = {name: words.clone() for name, words in masks[0].items()}
+    for mask, name in itertools.product(masks[1:], joined):
+        joined[name] |= mask[name]
+    return joined
 
 
 def shuffled(parts: list[Tensor], seed: int) -> Tensor:
@@ -128,8 +128,15 @@ def stages(model: nn.Module, order: list[list[int]], tasks: dict[str, Corpus], c
 
 
 OPTIONS = {
-    "hidden": 96, "batch": 8, "pretrain-steps": 300, "steps": 80, "rate": 1e-3, "core": 0.01, "threshold": 0.2, "seed": 0,
-}  # fmt: skip
+    "hidden": 96,
+    "batch": 8,
+    "pretrain-steps": 300,
+    "steps": 80,
+    "rate": 1e-3,
+    "core": 0.01,
+    "threshold": 0.2,
+    "seed": 0,
+}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -154,8 +161,8 @@ def main(argv: list[str] | None = None) -> dict:
         rows[f"{name} alone"] = losses(probe, tasks)
         probes.append(weights(probe))
     cores = [analysis.topk_mask((base, probe), args.core) for probe in probes]
-    found = analysis.overlap(cores)
-    order = groups_of(found.jaccard, args.threshold)
+    overlap = analysis.overlap(cores)
+    order = groups_of(overlap.jaccard, args.threshold)
 
     merged = merge(base, probes, cores, args.on)
     rows["merged"] = losses(with_weights(model, merged), tasks)
@@ -180,7 +187,7 @@ def main(argv: list[str] | None = None) -> dict:
     console.print(table)
     for a, b in itertools.combinations(range(len(names)), 2):
         console.print(
-            f"cores of {names[a]} and {names[b]}: Jaccard {found.jaccard[a, b]:.3f}, by chance {args.core / 2:.3f}"
+            f"cores of {names[a]} and {names[b]}: Jaccard {overlap.jaccard[a, b]:.3f}, by chance {args.core / 2:.3f}"
         )
     console.print("groups: " + "; ".join(" + ".join(names[task] for task in group) for group in order), highlight=False)
     return dict(rows=rows, order=order, cores=cores, frozen=frozen, merged=merged, models=models, forgotten=forgotten)

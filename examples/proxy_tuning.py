@@ -88,9 +88,16 @@ def lines(model: nn.Module, blocks: Tensor, proxy: ProxyTuning | None = None) ->
 
 
 OPTIONS = {
-    "hidden": 128, "layers": 4, "small-hidden": 48, "small-layers": 2, "batch": 8,
-    "pretrain-steps": 400, "steps": 150, "rate": 2e-3, "seed": 0,
-}  # fmt: skip
+    "hidden": 128,
+    "layers": 4,
+    "small-hidden": 48,
+    "small-layers": 2,
+    "batch": 8,
+    "pretrain-steps": 400,
+    "steps": 150,
+    "rate": 2e-3,
+    "seed": 0,
+}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -133,9 +140,9 @@ def main(argv: list[str] | None = None) -> dict:
             table.add_column(column, justify="right")
     table.add_column("lines", justify="right")
     for name in rows:
-        found = [results[domain, name] for domain in domains]
-        cells = [c for r in found for c in (f"{r['loss']:.4f}", f"{r['gap']:.0%}", f"{r['changed']:.1%}")]
-        table.add_row(name, *cells, f"{found[-1]['lines']:.1%}")
+        of_name = [results[domain, name] for domain in domains]
+        cells = [c for r in of_name for c in (f"{r['loss']:.4f}", f"{r['gap']:.0%}", f"{r['changed']:.1%}")]
+        table.add_row(name, *cells, f"{of_name[-1]['lines']:.1%}")
     Console().print(table)
     return results
 

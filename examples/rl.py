@@ -58,10 +58,10 @@ def answer(model: nn.Module, problems: list[list[int]]) -> tuple[Tensor, Tensor,
     for _ in range(ANSWER):
         ids = torch.cat([ids, torch.multinomial(model(input_ids=ids).logits[:, -1].softmax(-1), 1)], 1)
     texts = [bytes(min(byte, 255) for byte in row).decode("latin1") for row in ids[:, PROMPT:].tolist()]
-    found = {name: [re.match(pattern, text) for text in texts] for name, pattern in FORMATS.items()}
-    each = zip(problems, *found.values(), strict=True)
-    right = [any(match and int(match[1]) == a + b for match in matches) for (a, b), *matches in each]
-    formats = {name: torch.tensor([match is not None for match in matches]) for name, matches in found.items()}
+    matched = {name: [re.match(pattern, text) for text in texts] for name, pattern in FORMATS.items()}
+    answers = zip(problems, *matched.values(), strict=True)
+    right = [any(match and int(match[1]) == a + b for match in matches) for (a, b), *matches in answers]
+    formats = {name: torch.tensor([match is not None for match in matches]) for name, matches in matched.items()}
     return ids, torch.tensor(right).float(), formats
 
 
@@ -129,10 +129,10 @@ def conclusion(rows: dict[str, dict[str, float]]) -> str:
     """What training every weight bought in this run, in words."""
     base, full, again = (rows[name] for name in ("base", "full", "full again"))
     best = max((name for name in rows if name not in ("base", "full", "full again")), key=lambda n: rows[n]["reward"])
-    other, mean = rows[best], (full["reward"] + again["reward"]) / 2
-    noise = max(2 * (full["error"] ** 2 / 2 + other["error"] ** 2) ** 0.5, abs(full["reward"] - again["reward"]))
-    bought = f"{mean - other['reward']:+.3f} reward against {best}, the best of the adapters afterwards"
-    if abs(mean - other["reward"]) <= noise:
+    adapter, mean = rows[best], (full["reward"] + again["reward"]) / 2
+    noise = max(2 * (full["error"] ** 2 / 2 + adapter["error"] ** 2) ** 0.5, abs(full["reward"] - again["reward"]))
+    bought = f"{mean - adapter['reward']:+.3f} reward against {best}, the best of the adapters afterwards"
+    if abs(mean - adapter["reward"]) <= noise:
         bought = (
             f"nothing in reward that can be told from {best}, the best of the adapters afterwards ({bought.split()[0]})"
         )
@@ -142,17 +142,27 @@ def conclusion(rows: dict[str, dict[str, float]]) -> str:
     return (
         f"In this run training every weight bought {bought}; noise is {noise:.3f}, and the base's {base['reward']:.3f} became"
         f" {mean:.3f}. Its loss on prose moved by {full['prose'] - base['prose']:+.3f}, {best}'s by"
-        f" {other['prose'] - base['prose']:+.3f}; its KL is {full['kl']:.3f}, {best}'s {other['kl']:.3f}; it changed"
-        f" {full['bf16']:.1%} of the bf16 weights, {best}, merged, {other['bf16']:.1%}. The base answered {kinds['base']}"
+        f" {adapter['prose'] - base['prose']:+.3f}; its KL is {full['kl']:.3f}, {best}'s {adapter['kl']:.3f}; it changed"
+        f" {full['bf16']:.1%} of the bf16 weights, {best}, merged, {adapter['bf16']:.1%}. The base answered {kinds['base']}"
         f" {base[kinds['base']]:.2f} of the time; {collapsed} of {len(onto)} runs ended with nine of ten answers or more in one"
         f" format ({', '.join(onto)}). One toy, and one seed but for full: nothing follows for other models."
     )
 
 
 OPTIONS = {
-    "hidden": 64, "limit": 20, "batch": 16, "pretrain-steps": 700, "worked": 0.3, "seed": 0,
-    "steps": 100, "prompts": 16, "group": 16, "kl": 0.0, "every": 20, "asked": 4,
-}  # fmt: skip
+    "hidden": 64,
+    "limit": 20,
+    "batch": 16,
+    "pretrain-steps": 700,
+    "worked": 0.3,
+    "seed": 0,
+    "steps": 100,
+    "prompts": 16,
+    "group": 16,
+    "kl": 0.0,
+    "every": 20,
+    "asked": 4,
+}
 
 
 def main(argv: list[str] | None = None) -> dict:

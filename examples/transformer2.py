@@ -131,10 +131,21 @@ def cross_entropy_method(model: nn.Module, shots: Tensor, args) -> Tensor:
 
 
 OPTIONS = {
-    "hidden": 96, "batch": 8, "pretrain-steps": 300, "steps": 100, "rate": 0.1,  # steps and rate: of next-token loss
-    "rl-steps": 60, "rl-batch": 64, "rl-rate": 0.02, "kl": 0.1,  # kl: λ; the paper's default is 0
-    "prompt": 30, "shots": 3, "population": 32, "iterations": 8, "seed": 0,  # prompt: bytes that the first pass reads
-}  # fmt: skip
+    "hidden": 96,
+    "batch": 8,
+    "pretrain-steps": 300,
+    "steps": 100,  # of next-token loss, as is rate
+    "rate": 0.1,
+    "rl-steps": 60,
+    "rl-batch": 64,
+    "rl-rate": 0.02,
+    "kl": 0.1,  # λ; the paper's default is 0
+    "prompt": 30,  # bytes that the first pass reads
+    "shots": 3,
+    "population": 32,
+    "iterations": 8,
+    "seed": 0,
+}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -187,7 +198,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name in losses["prose"]:
         columns = (rewards, "+.3f"), (kl, ".3f"), (size, ",")
         cells = [format(values[name], spec) if name in values else "" for values, spec in columns]
-        table.add_row(name, *(f"{found[name].mean():.4f}" for found in losses.values()), *cells)
+        table.add_row(name, *(f"{by_name[name].mean():.4f}" for by_name in losses.values()), *cells)
     Console().print(table)
     for domain, alpha in alphas.items():
         mixture = " + ".join(f"{a:.2f} {name}" for name, a in zip(EXPERTS, alpha.tolist(), strict=True))
