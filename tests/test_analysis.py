@@ -47,16 +47,16 @@ def form(request, monkeypatch):
 
 def in_every_form(monkeypatch, compute):
     """What ``compute`` gives; the same in every form there is."""
-    found = []
+    results = []
     for form in FORMS:
         with monkeypatch.context() as patch:
             try:
                 choose(patch, form)
             except pytest.skip.Exception:
                 continue
-            found.append(compute())
-    assert all(repr(other) == repr(found[0]) for other in found[1:])
-    return found[0]
+            results.append(compute())
+    assert all(repr(result) == repr(results[0]) for result in results[1:])
+    return results[0]
 
 
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-42, -1e-42, 6e-8, 3e38, -3e38, 65504.0, 1e-5, 1.0]
@@ -87,20 +87,20 @@ def changed_a_bit(old, seed):
 
 def reference(old, new, tol, rel, ulp):
     """DiffStats element by element, in numpy; the norms exactly rounded."""
-    wide = np.float64 if old.dtype is FP64 else np.float32
+    acc_dtype = np.float64 if old.dtype is FP64 else np.float32
     raw = [t.flatten().view(RAW[t.element_size()]).tolist() for t in (old, new)]
-    x, y = (t.flatten().to(FP64 if wide is np.float64 else FP32).numpy() for t in (old, new))
+    x, y = (t.flatten().to(FP64 if acc_dtype is np.float64 else FP32).numpy() for t in (old, new))
     top = (1 << 8 * old.element_size() - 1) - 1
     counts, squares, olds, largest = [0] * 4, Fraction(0), Fraction(0), 0.0
     infinite = [False, False]
     with np.errstate(all="ignore"):
         for a, b, i, j in zip(x, y, *raw, strict=True):
             equal = a == b or (np.isnan(a) and np.isnan(b))
-            d = wide(0) if equal else abs(b - a)
+            d = acc_dtype(0) if equal else abs(b - a)
             nan = bool(np.isnan(d))
             i, j = (-(n & top) if n < 0 else n for n in (i, j))
-            counts[1] += nan or bool(d > wide(tol))
-            counts[2] += nan or bool(d > wide(rel) * abs(a)) or bool(np.isinf(d))
+            counts[1] += nan or bool(d > acc_dtype(tol))
+            counts[2] += nan or bool(d > acc_dtype(rel) * abs(a)) or bool(np.isinf(d))
             counts[3] += not equal and (nan or abs(i - j) > ulp)
             if not nan:
                 largest = max(largest, float(d))
@@ -121,9 +121,9 @@ def root(x: Fraction) -> float:
         return math.inf
 
 
-def assert_close(found, want):
-    assert found[:6] == want[:6]
-    assert found[6:] == pytest.approx(want[6:], rel=1e-12, abs=1e-150)
+def assert_close(actual, want):
+    assert actual[:6] == want[:6]
+    assert actual[6:] == pytest.approx(want[6:], rel=1e-12, abs=1e-150)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,8 +136,8 @@ def test_diff_stats_is_numpys(monkeypatch, dtype, n, seed, ulp, limits):
     old = special_values(n, dtype, seed)
     new = changed_a_bit(old, seed)
     tol, rel = limits
-    found = in_every_form(monkeypatch, lambda: diff_stats(old, new, tol, rel=rel, ulp=ulp))
-    assert_close(found, reference(old, new, tol, rel, ulp))
+    stats = in_every_form(monkeypatch, lambda: diff_stats(old, new, tol, rel=rel, ulp=ulp))
+    assert_close(stats, reference(old, new, tol, rel, ulp))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,8 +145,8 @@ def test_diff_stats_is_numpys(monkeypatch, dtype, n, seed, ulp, limits):
 def test_beyond_abs_is_isclose(form, dtype, tol):
     old = special_values(9000, dtype, 3)
     new = changed_a_bit(old, 3)
-    wide = FP64 if dtype is FP64 else FP32
-    close = torch.isclose(new.to(wide), old.to(wide), rtol=0, atol=tol, equal_nan=True)
+    acc_dtype = FP64 if dtype is FP64 else FP32
+    close = torch.isclose(new.to(acc_dtype), old.to(acc_dtype), rtol=0, atol=tol, equal_nan=True)
     assert diff_stats(old, new, tol).beyond_abs == int((~close).sum())
 
 
@@ -155,11 +155,11 @@ def test_beyond_abs_beside_the_papers_code():
     old = (torch.randn(200_000) * 1e-3).to(BF16)
     new = (old.float() + torch.randn(old.shape) * 1e-5).to(BF16)
     delta = new - old
-    theirs = ~torch.isclose(delta, torch.zeros_like(delta), atol=1e-5)
+    by_isclose = ~torch.isclose(delta, torch.zeros_like(delta), atol=1e-5)
     d = (new.float() - old.float()).abs()
     near = (d / 1e-5 - 1).abs() < 0.01
-    assert torch.equal(theirs[~near], (d > 1e-5)[~near])
-    assert 0 < abs(diff_stats(old, new).beyond_abs - int(theirs.sum())) <= int(near.sum())
+    assert torch.equal(by_isclose[~near], (d > 1e-5)[~near])
+    assert 0 < abs(diff_stats(old, new).beyond_abs - int(by_isclose.sum())) <= int(near.sum())
 
 
 def test_special_pairs(form):
@@ -181,8 +181,8 @@ def test_special_pairs(form):
         (torch.tensor([-3e38]), torch.tensor([3e38]), [1, 1, 1, 1, math.inf]),
     ]
     for old, new, want in pairs:
-        found = diff_stats(old, new)
-        assert [*found[1:5], found.max] == want, (old, new, found)
+        stats = diff_stats(old, new)
+        assert [*stats[1:5], stats.max] == want, (old, new, stats)
     assert diff_stats(inf, nan).old_norm == math.inf
     assert diff_stats(torch.ones(1), torch.full((1,), 2.0), rel=0.6).beyond_rel == 1
     assert diff_stats(torch.full((1,), 2.0), torch.ones(1), rel=0.6).beyond_rel == 0
@@ -195,15 +195,15 @@ def test_sums_do_not_depend_on_threads_or_form(monkeypatch, form):
     choose(monkeypatch, form)
     old = torch.randn(300_001).to(BF16)
     new = (old.float() + torch.randn(old.shape) * 1e-2).to(BF16)
-    threads, found = torch.get_num_threads(), []
+    threads, results = torch.get_num_threads(), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        found.append((diff_stats(old, new), topk_mask((old, new), 0.3).tolist()))
+        results.append((diff_stats(old, new), topk_mask((old, new), 0.3).tolist()))
     torch.set_num_threads(threads)
     monkeypatch.setenv("LOWRANK_BACKEND", "eager")
     monkeypatch.setattr(ops, "CHUNK", 1 << 14)
-    found.append((diff_stats(old, new), topk_mask((old, new), 0.3).tolist()))
-    assert found[0] == found[1] == found[2]
+    results.append((diff_stats(old, new), topk_mask((old, new), 0.3).tolist()))
+    assert results[0] == results[1] == results[2]
 
 
 def test_sums_have_one_order(monkeypatch):
@@ -214,10 +214,10 @@ def test_sums_have_one_order(monkeypatch):
     def sums(old, new):
         return [ops.diff(x, y, 1e-5, 1e-3, 1)[2:] for x, y in zip(old, new, strict=True)]
 
-    found = in_every_form(monkeypatch, lambda: sums(old, new))
+    straight = in_every_form(monkeypatch, lambda: sums(old, new))
     flipped = sums(*(t.view(40, -1, ops.LANES).flip(1).reshape(40, -1) for t in (old, new)))
-    assert flipped != found
-    assert all(a == pytest.approx(b, rel=1e-14) for a, b in zip(flipped, found, strict=True))
+    assert flipped != straight
+    assert all(a == pytest.approx(b, rel=1e-14) for a, b in zip(flipped, straight, strict=True))
 
 
 def test_views_shapes_and_gradients(form):
@@ -236,9 +236,9 @@ def test_total_is_of_one_long_tensor():
     parts = diff_stats(old, new)
     assert list(parts) == ["a", "b"]
     whole = diff_stats(*(torch.cat([t["a"].flatten(), t["b"].flatten()]) for t in (old, new)))
-    for found in (total(parts), total(list(parts.values()))):
-        assert found[:6] == whole[:6]
-        assert found[6:] == pytest.approx(whole[6:])
+    for stats in (total(parts), total(list(parts.values()))):
+        assert stats[:6] == whole[:6]
+        assert stats[6:] == pytest.approx(whole[6:])
     assert total([]) == DiffStats(0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
     assert total({}).share_changed == 0.0
     assert whole.share_changed == whole.changed / 4600
@@ -366,8 +366,8 @@ def test_hashes_are_splitmix64():
     want = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
     assert [splitmix(1234567, i) for i in range(5)] == want
     index = torch.tensor([0, 1, 2, 3, 4, 2**40 + 5])
-    found = [n % 2**64 for n in ops.hashes(index, 1234567).tolist()]
-    assert found == [*want, splitmix(1234567, 2**40 + 5)]
+    hashes = [n % 2**64 for n in ops.hashes(index, 1234567).tolist()]
+    assert hashes == [*want, splitmix(1234567, 2**40 + 5)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -389,12 +389,12 @@ def test_topk_is_a_sort(monkeypatch, dtype, sizes, seed, p, levels, pair):
         given_ = {k: torch.full_like(t, 0.5) for k, t in scores.items()}, scores
         scores = {k: t.to(FP64 if dtype is FP64 else FP32) - 0.5 for k, t in scores.items()}
     words = in_every_form(monkeypatch, lambda: {k: w.tolist() for k, w in topk_mask(given_, p).items()})
-    found = {k: unpacked(torch.tensor(w, dtype=torch.int32), scores[k]) for k, w in words.items()}
+    masks = {k: unpacked(torch.tensor(w, dtype=torch.int32), scores[k]) for k, w in words.items()}
     want = expected_mask(scores, p)
-    assert all(torch.equal(found[k], want[k]) for k in scores)
-    assert sum(int(m.sum()) for m in found.values()) == round(p * sum(sizes))
+    assert all(torch.equal(masks[k], want[k]) for k in scores)
+    assert sum(int(m.sum()) for m in masks.values()) == round(p * sum(sizes))
     for k, t in scores.items():  # the bits after the last
-        assert torch.equal(bits.pack(found[k]), torch.tensor(words[k], dtype=torch.int32).view(-1)), t.shape
+        assert torch.equal(bits.pack(masks[k]), torch.tensor(words[k], dtype=torch.int32).view(-1)), t.shape
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
@@ -404,18 +404,18 @@ def test_without_ties_it_is_torch_topk(form, dtype):
     assert flat.unique().numel() == flat.numel() or dtype is FP32
     for p in (1e-4, 0.01, 0.5):
         k = round(p * flat.numel())
-        found = torch.cat([unpacked(w, scores[n]).flatten() for n, w in topk_mask(scores, p).items()])
-        assert found.sum() == k
-        assert flat[found].min() >= flat.topk(k).values.min()
+        mask = torch.cat([unpacked(w, scores[n]).flatten() for n, w in topk_mask(scores, p).items()])
+        assert mask.sum() == k
+        assert flat[mask].min() >= flat.topk(k).values.min()
         if flat.unique().numel() == flat.numel():
-            assert torch.equal(found.nonzero().view(-1), flat.topk(k).indices.sort().values)
+            assert torch.equal(mask.nonzero().view(-1), flat.topk(k).indices.sort().values)
 
 
 def test_fp64_beside_fp32_is_compared_in_fp64(form):
     scores = {"a": torch.ones(40), "b": torch.full((40,), 1 + 1e-12, dtype=FP64)}
-    found = topk_mask(scores, 0.5)
-    assert found["b"].tolist() == bits.pack(torch.ones(40, dtype=torch.bool)).tolist()
-    assert not found["a"].any()
+    masks = topk_mask(scores, 0.5)
+    assert masks["b"].tolist() == bits.pack(torch.ones(40, dtype=torch.bool)).tolist()
+    assert not masks["a"].any()
 
 
 def heavy_ties():
@@ -429,32 +429,32 @@ def heavy_ties():
 @pytest.mark.parametrize("p", [0.001, 0.04, 0.4])
 def test_the_order_of_tensors_does_not_matter(form, p):
     old, new = heavy_ties()
-    found = topk_mask((old, new), p)
-    assert list(found) == ["c", "a", "b"]
+    masks = topk_mask((old, new), p)
+    assert list(masks) == ["c", "a", "b"]
     again = topk_mask(({n: old[n] for n in "abc"}, {n: new[n] for n in "bca"}), p)
     assert list(again) == ["b", "c", "a"]
-    assert all(torch.equal(found[n], again[n]) for n in "abc")
-    count = sum(int(unpacked(found[n], old[n]).sum()) for n in "abc")
+    assert all(torch.equal(masks[n], again[n]) for n in "abc")
+    count = sum(int(unpacked(masks[n], old[n]).sum()) for n in "abc")
     assert count == round(p * sum(t.numel() for t in old.values()))
 
 
 def test_ties_are_spread_evenly(form):
     """All tied: each tensor gets its share within 4 sigma, and so does each half of it."""
     scores = {name: torch.ones(20_000) for name in ("model.layers.0.q", "model.layers.0.k", "model.layers.1.q")}
-    found = {name: unpacked(w, scores[name]) for name, w in topk_mask(scores, 0.1).items()}
-    assert sum(int(m.sum()) for m in found.values()) == 6000
-    for mask in found.values():
+    masks = {name: unpacked(w, scores[name]) for name, w in topk_mask(scores, 0.1).items()}
+    assert sum(int(m.sum()) for m in masks.values()) == 6000
+    for mask in masks.values():
         assert abs(int(mask.sum()) - 2000) < 4 * math.sqrt(2000 * 0.9)
         assert abs(int(mask[:10_000].sum()) - 1000) < 4 * math.sqrt(1000 * 0.9)
-    assert not torch.equal(*list(found.values())[:2])
+    assert not torch.equal(*list(masks.values())[:2])
 
 
 def test_per_tensor_scope(form):
     old, new = heavy_ties()
-    found = topk_mask((old, new), 0.03, scope="tensor")
+    masks = topk_mask((old, new), 0.03, scope="tensor")
     for n in old:
         alone = topk_mask(({n: old[n]}, {n: new[n]}), 0.03)[n]
-        assert torch.equal(found[n], alone)
+        assert torch.equal(masks[n], alone)
         assert unpacked(alone, old[n]).sum() == round(0.03 * old[n].numel())
 
 
@@ -487,10 +487,10 @@ CUTS = {"c": (0, 1, 9000), "a": (0, 4000, 9077), "b": (0, 9154, 9154)}
 
 def shards(rank):
     """Pieces of heavy_ties at odd places; process 1 has none of "b", and not its name."""
-    found = []
+    cut = []
     for tensors in heavy_ties():
-        found.append({n: t[CUTS[n][rank] : CUTS[n][rank + 1]] for n, t in tensors.items() if rank == 0 or n != "b"})
-    return tuple(found), {n: CUTS[n][rank] for n in found[0]}
+        cut.append({n: t[CUTS[n][rank] : CUTS[n][rank + 1]] for n, t in tensors.items() if rank == 0 or n != "b"})
+    return tuple(cut), {n: CUTS[n][rank] for n in cut[0]}
 
 
 def run_rank(rank, store, results):
@@ -499,18 +499,18 @@ def run_rank(rank, store, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     pair, offsets = shards(rank)
-    found = {}
+    outcomes = {}
     for scope in ("global", "tensor"):
         for p in (0.001, 0.04, 0.4):
-            found[scope, p] = topk_mask(pair, p, scope=scope, offsets=offsets, group=dist.group.WORLD)
+            outcomes[scope, p] = topk_mask(pair, p, scope=scope, offsets=offsets, group=dist.group.WORLD)
     bad = dict(pair[1])
     if rank:
         bad["a"] = bad["a"].clone().fill_(math.nan)
     try:
         topk_mask((pair[0], bad), 0.1, group=dist.group.WORLD)
     except ValueError as error:
-        found["error"] = str(error)
-    torch.save(found, f"{results}.{rank}")
+        outcomes["error"] = str(error)
+    torch.save(outcomes, f"{results}.{rank}")
     dist.destroy_process_group()
 
 
@@ -590,20 +590,20 @@ def test_overlap_is_of_sets(monkeypatch, sizes, E, seed):
     masks = [{f"t{t}": torch.rand(n, generator=generator) < 0.3 for t, n in enumerate(sizes)} for _ in range(E)]
     words = [{name: bits.pack(m) for name, m in mask.items()} for mask in masks]
     numel = {f"t{t}": n for t, n in enumerate(sizes)}
-    found = overlap(words, numel)
+    overlaps = overlap(words, numel)
     in_every_form(monkeypatch, lambda: [t.tolist() for t in overlap(words, numel)])
     sets = [{(name, i) for name, m in mask.items() for i in m.nonzero().view(-1).tolist()} for mask in masks]
     N = sum(sizes)
-    assert found.sizes.tolist() == [len(s) for s in sets]
+    assert overlaps.sizes.tolist() == [len(s) for s in sets]
     for i, a in enumerate(sets):
         for j, b in enumerate(sets):
-            assert found.intersections[i, j] == len(a & b)
+            assert overlaps.intersections[i, j] == len(a & b)
             chance = len(a) * len(b) / N if N else math.nan
             for value, over, under in [
-                (found.jaccard, len(a & b), len(a | b)),
-                (found.one_sided, len(a & b), len(a)),
-                (found.random_jaccard, chance, len(a) + len(b) - chance),
-                (found.random_one_sided, len(b), N),
+                (overlaps.jaccard, len(a & b), len(a | b)),
+                (overlaps.one_sided, len(a & b), len(a)),
+                (overlaps.random_jaccard, chance, len(a) + len(b) - chance),
+                (overlaps.random_one_sided, len(b), N),
             ]:
                 want = over / under if under else math.nan
                 assert float(value[i, j]) == pytest.approx(want, nan_ok=True)
@@ -612,21 +612,21 @@ def test_overlap_is_of_sets(monkeypatch, sizes, E, seed):
 @pytest.mark.parametrize("E", [31, 32, 33, 50])
 def test_overlap_of_many_masks(form, E):
     words = [torch.randint(-(2**31), 2**31, (700,)).to(torch.int32) for _ in range(E)]
-    found = overlap(words)
+    overlaps = overlap(words)
     flat = torch.stack([bits.unpack(w, (22_400,)) for w in words]).double()
-    assert torch.equal(found.intersections, (flat @ flat.T).long())
-    assert torch.equal(found.sizes, flat.sum(1).long())
-    assert torch.equal(found.random_one_sided[3], found.sizes.double() / 22_400)
+    assert torch.equal(overlaps.intersections, (flat @ flat.T).long())
+    assert torch.equal(overlaps.sizes, flat.sum(1).long())
+    assert torch.equal(overlaps.random_one_sided[3], overlaps.sizes.double() / 22_400)
 
 
 def test_independent_masks_are_at_the_baseline(form):
     masks = [bits.pack(torch.rand(100_000) < share) for share in (0.1, 0.4)]
-    found = overlap(masks, 100_000)
+    overlaps = overlap(masks, 100_000)
     for name in ("jaccard", "one_sided"):
-        random = getattr(found, f"random_{name}")
-        assert float(getattr(found, name)[0, 1]) == pytest.approx(float(random[0, 1]), rel=0.1)
-    assert float(found.one_sided[1, 0]) == pytest.approx(0.1, rel=0.1)
-    assert found.jaccard.diagonal().tolist() == found.one_sided.diagonal().tolist() == [1.0, 1.0]
+        random = getattr(overlaps, f"random_{name}")
+        assert float(getattr(overlaps, name)[0, 1]) == pytest.approx(float(random[0, 1]), rel=0.1)
+    assert float(overlaps.one_sided[1, 0]) == pytest.approx(0.1, rel=0.1)
+    assert overlaps.jaccard.diagonal().tolist() == overlaps.one_sided.diagonal().tolist() == [1.0, 1.0]
 
 
 def test_overlap_refuses():

@@ -50,9 +50,9 @@ def any_bits(numel, dtype, generator):
     """Numbers of any bits, a quarter of them special: NaN with every payload, infinities, zeros of both signs."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     info = torch.iinfo(kind)
-    found = torch.randint(info.min, info.max, (numel,), generator=generator, dtype=kind).view(dtype)
+    numbers = torch.randint(info.min, info.max, (numel,), generator=generator, dtype=kind).view(dtype)
     special = torch.tensor(SPECIAL, dtype=dtype)[torch.randint(len(SPECIAL), (numel,), generator=generator)]
-    return torch.where(torch.rand(numel, generator=generator) < 0.25, special, found)
+    return torch.where(torch.rand(numel, generator=generator) < 0.25, special, numbers)
 
 
 def changed_pair(numel, dtype, density, seed, ulps=False):
@@ -373,15 +373,15 @@ def test_a_model(form, density):
 
 def test_forms_give_the_same_bytes(monkeypatch):
     old, new = model_pair(0.05)
-    found = set()
+    blobs = set()
     for form in FORMS:
         with monkeypatch.context() as patch:
             try:
                 use(form, patch)
             except pytest.skip.Exception:
                 continue
-            found.add(delta.encode(new, old=old))
-    assert len(found) == 1
+            blobs.add(delta.encode(new, old=old))
+    assert len(blobs) == 1
 
 
 def test_strides_do_not_matter(form):
@@ -542,8 +542,8 @@ def test_other_tensors(form):
     refused(
         {**old, "head.w": old["head.w"].view(1100, 3)}, blob, r"head\.w: expected shape \[3, 1100\], got \[1100, 3\]"
     )
-    wide = {**old, "head.w": old["head.w"].float()}
-    refused(wide, blob, r"head\.w: expected torch\.bfloat16, got torch\.float32")
+    widened = {**old, "head.w": old["head.w"].float()}
+    refused(widened, blob, r"head\.w: expected torch\.bfloat16, got torch\.float32")
     with pytest.raises(TypeError, match=r"head\.w: expected a tensor, got list"):
         delta.apply_({**old, "head.w": [1]}, blob)
     with pytest.raises(TypeError, match=r"head\.w: expected a dense tensor with data"):

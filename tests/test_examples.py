@@ -63,9 +63,9 @@ def test_transformer2(one_thread, tmp_path, capsys):
         hidden=48, pretrain_steps=60, steps=20, rate=0.3, rl_steps=4, rl_batch=16, population=6, iterations=2, shots=2
     )
     options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-    found = example.main(["--out", str(tmp_path), *options])
+    results = example.main(["--out", str(tmp_path), *options])
     assert "reinforce" in capsys.readouterr().out
-    model, losses, picks = found["model"], found["losses"], found["picks"]
+    model, losses, picks = results["model"], results["losses"], results["picks"]
     for domain in ("prose", "counting"):
         assert losses[domain][domain].mean() < losses[domain]["base"].mean() - 0.01
     for domain, rows in losses.items():
@@ -75,10 +75,10 @@ def test_transformer2(one_thread, tmp_path, capsys):
     assert (picks["prose"] == 0).double().mean() > 0.9
     assert (picks["counting"] == 1).double().mean() > 0.9
 
-    assert found["kls"][0] == 0
-    assert all(kl > 0 for kl in found["kls"][1:])
+    assert results["kls"][0] == 0
+    assert all(kl > 0 for kl in results["kls"][1:])
 
-    shots, alphas = found["held_out"]["prose"][0][:3], torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
+    shots, alphas = results["held_out"]["prose"][0][:3], torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     batches = []
     hook = model.register_forward_pre_hook(
         lambda _, __, inputs: batches.append(len(inputs["input_ids"])), with_kwargs=True
@@ -92,7 +92,7 @@ def test_transformer2(one_thread, tmp_path, capsys):
 
     for name in example.EXPERTS:
         again = lowrank.load_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / name, name)
-        test = found["held_out"]["prose"][1]
+        test = results["held_out"]["prose"][1]
         assert torch.equal(example.evaluate(again, test, len(test)), losses["prose"][name])
 
 
@@ -110,16 +110,16 @@ def test_cpi_ft(one_thread, capsys):
 
     example.train = watched
     sizes = dict(hidden=32, pretrain_steps=20, steps=12, threshold=0.3)
-    found = example.main([f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()])
+    results = example.main([f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()])
     assert "forgotten" in capsys.readouterr().out
-    rows = found["rows"]
+    rows = results["rows"]
     for n, name in enumerate(("prose", "up", "down")):
         assert rows[f"{name} alone"][n] < rows["base"][n] - 0.01
-    numel = sum(t.numel() for t in found["merged"].values())
-    ones = [sum(int(bits.unpack(w, (32 * len(w),)).sum()) for w in core.values()) for core in found["cores"]]
+    numel = sum(t.numel() for t in results["merged"].values())
+    ones = [sum(int(bits.unpack(w, (32 * len(w),)).sum()) for w in core.values()) for core in results["cores"]]
     assert ones == [round(0.01 * numel)] * 3
-    assert len(found["order"]) > 1
-    assert len(frozen_runs) == len(found["order"]) - 1
+    assert len(results["order"]) > 1
+    assert len(frozen_runs) == len(results["order"]) - 1
     for before, after, frozen in frozen_runs:
         held = {name: bits.unpack(words, before[name].shape) for name, words in frozen.items()}
         moved = {name: after[name] != start for name, start in before.items()}
@@ -174,17 +174,17 @@ def test_rl(one_thread, capsys):
 
     example = load("rl")
     sizes = dict(hidden=32, limit=3, pretrain_steps=200, steps=3, prompts=8, group=8, asked=3, every=2)
-    found = example.main([f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()])
-    rows, base = found["rows"], found["base"]
+    results = example.main([f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()])
+    rows, base = results["rows"], results["base"]
     assert "In this run training every weight bought" in capsys.readouterr().out
     assert list(rows) == ["base", *example.METHODS]
-    assert all(len(history) == 3 and history[0]["kl"] < 1e-6 for history in found["histories"].values())
+    assert all(len(history) == 3 and history[0]["kl"] < 1e-6 for history in results["histories"].values())
     assert all(row["kl"] > 1e-6 for name, row in rows.items() if name != "base")
-    for name, masks in found["changed"].items():
+    for name, masks in results["changed"].items():
         ones = sum(int(bits.unpack(w, base.get_parameter(n).shape).sum()) for n, w in masks.items())
         assert abs(rows[name]["bf16"] - ones / base.num_parameters()) < 1e-3
         assert bool(masks["model.embed_tokens.weight"].any()) == name.startswith("full")  # adapters leave it alone
-    assert found["overlap"].jaccard[0, 1] < 1
+    assert results["overlap"].jaccard[0, 1] < 1
 
     adapted = example.lowrank.adapt(example.copy.deepcopy(base), example.METHODS["LoRA 1"][0])
     with torch.no_grad():
@@ -193,18 +193,20 @@ def test_rl(one_thread, capsys):
     ids = example.answer(base, [[1, 2]] * 8)[0]
     ids[0, example.PROMPT :] = torch.tensor(list(b"=03\nxxxx"))
     logp, entropy, kl = example.scored(adapted, base, ids)
-    ours, theirs = (
+    logp_model, logp_base = (
         m(input_ids=ids).logits[:, example.PROMPT - 1 : -1].double().log_softmax(-1) for m in (adapted, base)
     )
     counted = torch.ones(8, example.ANSWER, dtype=torch.bool)
     for row, text in zip(counted, ids[:, example.PROMPT :].tolist(), strict=True):
         row[text.index(10) + 1 if 10 in text else example.ANSWER :] = False
     assert counted[0].tolist() == [True] * 4 + [False] * 4
-    chosen = ours.gather(2, ids[:, example.PROMPT :, None])[..., 0]
+    chosen = logp_model.gather(2, ids[:, example.PROMPT :, None])[..., 0]
     torch.testing.assert_close(logp.double(), chosen * counted, rtol=1e-4, atol=1e-5)
-    p = ours.exp()
-    torch.testing.assert_close(entropy.double(), -(p * ours).sum(-1)[counted].mean(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(kl.double(), (p * (ours - theirs)).sum(-1)[counted].mean(), rtol=1e-4, atol=1e-5)
+    p = logp_model.exp()
+    torch.testing.assert_close(entropy.double(), -(p * logp_model).sum(-1)[counted].mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        kl.double(), (p * (logp_model - logp_base)).sum(-1)[counted].mean(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_rl_rewards():

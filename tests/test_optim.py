@@ -69,25 +69,26 @@ def same_bits(a, b):
 def test_one_step_is_torchs(form):
     """From equal states, which 20 steps of torch.optim.AdamW made: each number as near to fp64's as its roundings allow."""
     params, generator = with_grads(SIZES, FP32)
-    theirs = torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1, foreach=False, fused=False)
+    torch_adamw = torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1, foreach=False, fused=False)
     for _ in range(20):
         new_grads(params, FP32, generator)
-        theirs.step()
+        torch_adamw.step()
     copies = [parameter(p) for p in params]
     for p, q in zip(params, copies, strict=True):
         q.grad = p.grad.clone()
     ours = AdamW(copies, lr=3e-3, weight_decay=0.1)
-    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    ours.load_state_dict(copy.deepcopy(torch_adamw.state_dict()))
     start = [
-        (p.detach().clone(), *(theirs.state[p][name].clone() for name in ("exp_avg", "exp_avg_sq"))) for p in params
+        (p.detach().clone(), *(torch_adamw.state[p][name].clone() for name in ("exp_avg", "exp_avg_sq")))
+        for p in params
     ]
     ours.step()
     u = torch.finfo(FP32).eps / 2
     for q, (old, m, v) in zip(copies, start, strict=True):
         state, g = ours.state[q], q.grad.double()
         m, v = [0.9 * m.double(), 0.1 * g], [0.999 * v.double(), 0.001 * g * g]
-        for found, terms in ((state["exp_avg"], m), (state["exp_avg_sq"], v)):
-            assert ((found - sum(terms)).abs() <= 4 * u * sum(t.abs() for t in terms)).all()
+        for moment, terms in ((state["exp_avg"], m), (state["exp_avg_sq"], v)):
+            assert ((moment - sum(terms)).abs() <= 4 * u * sum(t.abs() for t in terms)).all()
         denominator = (sum(v) / (1 - 0.999**21)).sqrt() + 1e-8
         kept, moved = old.double() * (1 - 3e-3 * 0.1), (3e-3 / (1 - 0.9**21)) / denominator
         bound = 4 * u * (kept.abs() + moved * sum(t.abs() for t in m))
@@ -104,35 +105,35 @@ def test_one_step_is_torchs(form):
 def test_a_run_is_fp64s(form, dtype, master):
     """Masters follow fp64's run; without, a 16-bit parameter is off by its own rounding."""
     params, generator = with_grads([257], dtype)
-    wide = parameter(params[0].double())
-    reference = torch.optim.AdamW([wide], lr=1e-2, foreach=False)
+    in_fp64 = parameter(params[0].double())
+    reference = torch.optim.AdamW([in_fp64], lr=1e-2, foreach=False)
     optimizer = AdamW(params, lr=1e-2, master_weights=master)
     for _ in range(10):
         new_grads(params, dtype, generator)
-        wide.grad = params[0].grad.double()
+        in_fp64.grad = params[0].grad.double()
         optimizer.step()
         reference.step()
     if master and dtype is not FP32:
-        assert (optimizer.state[params[0]]["master"] - wide).abs().max() < 1e-6
+        assert (optimizer.state[params[0]]["master"] - in_fp64).abs().max() < 1e-6
         assert same_bits(params[0], optimizer.state[params[0]]["master"].to(dtype))
     limit = {FP32: 1e-6, BF16: 10 * 2**-8 * 4, FP16: 10 * 2**-11 * 4}[dtype]
-    assert (params[0].double() - wide).abs().max() < limit
+    assert (params[0].double() - in_fp64).abs().max() < limit
 
 
 def test_native_forms_give_the_same_bits(monkeypatch):
     """Instruction sets exactly; PyTorch to an ulp of the moments (it fuses nothing)."""
     if not _native.available("cpu"):
         pytest.skip(str(_native.why_not("cpu")))
-    found = {}
+    by_isa = {}
     for isa in ("baseline", "avx2", "avx512"):
         monkeypatch.setenv("LOWRANK_ISA", isa)
         try:
-            found[isa] = run_everything()
+            by_isa[isa] = run_everything()
         except RuntimeError:
             continue
-    assert len(found) > 1
-    first = found.pop("baseline")
-    for values in found.values():
+    assert len(by_isa) > 1
+    first = by_isa.pop("baseline")
+    for values in by_isa.values():
         assert all(same_bits(a, b) for a, b in zip(first, values, strict=True))
     monkeypatch.delenv("LOWRANK_ISA")
     threads = torch.get_num_threads()
@@ -192,17 +193,17 @@ def test_any_length_mask_and_value(numel, dtype, density, how, compact, seed):
     assert torch.equal(raw(p)[active], raw(q)[active])
     assert torch.equal(bits.unpack(ours.changes()[p], p.shape), raw(p) != raw(before))
     for name in ("exp_avg", "exp_avg_sq"):
-        mine, theirs = ours.state[p][name], dense.state[q][name]
-        assert torch.equal(raw(mine if compact else mine[active]), raw(theirs[active]))
-        assert compact or not mine[~active].any()
+        masked_moment, dense_moment = ours.state[p][name], dense.state[q][name]
+        assert torch.equal(raw(masked_moment if compact else masked_moment[active]), raw(dense_moment[active]))
+        assert compact or not masked_moment[~active].any()
 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_cpus_bits():
     if not (_native.available("cpu") and _native.available("cuda")):
         pytest.skip(f"{_native.why_not('cpu')}; {_native.why_not('cuda')}")
-    found = zip(run_everything(), run_everything("cuda"), strict=True)
-    assert all(same_bits(a, b.cpu()) for a, b in found)
+    pairs = zip(run_everything(), run_everything("cuda"), strict=True)
+    assert all(same_bits(a, b.cpu()) for a, b in pairs)
 
 
 def test_special_values(form):
@@ -223,12 +224,12 @@ def test_special_values(form):
 
 def test_philox_is_salmons():
     """Known answers of Random123 for philox4x32-10 with zeros, and with all bits set."""
-    found = adamw.random_bits(8, 0, 0, 0, 0)
-    words = [int(found[2 * i]) | int(found[2 * i + 1]) << 16 for i in range(4)]
+    halves = adamw.random_bits(8, 0, 0, 0, 0)
+    words = [int(halves[2 * i]) | int(halves[2 * i + 1]) << 16 for i in range(4)]
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     want = philox(0, 0, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
-    found = adamw.random_bits(8, 0, 0x13198A2E, 0x299F31D0A4093822, 0x03707344)
-    assert [int(found[2 * i]) | int(found[2 * i + 1]) << 16 for i in range(4)] == want
+    halves = adamw.random_bits(8, 0, 0x13198A2E, 0x299F31D0A4093822, 0x03707344)
+    assert [int(halves[2 * i]) | int(halves[2 * i + 1]) << 16 for i in range(4)] == want
     assert philox(0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0) == [
         0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1,
     ]  # fmt: skip
@@ -252,11 +253,11 @@ def rounded(values, dtype, seed, step=1, first=0):
 def test_stochastic_rounding_is_unbiased(dtype):
     """The mean over 4,096 seeds is x within 4 sigma, and every result is one of x's two neighbours."""
     x = torch.tensor([1.0 + 2**-12, -1.7, 3e-3, 0.1, 1e-7, -3e-6, 5.97e-8, 100.3])
-    found = torch.stack([rounded(x, dtype, seed).double() for seed in range(4096)])
+    draws = torch.stack([rounded(x, dtype, seed).double() for seed in range(4096)])
     nearest = x.to(dtype).double()
     step = torch.tensor([2.0**-24]) if dtype is FP16 else torch.tensor([0.0])
     for i, value in enumerate(x.double()):
-        outcomes = found[:, i].unique()
+        outcomes = draws[:, i].unique()
         assert len(outcomes) <= 2
         assert nearest[i] in outcomes
         if len(outcomes) == 2:
@@ -264,7 +265,7 @@ def test_stochastic_rounding_is_unbiased(dtype):
             assert low < value < high
             share = float((value - low) / (high - low))
             sigma = (high - low) * math.sqrt(share * (1 - share) / 4096)
-            assert abs(found[:, i].mean() - value) < 4 * sigma + (high - low) * 2**-16
+            assert abs(draws[:, i].mean() - value) < 4 * sigma + (high - low) * 2**-16
         else:
             assert abs(outcomes[0] - value) <= max(abs(value) * 2**-16, float(step[0]) * 2**-16)
 
@@ -274,10 +275,10 @@ def test_what_stochastic_rounding_leaves(dtype):
     """Representable numbers, infinities and NaN are themselves; the largest number does not become infinite."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for seed in range(3):
-        found = rounded(every.float(), dtype, seed)
+        results = rounded(every.float(), dtype, seed)
         finite = ~every.isnan()
-        assert same_bits(found[finite], every[finite])
-        assert found[~finite].isnan().all()
+        assert same_bits(results[finite], every[finite])
+        assert results[~finite].isnan().all()
     top = torch.finfo(dtype).max
     assert rounded(torch.full((64,), top * (1 + 2**-12)), dtype, 1).float().eq(top).all()
 
@@ -291,10 +292,10 @@ def test_native_rounding_is_the_formula(form, dtype):
     values = params[0].detach().clone()
     grad = params[0].grad.clone()
     AdamW(params, lr=0.01, stochastic_rounding=True, seed=-5).step()
-    wide = parameter(values.float())
-    wide.grad = grad.float()
-    AdamW([wide], lr=0.01).step()
-    assert same_bits(params[0], adamw.round_stochastically(wide.detach(), dtype, 0, 0, -5, 1))
+    in_fp32 = parameter(values.float())
+    in_fp32.grad = grad.float()
+    AdamW([in_fp32], lr=0.01).step()
+    assert same_bits(params[0], adamw.round_stochastically(in_fp32.detach(), dtype, 0, 0, -5, 1))
 
 
 def test_small_updates_survive_on_average():
@@ -365,8 +366,8 @@ def test_masked_elements_are_left_alone(form, dtype, compact):
         state = ours.state[q]
         assert state["exp_avg"].shape == ((int(on.sum()),) if compact else p.shape)
         for name in ("exp_avg", "exp_avg_sq"):
-            found = state[name] if compact else state[name][on]
-            assert same_bits(found, plain.state[p][name][on])
+            moment = state[name] if compact else state[name][on]
+            assert same_bits(moment, plain.state[p][name][on])
             assert compact or (state[name][~on] == 0).all()
         changed = bits.unpack(ours.changes()[q], q.shape)  # some of them back again
         assert not (changed & ~on).any()
@@ -522,9 +523,9 @@ def test_what_a_new_parameter_holds_is_compared():
     with torch.no_grad():
         others[q].detach_()  # the same
     switch(optimizer, others)
-    found = [bits.unpack(optimizer.changes()[others[t]], (40,)) for t in (p, q, r)]
-    assert [int(found[0].sum()), bool(found[0][7])] == [1, True]
-    assert [int(t.sum()) for t in found] == [1, 0, 40]
+    masks = [bits.unpack(optimizer.changes()[others[t]], (40,)) for t in (p, q, r)]
+    assert [int(masks[0].sum()), bool(masks[0][7])] == [1, True]
+    assert [int(t.sum()) for t in masks] == [1, 0, 40]
     optimizer.zero_changes()
     shared = torch.nn.Parameter(others[p].data)
     with torch.no_grad():
@@ -968,11 +969,11 @@ def test_options_that_ask_for_nothing():
         **{name: values[0] for name, values in NOTHING.items() if name != "amsgrad"},
     )
     for chosen in ({}, {"foreach": True}, {"fused": True}, {"foreach": False, "fused": False}):
-        theirs = torch.optim.AdamW([p], lr=0.5, **chosen)
+        torch_adamw = torch.optim.AdamW([p], lr=0.5, **chosen)
         p.grad = torch.ones(4)
-        theirs.step()
+        torch_adamw.step()
         ours = AdamW([p])
-        ours.load_state_dict(theirs.state_dict())
+        ours.load_state_dict(torch_adamw.state_dict())
         assert ours.param_groups[0].keys() == bare
         assert ours.param_groups[0]["lr"] == 0.5
         again = torch.optim.AdamW([p], **chosen)
@@ -1004,10 +1005,10 @@ def test_options_that_ask_for_something(name):
 def test_a_state_of_another_formula(name):
     p = parameter(torch.ones(4))
     p.grad = torch.ones(4)
-    theirs, ours = torch.optim.AdamW([p], **{name: True}), AdamW([p])
-    theirs.step()
+    torch_adamw, ours = torch.optim.AdamW([p], **{name: True}), AdamW([p])
+    torch_adamw.step()
     with pytest.raises(ValueError, match=f"expected {name} to be False.*, got True"):
-        ours.load_state_dict(theirs.state_dict())
+        ours.load_state_dict(torch_adamw.state_dict())
     assert not ours.state
     with pytest.raises(TypeError, match="nonsense"):
         AdamW([p], nonsense=None)
@@ -1067,9 +1068,9 @@ def test_schedulers_that_go_on_after_a_save(name, to_none, tmp_path):
             if step < 6:
                 scheduler.step(*[1.0] * (name == "plateau"))
         runs.append((optimizer, params))
-    (theirs, params), (ours, copies) = runs
-    assert [g["lr"] for g in theirs.param_groups] == [g["lr"] for g in ours.param_groups]
-    assert [g["betas"] for g in theirs.param_groups] == [g["betas"] for g in ours.param_groups]
+    (torch_adamw, params), (ours, copies) = runs
+    assert [g["lr"] for g in torch_adamw.param_groups] == [g["lr"] for g in ours.param_groups]
+    assert [g["betas"] for g in torch_adamw.param_groups] == [g["betas"] for g in ours.param_groups]
     for p, q in zip(params, copies, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
@@ -1093,12 +1094,12 @@ def test_masters_are_made_where_a_state_has_none(by, dtype):
         with torch.no_grad():
             q.copy_(p)
         fresh = parameter(p)
-        wide = AdamW([fresh], lr=1e-4, weight_decay=0, master_weights=True)
+        with_masters = AdamW([fresh], lr=1e-4, weight_decay=0, master_weights=True)
         for _ in range(50):
             for t in (q, fresh):
                 t.grad = torch.ones_like(t)
             optimizer.step()
-            wide.step()
+            with_masters.step()
         assert float(optimizer.state[q]["step"]) == 51
         assert same_bits(q, optimizer.state[q]["master"].to(dtype))
         torch.testing.assert_close(q, fresh, rtol=torch.finfo(dtype).eps, atol=0)
@@ -1130,10 +1131,10 @@ def test_masters_are_left_out_where_none_are_wanted(options):
             optimizer.step()
         both.append(q)
     assert same_bits(*both)
-    wide = parameter(p.float())
-    optimizer = AdamW([wide], master_weights=True)
+    in_fp32 = parameter(p.float())
+    optimizer = AdamW([in_fp32], master_weights=True)
     optimizer.load_state_dict(saved)  # fp32 parameters are their own masters
-    assert "master" not in optimizer.state[wide]
+    assert "master" not in optimizer.state[in_fp32]
     assert "master" in saved["state"][0]
 
 
@@ -1141,13 +1142,13 @@ def test_a_state_is_copied_checked_and_contiguous(form):
     """torch's moments lie as their parameter does; a state that does not fit changes nothing; an empty one is none."""
     p = torch.nn.Parameter(torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
     q = torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format))
-    theirs, ours = torch.optim.AdamW([p], foreach=False), AdamW([q])
+    torch_adamw, ours = torch.optim.AdamW([p], foreach=False), AdamW([q])
     for _ in range(3):
         grad = torch.randn(4, 3, 2, 2)
         p.grad, q.grad = grad.clone(), grad.clone()
-        theirs.step()
+        torch_adamw.step()
         ours.step()
-        ours.load_state_dict(theirs.state_dict())
+        ours.load_state_dict(torch_adamw.state_dict())
     torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-6)
     saved = ours.state_dict()
     again = AdamW([q])
@@ -1304,9 +1305,9 @@ def test_views_that_share_no_element(views):
         q.grad = torch.randn(p.shape).to(BF16)
         p.grad = q.grad.clone()
     ours = AdamW([{"params": [p], "lr": 0.1 + i} for i, p in enumerate(parts)], track_changes=True)
-    theirs = AdamW([{"params": [p], "lr": 0.1 + i} for i, p in enumerate(apart)], track_changes=True)
+    of_copies = AdamW([{"params": [p], "lr": 0.1 + i} for i, p in enumerate(apart)], track_changes=True)
     for lr in (None, 1e-4):
-        for optimizer in (ours, theirs):
+        for optimizer in (ours, of_copies):
             optimizer.zero_changes()
             if lr is not None:
                 optimizer.param_groups[0]["lr"] = lr
@@ -1314,7 +1315,7 @@ def test_views_that_share_no_element(views):
             optimizer.step()
         for p, q in zip(parts, apart, strict=True):
             assert same_bits(p, q)
-            assert torch.equal(ours.changes()[p], theirs.changes()[q])
+            assert torch.equal(ours.changes()[p], of_copies.changes()[q])
     assert len(AdamW(parts).param_groups[0]["params"]) == len(parts)
 
 

@@ -70,14 +70,14 @@ def test_files_are_pefts_both_ways(tmp_path, dtype):
     model = adapted(dtype)
     want = model(IDS).logits
     lowrank.save_adapter(model, tmp_path / "ours", format="lora")
-    theirs = PeftModel.from_pretrained(llama(dtype), tmp_path / "ours")
-    assert theirs.state_dict().keys() == model.state_dict().keys()
+    by_peft = PeftModel.from_pretrained(llama(dtype), tmp_path / "ours")
+    assert by_peft.state_dict().keys() == model.state_dict().keys()
     assert all(
-        torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), model.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(by_peft.state_dict().values(), model.state_dict().values(), strict=True)
     )
     if dtype is torch.float32:
-        torch.testing.assert_close(theirs(IDS).logits, want)
-    theirs.save_pretrained(tmp_path / "theirs")
+        torch.testing.assert_close(by_peft(IDS).logits, want)
+    by_peft.save_pretrained(tmp_path / "theirs")
     again = lowrank.load_adapter(llama(dtype), tmp_path / "theirs")
     assert torch.equal(again(IDS).logits, want)
     assert lowrank.stats(again)["fused"] == 14

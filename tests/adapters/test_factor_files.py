@@ -252,13 +252,13 @@ def test_targets_as_peft_matches_them(targets, names):
         with pytest.raises(ValueError, match="target_modules: "):
             target_layers(Headed(), targets)
         return
-    found = target_layers(Headed(), targets)
-    assert list(found) == names
-    assert all(type(layer) is nn.Linear for layer in found.values())
+    layers = target_layers(Headed(), targets)
+    assert list(layers) == names
+    assert all(type(layer) is nn.Linear for layer in layers.values())
     if targets not in ("all-linear", "All-Linear"):  # these PEFT takes from transformers' models only
         peft = pytest.importorskip("peft")
-        theirs = peft.get_peft_model(Headed(), peft.LoraConfig(target_modules=targets))
-        assert set(theirs.base_model.targeted_module_names) == set(names)
+        by_peft = peft.get_peft_model(Headed(), peft.LoraConfig(target_modules=targets))
+        assert set(by_peft.base_model.targeted_module_names) == set(names)
 
 
 def test_bad_targets_are_named():

@@ -502,11 +502,11 @@ def test_the_heads_are_those_that_peft_trains(cls):
         sizes = dict(dim=32, hidden_dim=64, n_layers=1, n_heads=4)
     model = make(make.config_class(vocab_size=100, **sizes))
     task = {"Seq": "SEQ_CLS", "Tok": "TOKEN_CLS", "Que": "QUESTION_ANS"}[cls.partition("For")[2][:3]]
-    theirs = peft.get_peft_model(
+    by_peft = peft.get_peft_model(
         copy.deepcopy(model), peft.LoraConfig(task_type=task, target_modules=["query", "q_lin"])
     )
     mark = ".modules_to_save."
-    expected = {name.removeprefix("base_model.model.") for name, _ in theirs.named_parameters() if mark in name}
+    expected = {name.removeprefix("base_model.model.") for name, _ in by_peft.named_parameters() if mark in name}
     ours = lowrank.adapt(model, SVFConfig(k=2))
     assert {name for name, _ in ours.named_parameters() if mark in name} == expected
     assert not any(name.startswith(("classifier", "pre_classifier", "qa_outputs")) for name in svf_layers(ours))

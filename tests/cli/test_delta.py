@@ -46,12 +46,12 @@ def tensors(seed=0):
 
 
 def later(given, density=0.02, seed=1):
-    generator, found = torch.Generator().manual_seed(seed), {}
+    generator, changed = torch.Generator().manual_seed(seed), {}
     for name, t in given.items():
         on = torch.rand(t.shape, generator=generator) < (0 if name == "d.same" else density)
-        found[name] = torch.where(on, raw(t) ^ 5, raw(t)).view(t.dtype)
-    found["c.scalar"] = given["c.scalar"] + 1
-    return found
+        changed[name] = torch.where(on, raw(t) ^ 5, raw(t)).view(t.dtype)
+    changed["c.scalar"] = given["c.scalar"] + 1
+    return changed
 
 
 def write(folder, given, index=True):

@@ -71,12 +71,12 @@ def test_weight_changes_are_those_of_the_merged_model(name):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_()
-    found = dict(linear_weights(model))
+    weights = dict(linear_weights(model))
     plain = dict(linear_weights(base))
-    assert found.keys() == plain.keys()
+    assert weights.keys() == plain.keys()
     share = weight_changes(base, model)["share_changed"]
     merged = dict(model.merge_and_unload().named_parameters(remove_duplicate=False))
-    for key, weight in found.items():
+    for key, weight in weights.items():
         torch.testing.assert_close(weight, merged[key].float(), rtol=0, atol=1e-5)
     changed = sum(int((merged[key] != plain[key]).sum()) for key in plain)
     assert share == pytest.approx(changed / sum(w.numel() for w in plain.values()), abs=1e-3)

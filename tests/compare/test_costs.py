@@ -14,9 +14,9 @@ peft = pytest.importorskip("peft")
 def test_stable_rank():
     assert stable_rank(torch.diag(torch.tensor([3.0, 2.0, 1.0]))) == pytest.approx(14 / 9, rel=1e-5)
     assert stable_rank(torch.outer(torch.randn(40), torch.randn(30))) == pytest.approx(1, rel=1e-5)
-    wide = torch.randn(100, 60)
-    exact = wide.square().sum() / torch.linalg.matrix_norm(wide, 2) ** 2
-    assert stable_rank(wide) == pytest.approx(float(exact), rel=0.02)
+    matrix = torch.randn(100, 60)
+    exact = matrix.square().sum() / torch.linalg.matrix_norm(matrix, 2) ** 2
+    assert stable_rank(matrix) == pytest.approx(float(exact), rel=0.02)
 
 
 def test_storages_count_once():
@@ -34,12 +34,12 @@ def test_memory_of_one_linear_layer():
         with SavedActivations(layer.parameters()) as saved:
             y = layer(x).relu()
         y.sum().backward()
-        found = memory(layer, optimizer, saved.bytes, torch.device("cpu"))
+        measured = memory(layer, optimizer, saved.bytes, torch.device("cpu"))
         optimizer.step()
-    assert found.weights == found.gradients == 8 * 4 * 4
-    assert found.optimizer == 2 * 8 * 4 * 4 + 4  # two moments and a step count
-    assert found.activations == 16 * 8 * 4 + 16 * 4 * 4
-    assert found.total == found.weights + found.gradients + found.optimizer + found.activations
+    assert measured.weights == measured.gradients == 8 * 4 * 4
+    assert measured.optimizer == 2 * 8 * 4 * 4 + 4  # two moments and a step count
+    assert measured.activations == 16 * 8 * 4 + 16 * 4 * 4
+    assert measured.total == measured.weights + measured.gradients + measured.optimizer + measured.activations
 
 
 class Two(nn.Module):
@@ -54,9 +54,9 @@ def test_share_of_weights_changed():
     assert weight_changes(base, model)["share_changed"] == 0
     with torch.no_grad():
         model.a.weight[0, :4] += 1
-    found = weight_changes(base, model)
-    assert found["share_changed"] == 4 / (8 * 8 + 8 * 24)
-    assert found["stable_rank"]["median"] == pytest.approx(1, rel=1e-5)
+    changes = weight_changes(base, model)
+    assert changes["share_changed"] == 4 / (8 * 8 + 8 * 24)
+    assert changes["stable_rank"]["median"] == pytest.approx(1, rel=1e-5)
 
 
 def test_share_changed_of_an_adapter_counts_what_the_stored_dtype_keeps():

@@ -65,9 +65,9 @@ def test_agreement_catches_a_real_difference():
 
 
 def test_agreement_stops_where_rounding_alone_parts_the_curves():
-    found = agreement([2.0, 1.8, 1.2], [2.0, 1.8, 1.6], [2.000001, 1.800001, 1.7], 1.2e-7)
-    assert (found["steps"], found["within_rounding"]) == (2, True)
-    assert found["allowed"] == pytest.approx(1e-5, rel=1e-3)
+    result = agreement([2.0, 1.8, 1.2], [2.0, 1.8, 1.6], [2.000001, 1.800001, 1.7], 1.2e-7)
+    assert (result["steps"], result["within_rounding"]) == (2, True)
+    assert result["allowed"] == pytest.approx(1e-5, rel=1e-3)
 
 
 def test_sweep_moves_out_of_a_winning_edge_and_flags_what_stays_there():
@@ -81,8 +81,8 @@ def test_sweep_moves_out_of_a_winning_edge_and_flags_what_stays_there():
 
 
 def test_diverged_rates_are_never_picked():
-    found = sweep(lambda rate: (math.nan if rate > 1e-3 else 1 / rate, [0.0]), [3e-4, 1e-3, 3e-3])
-    assert found.picked == 1e-3
+    swept = sweep(lambda rate: (math.nan if rate > 1e-3 else 1 / rate, [0.0]), [3e-4, 1e-3, 3e-3])
+    assert swept.picked == 1e-3
 
 
 def test_loras_grid_is_ten_times_full_fine_tunings():

@@ -69,7 +69,7 @@ def lora_layers(model):
     return [m for m in model.modules() if hasattr(m, "lora_A")]
 
 
-def mine(ids=IDS):
+def own_rows(ids=IDS):
     return ids.chunk(2)[dist.get_rank()]
 
 
@@ -81,13 +81,13 @@ def backward(model, ids, scale=1.0):
 
 def gradients(model):
     """Every gradient by the name its parameter has in the PEFT model, gathered."""
-    found = {}
+    by_name = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert p.grad is not None, f"no gradient for {name}"
             grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            found[plain(name)] = grad.detach().clone()
-    return found
+            by_name[plain(name)] = grad.detach().clone()
+    return by_name
 
 
 def plain(name):
@@ -103,28 +103,28 @@ def whole_batch(**config):
     return gradients(model)
 
 
-def agree(ours, theirs, oracle=None):
-    """Equal; or, with an ``oracle``, at most twice as far from it as ``theirs`` over all of lora_A and all of lora_B: one draw.
+def agree(ours, unpatched, oracle=None):
+    """Equal; or, with an ``oracle``, at most twice as far from it as ``unpatched``: one draw of all lora_A, and of all lora_B.
 
     Whether ours is as right in the mean is asked where there is one process.
     """
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == unpatched.keys()
     if oracle is None:
         for name in ours:
             torch.testing.assert_close(
-                ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+                ours[name], unpatched[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
             )
         return
     for factor in ("lora_A", "lora_B"):
-        one = (torch.cat([each[n].flatten() for n in ours if factor in n]) for each in (ours, theirs, oracle))
-        mine, other, exact = (t.double() for t in one)
-        assert (mine - exact).norm() <= 2 * (other - exact).norm(), factor
+        runs = (torch.cat([run[n].flatten() for n in ours if factor in n]) for run in (ours, unpatched, oracle))
+        own, reference, exact = (t.double() for t in runs)
+        assert (own - exact).norm() <= 2 * (reference - exact).norm(), factor
 
 
 def fused(model, calls=FUSED, shared=SHARED):
     """All of the calls so far were ours."""
-    found = lowrank.stats(model)
-    assert found == {"fused": calls, "shared": shared, "fallback": {}, "untouched": {}}, found
+    counts = lowrank.stats(model)
+    assert counts == {"fused": calls, "shared": shared, "fallback": {}, "untouched": {}}, counts
 
 
 def checkpointing(model, reentrant=False):
@@ -169,7 +169,7 @@ def fsdp2(layout, checkpointed, **options):
     first.register_forward_hook(lambda _, __, y: y.register_hook(look) and None)
     for step in (1, 2):  # the second prefetches by the first's order
         model.zero_grad()
-        backward(model, mine())
+        backward(model, own_rows())
         if layout != "whole" and not checkpointed:
             assert set(seen) == {"DTensor"}
         fused(model, step * times * FUSED, step * times * together)
@@ -179,7 +179,7 @@ def fsdp2(layout, checkpointed, **options):
 
 def fsdp2_accumulation(layout):
     model = shard(patch(peft_model()), layout)
-    for last, ids in enumerate(mine().chunk(2)):
+    for last, ids in enumerate(own_rows().chunk(2)):
         model.set_requires_gradient_sync(bool(last))
         backward(model, ids, 0.5)
     agree(gradients(model), whole_batch())
@@ -188,7 +188,7 @@ def fsdp2_accumulation(layout):
 def fsdp2_dtypes(layout, base, policy, unit_policy="same"):
     """As right as PEFT in the same units, by fp64.  ``unit_policy``: of the factors' own units."""
     policy = MixedPrecisionPolicy(**policy)
-    found = []
+    runs = []
     for patched in (False, True):
         model = peft_model(base)
         if patched:
@@ -198,56 +198,56 @@ def fsdp2_dtypes(layout, base, policy, unit_policy="same"):
                 for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
                     fully_shard(factor, mp_policy=MixedPrecisionPolicy(**unit_policy))
         shard(model, layout, policy)
-        backward(model, mine())
-        found.append(gradients(model))
+        backward(model, own_rows())
+        runs.append(gradients(model))
     fused(model, shared=SHARED if layout == "decoders" and unit_policy == "same" else 0)
     oracle = peft_model(base).double()
     backward(oracle, IDS)
-    agree(found[1], found[0], gradients(oracle))
+    agree(runs[1], runs[0], gradients(oracle))
 
 
 def fsdp2_cast_away(factor, **policy):
     """A unit that hands its x on in fewer bits, or its result in others, is PEFT's to call."""
-    found = []
+    runs = []
     for patched in (False, True):
         model = peft_model()
         for layer in lora_layers(patch(model) if patched else model):
             fully_shard(getattr(layer, factor)["default"], mp_policy=MixedPrecisionPolicy(**policy))
         shard(model, "decoders")
-        backward(model, mine())
-        found.append(gradients(model))
+        backward(model, own_rows())
+        runs.append(gradients(model))
     assert lowrank.stats(model)["fallback"] == {f"{factor} is a FSDPLinear": FUSED}
-    agree(*found)
+    agree(*runs)
 
 
 def dropout(layout):
     """The masks of a recomputation are the forward's."""
-    found = []
+    runs = []
     for checkpointed in (False, True):
         model = patch(peft_model(lora_dropout=0.3)).train()
         if checkpointed:
             checkpointing(model)
         shard(model, layout)
         torch.manual_seed(dist.get_rank())
-        backward(model, mine())
-        found.append(gradients(model))
+        backward(model, own_rows())
+        runs.append(gradients(model))
     assert lowrank.stats(model)["fallback"] == {}
-    agree(*found)
+    agree(*runs)
     without = whole_batch()
-    assert any(not torch.allclose(grad, without[name], rtol=0.05) for name, grad in found[0].items())
+    assert any(not torch.allclose(grad, without[name], rtol=0.05) for name, grad in runs[0].items())
 
 
 def dora(layout, reason=None):
-    found = []
+    runs = []
     for sharded in (False, True):
         model = peft_model(use_dora=True)
         if sharded:
             shard(patch(model), layout)
-        backward(model, mine() if sharded else IDS)
-        found.append(gradients(model))
+        backward(model, own_rows() if sharded else IDS)
+        runs.append(gradients(model))
     fallback = lowrank.stats(model)["fallback"]
     assert fallback == ({} if reason is None else {reason: FUSED}), fallback
-    agree(*found)
+    agree(*runs)
 
 
 def in_place_on_a_result(layout):
@@ -258,29 +258,29 @@ def in_place_on_a_result(layout):
         for layer in decoders(m):
             layer.self_attn.o_proj.register_forward_hook(lambda _, __, y: y.mul_(2))
     shard(model, layout)
-    backward(model, mine())
+    backward(model, own_rows())
     backward(reference, IDS)
     agree(gradients(model), gradients(reference))
 
 
 def several_adapters(layout):
-    found = []
+    runs = []
     for sharded in (False, True):
         model = peft_model(lora_bias=True)
         model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
         model.base_model.set_adapter(["default", "other"])
         if sharded:
             shard(patch(model), layout)
-        backward(model, mine() if sharded else IDS)
-        found.append(gradients(model))
+        backward(model, own_rows() if sharded else IDS)
+        runs.append(gradients(model))
     assert lowrank.stats(model)["fallback"] == {}
-    agree(*found)
+    agree(*runs)
 
 
 def outside_its_unit():
     """A layer called while its weights are shards: an error that says so, and never a number."""
     model = shard(patch(peft_model()), "decoders")
-    backward(model, mine())
+    backward(model, own_rows())
     raises("DTensor", lora_layers(model)[0], torch.randn(2, 64))
     assert any("DTensor" in reason for reason in lowrank.stats(model)["fallback"])
 
@@ -318,7 +318,7 @@ def ddp(checkpointed, accumulate, **options):
     if checkpointed:
         checkpointing(model)
     wrapped = DistributedDataParallel(model, **options)
-    micro = mine().chunk(2) if accumulate else [mine()]
+    micro = own_rows().chunk(2) if accumulate else [own_rows()]
     for i, ids in enumerate(micro):
         with wrapped.no_sync() if i + 1 < len(micro) else contextlib.nullcontext():
             backward(wrapped, ids, 1 / len(micro))
@@ -341,7 +341,7 @@ class Attention(torch.nn.Module):
 
 def ddp_with_an_idle_sibling():
     """find_unused_parameters looks through the one node that q, k and v share."""
-    found, x = [], torch.linspace(-1, 1, 4 * 64).view(4, 64)
+    runs, x = [], torch.linspace(-1, 1, 4 * 64).view(4, 64)
     for split in (False, True):
         model = peft_model()
         self_attn = decoders(patch(model) if split else model)[0].self_attn
@@ -354,8 +354,8 @@ def ddp_with_an_idle_sibling():
             attention(x).backward()
         grads = {n: p.grad for n, p in attention.named_parameters() if p.requires_grad}
         assert all(grad is None for n, grad in grads.items() if ".1." in n)
-        found.append({n: grad for n, grad in grads.items() if ".1." not in n})
-    agree(*found)
+        runs.append({n: grad for n, grad in grads.items() if ".1." not in n})
+    agree(*runs)
 
 
 # FullyShardedDataParallel
@@ -366,7 +366,7 @@ def fsdp1(policy, checkpointed, use_orig_params, bf16=False, strategy="FULL_SHAR
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    found = []
+    runs = []
     for patched in (False, True):
         model = peft_model()
         if patched:
@@ -392,16 +392,16 @@ def fsdp1(policy, checkpointed, use_orig_params, bf16=False, strategy="FULL_SHAR
             optimizer.zero_grad()
             # as accelerate does, or PEFT's fp32 x meets bf16 units
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                backward(wrapped, mine())
+                backward(wrapped, own_rows())
         optimizer.step()
-        found.append({name: before[name] - after for name, after in fsdp1_factors(wrapped).items()})
+        runs.append({name: before[name] - after for name, after in fsdp1_factors(wrapped).items()})
     times = 4 if checkpointed else 2
     fused(model, times * FUSED, times * SHARED if policy == "decoders" else 0)
     whole = whole_batch()
     if bf16:
-        agree(found[1], found[0], whole)
+        agree(runs[1], runs[0], whole)
     else:
-        agree(found[1], whole)
+        agree(runs[1], whole)
 
 
 def fsdp1_factors(wrapped):
@@ -419,7 +419,7 @@ def state_dicts(layout, folder):
     from safetensors.torch import load_file
 
     alone, model = peft_model(), shard(patch(peft_model()), layout)
-    backward(model, mine())  # gathered once, sharded again
+    backward(model, own_rows())  # gathered once, sharded again
     keys = list(alone.state_dict())
     assert list(model.state_dict()) == keys
     sharded = get_model_state_dict(model)
@@ -428,9 +428,9 @@ def state_dicts(layout, folder):
     if dist.get_rank() == 0:
         assert list(whole) == keys
         expected = get_peft_model_state_dict(alone)
-        found = get_peft_model_state_dict(model, state_dict=whole)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        adapter = get_peft_model_state_dict(model, state_dict=whole)
+        assert adapter.keys() == expected.keys()
+        assert all(torch.equal(adapter[key], expected[key]) for key in expected)
         model.save_pretrained(folder / "adapter", state_dict=whole)
         alone.save_pretrained(folder / "alone")
         for file in ("adapter_model.safetensors", "adapter_config.json"):
@@ -446,7 +446,7 @@ def state_dicts(layout, folder):
     state = get_model_state_dict(other)
     dcp.load(state, checkpoint_id=folder / "dcp")
     set_model_state_dict(other, state)
-    backward(other, mine())
+    backward(other, own_rows())
     fused(other, shared=SHARED if layout == "decoders" else 0)
     agree(gradients(other), whole_batch())
 
@@ -481,7 +481,7 @@ def loads_what_was_saved_before(folder):
     state = get_model_state_dict(other)
     dcp.load(state, checkpoint_id=folder / "1")
     set_model_state_dict(other, state)
-    backward(other, mine())
+    backward(other, own_rows())
     agree(gradients(other), whole_batch())
 
 
@@ -539,7 +539,7 @@ def pipeline():
 
     reference = make()
     loss(reference(IDS).logits, IDS).backward()
-    theirs = gradients(reference)
+    unpatched = gradients(reference)
     model, rank = patch(make()), dist.get_rank()
     stage = Stage(model, rank)
     schedule = ScheduleGPipe(PipelineStage(stage, rank, 2, torch.device("cpu")), n_microbatches=2, loss_fn=loss)
@@ -548,7 +548,7 @@ def pipeline():
     assert lowrank.stats(model)["fused"] == 3 * (7 + rank)  # two micro-batches, and torch asks for the shapes first
     parts = {id(p): n for n, p in model.named_parameters()}
     ours = {plain(parts[id(p)]): p.grad for p in stage.parameters() if p.requires_grad}
-    agree(ours, {name: theirs[name] for name in ours})
+    agree(ours, {name: unpatched[name] for name in ours})
     assert len(ours) == 2 * (7 + rank)
 
 
@@ -558,7 +558,7 @@ def pipeline():
 def zero3(checkpointed, bf16=False):
     import deepspeed
 
-    found = []
+    runs = []
     for patched in (False, True):
         model = peft_model()
         if patched:
@@ -576,10 +576,10 @@ def zero3(checkpointed, bf16=False):
         optimizer = torch.optim.SGD(factors.values(), lr=0.1)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for _ in range(3):  # the first is recorded, the others follow the record
-            engine.backward(engine(input_ids=mine(), labels=mine()).loss)
-            found.append({n: deepspeed.utils.safe_get_full_grad(p).clone() for n, p in factors.items()})
+            engine.backward(engine(input_ids=own_rows(), labels=own_rows()).loss)
+            runs.append({n: deepspeed.utils.safe_get_full_grad(p).clone() for n, p in factors.items()})
             engine.step()
-    for theirs, ours in zip(found[:3], found[3:], strict=True):
-        agree(ours, theirs, whole_batch() if bf16 else None)
+    for unpatched, ours in zip(runs[:3], runs[3:], strict=True):
+        agree(ours, unpatched, whole_batch() if bf16 else None)
     times = 6 if checkpointed else 3
     fused(model, times * FUSED, 0)

@@ -82,7 +82,7 @@ def test_axolotls_own_kernels_are_refused_or_turned_off(axolotl, key):
 @pytest.mark.parametrize("where", ["loader", "trainer"])
 def test_the_model_is_patched_wherever_its_adapter_is_made(axolotl, options, where):
     model = peft_llama(lora_alpha=3)
-    theirs = step(model)
+    unpatched = step(model)
     cfg, plugin = {"plugins": [NAME], **options}, axolotl.LowrankPlugin()
     if where == "loader":
         plugin.post_model_load(cfg, model)
@@ -94,7 +94,7 @@ def test_the_model_is_patched_wherever_its_adapter_is_made(axolotl, options, whe
     assert lowrank.stats(model)["untouched"] == {}
     (callback,) = plugin.add_callbacks_post_trainer(cfg, trainer)
     callback.on_train_begin(None, None, None, model=model)
-    agree(step(model), theirs)
+    agree(step(model), unpatched)
     siblings = options.get("lowrank_siblings", True)
     assert lowrank.stats(model) == {"fused": 14, "shared": 6 * siblings, "fallback": {}, "untouched": {}}
     assert callback.options == {"siblings": siblings, "shared_mask": bool(options.get("lowrank_shared_mask"))}

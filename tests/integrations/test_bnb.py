@@ -60,12 +60,12 @@ def test_4bit_is_as_right_as_peft(dtype, autocast):
         x, dy = torch.randn(4, 8, 128, dtype=dtype, device=DEVICE), torch.randn(4, 8, 96, dtype=dtype, device=DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             dy = dy.to(layer(x).dtype)
-            theirs = step(layer, x, dy)
+            unpatched = step(layer, x, dy)
             model = patch(nn.Sequential(layer))
             with lowrank.strict():
                 ours = step(layer, x, dy)
         assert lowrank.stats(model)["fused"] == 1
-        return [[of[name] for name in names] for of in (ours, theirs, exact(layer, x, dy))]
+        return [[of[name] for name in names] for of in (ours, unpatched, exact(layer, x, dy))]
 
     in_the_mean(draw, names)
 
@@ -133,11 +133,11 @@ def test_8bit_where_it_runs():
     x = torch.randn(16, 128, dtype=torch.float16, device=DEVICE)
     dy = torch.randn(16, 96, dtype=torch.float16, device=DEVICE)
     try:
-        theirs = step(layer, x, dy)
+        unpatched = step(layer, x, dy)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         pytest.skip(f"bitsandbytes' 8-bit linear does not run on {DEVICE}: {error}")
     patch(nn.Sequential(layer))
     with lowrank.strict():
         ours = step(layer, x, dy)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(ours[name], unpatched[name], rtol=1e-2, atol=1e-2)

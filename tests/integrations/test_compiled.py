@@ -58,18 +58,18 @@ def step(model, ids):
     return [out.loss.detach(), out.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-def same(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+def same(ours, unpatched):
+    torch.testing.assert_close(ours, unpatched, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_training_and_evaluation(backend):
     """As PEFT uncompiled, in one graph each."""
     model, ids = peft_llama(lora_alpha=3), tokens(2, 16)
-    theirs, quiet = step(model, ids), model.eval()(ids).logits.detach()
+    unpatched, quiet = step(model, ids), model.eval()(ids).logits.detach()
     compiled = torch.compile(patch(model), fullgraph=True, backend=backend)
     with lowrank.strict():
-        same(step(compiled.train(), ids), theirs)
+        same(step(compiled.train(), ids), unpatched)
         with torch.no_grad():
             same(compiled.eval()(ids).logits, quiet)
     assert counters["stats"]["unique_graphs"] == 2
@@ -125,10 +125,10 @@ def test_a_fallback_is_told_while_it_is_traced():
     model.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].register_forward_hook(
         lambda m, a, out: out * 2
     )
-    theirs = step(model, ids)
+    unpatched = step(model, ids)
     compiled = torch.compile(patch(model), fullgraph=True, backend="aot_eager")
     with pytest.warns(UserWarning, match="falls back to PEFT's own code.*hooks on lora_A"):
-        same(step(compiled, ids), theirs)
+        same(step(compiled, ids), unpatched)
     assert lowrank.stats() == {"fused": 2, "shared": 0, "fallback": {"hooks on lora_A": 1}, "untouched": {}}
     torch._dynamo.reset()
     with lowrank.strict(), pytest.raises(Exception, match=r"FallbackError.*hooks on lora_A"):
@@ -183,8 +183,8 @@ def test_a_layer_costs_dynamo_what_peft_s_costs(config, grad):
         python_calls(change(linears(1, **config)), grad)  # torch's own caches
         few, many = (python_calls(change(linears(n, **config)), grad) for n in (2, 5))
         cost.append((many - few) / 3)
-    theirs, ours = cost
-    assert ours <= 1.1 * theirs, (ours, theirs)
+    unpatched, ours = cost
+    assert ours <= 1.1 * unpatched, (ours, unpatched)
 
 
 def bare(layer):
@@ -240,9 +240,9 @@ def test_a_plain_layer_is_one_op_in_the_graph(name):
         return [y.detach(), given.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
     with lowrank.strict():
-        wants, found = run(layer), run(compiled)
+        wants, outputs = run(layer), run(compiled)
     assert len(wants) == (1 if name == "inference_mode" else 5 if "lora_bias" in config else 4)
-    torch.testing.assert_close(found, wants, rtol=0, atol=0)
+    torch.testing.assert_close(outputs, wants, rtol=0, atol=0)
     (graph,) = graphs
     (call,) = (node for node in graph.graph.nodes if node.op not in ("placeholder", "output"))
     assert call.target is torch.ops.lowrank.lora_linear.default
@@ -323,14 +323,14 @@ def test_any_other_layer_is_traced_as_it_is_called(name):
     OTHER[name](layer)
     hook = nn.modules.module.register_module_forward_hook(lambda m, a, out: out * 2) if name == "global hooks" else None
     try:
-        found = []
+        runs = []
         for f in (layer, torch.compile(lambda x: layer(x), fullgraph=True, backend="eager")):
             _stats.reset()
-            found.append((f(x).detach(), lowrank.stats()["fused"], lowrank.stats()["fallback"]))
+            runs.append((f(x).detach(), lowrank.stats()["fused"], lowrank.stats()["fallback"]))
     finally:
         if hook is not None:
             hook.remove()
-    (want, *counted), (y, *traced) = found
+    (want, *counted), (y, *traced) = runs
     same(y, want)
     assert traced == counted
     assert bool(counted[1]) is (name not in FUSED | UNADAPTED)

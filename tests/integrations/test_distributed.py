@@ -212,10 +212,10 @@ def test_weights_on_meta_are_refused_by_name(what):
 def test_offloaded_weights(tmp_path):
     """accelerate brings every weight by a hook on its module: the base is called, the adapter is PEFT's, counted."""
     accelerate = pytest.importorskip("accelerate")
-    theirs = worker.peft_model()(worker.IDS).logits
+    unpatched = worker.peft_model()(worker.IDS).logits
     model = accelerate.cpu_offload(patch(worker.peft_model()), execution_device=torch.device("cpu"))
     assert all(p.is_meta for p in model.parameters())
-    torch.testing.assert_close(model(worker.IDS).logits, theirs)
+    torch.testing.assert_close(model(worker.IDS).logits, unpatched)
     assert lowrank.stats(model)["fallback"] == {"hooks on lora_A": worker.FUSED}
 
 

@@ -37,10 +37,10 @@ def layers(model):
     "case", [{}, {"use_rslora": True, "lora_alpha": 3}, {"target_modules": ["q_proj", "down_proj"]}], ids=str
 )
 def test_logits_and_every_gradient_are_pefts(case):
-    theirs, ours = step(dora_llama(**case)), patch(dora_llama(**case))
-    found = step(ours)
-    agree(found, theirs)
-    assert sum("magnitude" in name for name in found) == len(layers(ours))
+    unpatched, ours = step(dora_llama(**case)), patch(dora_llama(**case))
+    grads = step(ours)
+    agree(grads, unpatched)
+    assert sum("magnitude" in name for name in grads) == len(layers(ours))
     counted = lowrank.stats(ours)
     assert counted["fused"] == len(layers(ours))
     assert not counted["fallback"]
@@ -62,9 +62,9 @@ def test_a_bf16_norm_is_worse_than_ours():
     layer = layers(dora_llama(torch.bfloat16, False))[0]
     W, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     truth = (W.double() + layer.scaling["default"] * B.double() @ A.double()).norm(dim=1)
-    theirs = layer.lora_magnitude_vector["default"].get_weight_norm(W, B @ A, layer.scaling["default"])
+    unpatched = layer.lora_magnitude_vector["default"].get_weight_norm(W, B @ A, layer.scaling["default"])
     ours = torch.ops.lowrank.dora_norm(W, A, B.float() * layer.scaling["default"])
-    assert (ours - truth).norm() < 0.01 * (theirs - truth).norm()
+    assert (ours - truth).norm() < 0.01 * (unpatched - truth).norm()
 
 
 class Line(nn.Module):
@@ -97,9 +97,9 @@ def test_at_its_start_a_layer_is_nowhere_farther_from_the_base_than_pefts(dtype,
     off = []
     for each in (model, patch(copy.deepcopy(model))):
         off.append(float((each(x).double() - y.double()).norm().detach()))
-    theirs, ours = off
-    assert ours <= theirs
-    assert (theirs == 0) == (dtype is torch.float32 or not fp32_adapters)
+    unpatched, ours = off
+    assert ours <= unpatched
+    assert (unpatched == 0) == (dtype is torch.float32 or not fp32_adapters)
 
 
 def test_a_weight_replaced_cast_or_written_to_starts_anew():
@@ -184,9 +184,9 @@ def test_what_dora_caching_keeps_is_dropped_as_pefts(how):
             assert kept(layer)
             layer = layers(model)[0]
         assert not kept(layer)
-        found = model(IDS).logits
+        logits = model(IDS).logits
     with torch.no_grad():
-        torch.testing.assert_close(found, unpatch(model)(IDS).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, unpatch(model)(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_dora_caching_is_not_for_training(norms):
@@ -217,8 +217,8 @@ def test_what_dora_caching_kept_in_inference_mode_can_train(patched):
         with torch.inference_mode():
             model(IDS)
         model = patch(model)
-        found = step(model)  # in evaluation, with gradients
-    agree(found, step(unpatch(dora_llama(target_modules=["q_proj"]).eval())))
+        grads = step(model)  # in evaluation, with gradients
+    agree(grads, step(unpatch(dora_llama(target_modules=["q_proj"]).eval())))
 
 
 @pytest.mark.parametrize("base_dropout", [True, False])
@@ -239,15 +239,15 @@ def test_dropout_by_pefts_formula_with_the_mask_it_drew(base_dropout, monkeypatc
         return [y, *torch.autograd.grad(y, leaves, dy)]
 
     if base_dropout:
-        theirs = run(layer)
+        unpatched = run(layer)
     else:
         magnitude, scaling = layer.lora_magnitude_vector["default"], layer.scaling["default"]
         W, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
         g = magnitude.weight / magnitude.get_weight_norm(W, (B @ A).detach(), scaling)
         y = g * (x @ W.mT + scaling * layer.lora_dropout["default"](x) @ A.mT @ B.mT)
-        theirs = [y, *torch.autograd.grad(y, leaves, dy)]
+        unpatched = [y, *torch.autograd.grad(y, leaves, dy)]
     patch(holder := nn.ModuleList([layer]), dora_base_dropout=base_dropout)
-    torch.testing.assert_close(run(layer), theirs)
+    torch.testing.assert_close(run(layer), unpatched)
     assert not lowrank.stats(holder)["fallback"]
     assert torch.equal(layer.eval()(x), copy.deepcopy(layer).eval()(x))
 
@@ -270,13 +270,13 @@ def test_process_wide_without_base_dropout(monkeypatch):
 
 def test_gradient_checkpointing_with_dropout():
     model = patch(dora_llama(lora_dropout=0.2)).train()
-    found = []
+    runs = []
     for checkpointed in (False, True):
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         torch.manual_seed(7)
-        found.append(step(model))
-    agree(*found)
+        runs.append(step(model))
+    agree(*runs)
 
 
 def test_training_and_files_are_pefts(tmp_path):
@@ -290,10 +290,10 @@ def test_training_and_files_are_pefts(tmp_path):
             optimizer.step()
             optimizer.zero_grad()
         finals.append(model.eval())
-    ours, theirs = finals
+    ours, unpatched = finals
     with torch.no_grad():
         logits = ours(IDS).logits
-        torch.testing.assert_close(logits, theirs(IDS).logits, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(logits, unpatched(IDS).logits, rtol=1e-3, atol=1e-4)
         ours.save_pretrained(tmp_path)
         torch.testing.assert_close(
             PeftModel.from_pretrained(llama(), tmp_path).eval()(IDS).logits, logits, rtol=1e-4, atol=1e-5

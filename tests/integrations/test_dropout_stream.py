@@ -50,8 +50,8 @@ KINDS = {
 
 def both(kind, **options):
     """(PEFT's model, the same one patched), in training."""
-    theirs = KINDS[kind]().train()
-    return theirs, patch(copy.deepcopy(theirs), dropout_stream="torch", **options)
+    unpatched = KINDS[kind]().train()
+    return unpatched, patch(copy.deepcopy(unpatched), dropout_stream="torch", **options)
 
 
 def watched(model):
@@ -81,21 +81,21 @@ def test_a_run_follows_pefts_step_by_step(kind, checkpointed):
             optimizer.step()
             losses.append(float(loss.detach()))
         runs.append((losses, torch.stack(states)))
-    (theirs, their_states), (ours, our_states) = runs
+    (unpatched, their_states), (ours, our_states) = runs
     assert torch.equal(our_states, their_states)
     assert len({tuple(state.tolist()) for state in their_states}) > 14  # they do draw
-    assert theirs[0] - theirs[-1] > 0.01  # and learn
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    assert unpatched[0] - unpatched[-1] > 0.01  # and learn
+    torch.testing.assert_close(ours, unpatched, rtol=1e-5, atol=0)
     assert lowrank.stats(model)["fallback"] == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_pefts(kind):
-    found = []
+    runs = []
     for model in both(kind):
         torch.manual_seed(5)
-        found.append(step(model))
-    agree(*found[::-1])
+        runs.append(step(model))
+    agree(*runs[::-1])
 
 
 def layer(p=0.1, dtype=torch.float64, base=None, **config):
@@ -135,14 +135,14 @@ def test_every_layout_of_x(which, config, cast, backend):
 
     backend: without csrc/.
     """
-    theirs = layer(**config)
+    unpatched = layer(**config)
     x = INPUTS[which]().double()
     if cast:
-        theirs.base_layer.float()
+        unpatched.base_layer.float()
         x = x.float()
-    want, state = run(theirs, x)
+    want, state = run(unpatched, x)
     with forced(backend) if backend else contextlib.nullcontext():
-        got, our_state = run(patch(copy.deepcopy(theirs), dropout_stream="torch"), x)
+        got, our_state = run(patch(copy.deepcopy(unpatched), dropout_stream="torch"), x)
     assert torch.equal(our_state, state)
     torch.testing.assert_close(got, want, rtol=1e-9 if not cast else 1e-4, atol=1e-9 if not cast else 1e-4)
 
@@ -184,19 +184,19 @@ def test_torch_draws_for_what_pefts_dropout_is_given(which, casting, monkeypatch
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("p", [1e-6, 0.5, 1.0])
 def test_every_p(p, config):
-    theirs = layer(p, **config)
+    unpatched = layer(p, **config)
     x = torch.randn(6, 70, dtype=torch.float64)
-    want, state = run(theirs, x)
-    got, our_state = run(patch(copy.deepcopy(theirs), dropout_stream="torch"), x)
+    want, state = run(unpatched, x)
+    got, our_state = run(patch(copy.deepcopy(unpatched), dropout_stream="torch"), x)
     assert torch.equal(our_state, state)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_autocast():
-    theirs = layer(dtype=torch.float32)
+    unpatched = layer(dtype=torch.float32)
     x = torch.randn(6, 70)
-    want, state = run(theirs, x, dtype=torch.bfloat16)
-    got, our_state = run(patch(copy.deepcopy(theirs), dropout_stream="torch"), x, dtype=torch.bfloat16)
+    want, state = run(unpatched, x, dtype=torch.bfloat16)
+    got, our_state = run(patch(copy.deepcopy(unpatched), dropout_stream="torch"), x, dtype=torch.bfloat16)
     assert torch.equal(our_state, state)
     for ours, other in zip(got, want, strict=True):  # another mask: a third of its norm
         assert (ours.float() - other.float()).norm() < 0.03 * other.float().norm()
@@ -210,10 +210,10 @@ class Noisy(nn.Linear):
 
 
 def test_a_base_that_draws_draws_first():
-    theirs = layer(base=Noisy(70, 24))
+    unpatched = layer(base=Noisy(70, 24))
     x = torch.randn(6, 70, dtype=torch.float64)
-    want, state = run(theirs, x)
-    got, our_state = run(patch(copy.deepcopy(theirs), dropout_stream="torch"), x)
+    want, state = run(unpatched, x)
+    got, our_state = run(patch(copy.deepcopy(unpatched), dropout_stream="torch"), x)
     assert torch.equal(our_state, state)
     torch.testing.assert_close(got, want)
 
@@ -221,11 +221,11 @@ def test_a_base_that_draws_draws_first():
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("whose", ["the layer's", "its dropout's"])
 def test_whose_mode_says_whether_to_draw(whose, config):
-    theirs = layer(**config)
-    (theirs if whose == "the layer's" else theirs.lora_dropout["default"]).training = False
+    unpatched = layer(**config)
+    (unpatched if whose == "the layer's" else unpatched.lora_dropout["default"]).training = False
     x = torch.randn(6, 70, dtype=torch.float64)
-    want, state = run(theirs, x)
-    got, our_state = run(patch(copy.deepcopy(theirs), dropout_stream="torch"), x)
+    want, state = run(unpatched, x)
+    got, our_state = run(patch(copy.deepcopy(unpatched), dropout_stream="torch"), x)
     assert torch.equal(our_state, state)
     torch.testing.assert_close(got, want)
 
@@ -293,12 +293,12 @@ def test_compiled_it_draws_the_same_masks(kind):
         return attention.q_proj(x).sin() + attention.o_proj(x).cos()  # two masks for one x
 
     torch._dynamo.reset()
-    found = []
+    runs = []
     for run in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
         torch.manual_seed(5)
         y = run(x)
-        found.append([y, torch.get_rng_state(), torch.autograd.grad(y.sum(), x)[0]])
-    torch.testing.assert_close(found[1], found[0])
+        runs.append([y, torch.get_rng_state(), torch.autograd.grad(y.sum(), x)[0]])
+    torch.testing.assert_close(runs[1], runs[0])
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def lora_layers(model):
 
 def test_every_layer_runs_on_the_kernel_as_it_does_patched(kernel, run):
     model = peft_llama(lora_alpha=3)
-    theirs, keys = step(model), list(model.state_dict())
+    unpatched, keys = step(model), list(model.state_dict())
     assert run(model) is model
     assert len(lora_layers(model)) == 14
     assert all(m.forward.__func__ is kernel.layers.PeftLoraLinear.forward for m in lora_layers(model))
@@ -87,17 +87,17 @@ def test_every_layer_runs_on_the_kernel_as_it_does_patched(kernel, run):
         ours = step(model)
     assert kernel.stats(model) == {"fused": 14, "shared": 0, "fallback": {}, "untouched": {}}
     assert list(model.state_dict()) == keys
-    agree(ours, theirs)
+    agree(ours, unpatched)
     patched = step(patch(peft_llama(lora_alpha=3), siblings=False))
     assert all(torch.equal(ours[name], patched[name]) for name in patched)
 
 
 def test_kernelized_back_it_is_pefts_again(kernel, run):
     model = peft_llama()
-    theirs = step(model)
+    unpatched = step(model)
     kernelize_back(run(model))
     ours = step(model)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(torch.equal(ours[name], unpatched[name]) for name in unpatched)
     none = {"fused": 0, "shared": 0, "fallback": {}, "untouched": {"lora.Linear": 14}}
     assert lowrank.stats(model) == kernel.stats(model) == none
     patch(model)  # too late: kernels has bound PEFT's forward to each layer, and the class is not asked any more
@@ -134,12 +134,12 @@ def test_bf16_is_as_right_as_peft(kernel, run, autocast):
 
 def test_compile_fullgraph(kernel, run):
     model = peft_llama(lora_alpha=3, lora_dropout=0.1).eval()
-    theirs = step(model)
+    unpatched = step(model)
     run(model)
     torch._dynamo.reset()
     with kernel.strict():
         ours = step(torch.compile(model, fullgraph=True, backend="aot_eager"))
-    agree({name.removeprefix("_orig_mod."): t for name, t in ours.items()}, theirs)
+    agree({name.removeprefix("_orig_mod."): t for name, t in ours.items()}, unpatched)
 
 
 def test_dropout_and_the_modes(kernel, run):
@@ -159,11 +159,11 @@ def test_dropout_and_the_modes(kernel, run):
 
 def test_a_fallback_is_counted_once_by_whoever_took_the_call(kernel, run):
     model = peft_llama(init_lora_weights="mica", target_modules=["q_proj"])
-    theirs = step(model)
+    unpatched = step(model)
     run(model)
     with pytest.warns(UserWarning, match="lowrank falls back to PEFT.*MiCALinearVariant"):
         ours = step(model)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(torch.equal(ours[name], unpatched[name]) for name in unpatched)
     assert list(kernel.stats(model)["fallback"].values()) == [2]
     with kernel.strict(), pytest.raises(kernel.FallbackError, match="MiCALinearVariant"):
         step(model)
@@ -179,12 +179,12 @@ def test_with_the_classes_patched_too(kernel, run, how, variant):
     for order in ((how, run), (run, how)):
         start = "mica" if variant else False
         model = peft_llama(lora_alpha=3, init_lora_weights=start, target_modules=["q_proj", "v_proj"])
-        theirs = step(model)
+        unpatched = step(model)
         for take in order:
             take(model)
-        agree(step(model), theirs)
-        found = kernel.stats(model)
-        assert (found["fused"], sum(found["fallback"].values())) == ((0, 4) if variant else (4, 0))
+        agree(step(model), unpatched)
+        counts = kernel.stats(model)
+        assert (counts["fused"], sum(counts["fallback"].values())) == ((0, 4) if variant else (4, 0))
         unpatch()
 
 
@@ -219,9 +219,9 @@ def test_build_toml_and_metadata_are_what_kernels_expects(repository):
         assert (metadata.name.python_name, metadata.version, metadata.license) == ("lowrank", 0, "apache-2.0")
         assert metadata.id.isidentifier()
         assert f'"{metadata.id}"' in (variant / "_ops.py").read_text()
-        found = Digest.hash_variant(DigestAlgorithm.SHA256, variant)
+        manifest = Digest.hash_variant(DigestAlgorithm.SHA256, variant)
         listed = json.loads((variant / "metadata.json").read_text())["digest"]["files"]
-        assert {path: digest for path, digest in found.files.items() if "__pycache__" not in path} == listed
+        assert {path: digest for path, digest in manifest.files.items() if "__pycache__" not in path} == listed
         ids.add(metadata.id)
     assert len(ids) == 2
     assert 'repo-id = "someone/lowrank"' in (repository / "build.toml").read_text()

@@ -71,13 +71,13 @@ def clean():
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_error_names_the_layer_and_the_cure_and_peft_takes_over(dora):
     model = make(use_dora=dora)
-    theirs = step(model)
+    unpatched = step(model)
     patch(model)
     with pytest.raises(
         RuntimeError, match=r"^base_model.model.fc: the input was changed in place.*copy_inputs=\['base"
     ):
         step(model)
-    assert all(torch.equal(a, b) for a, b in zip(step(model), theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(step(model), unpatched, strict=True))
     assert lowrank.stats(model)["fallback"] == {REASON: 1}
     with lowrank.strict(), pytest.raises(lowrank.FallbackError, match="copy_inputs"):
         step(model)
@@ -86,11 +86,11 @@ def test_the_error_names_the_layer_and_the_cure_and_peft_takes_over(dora):
 @pytest.mark.filterwarnings("ignore:lowrank falls back")
 def test_siblings_are_all_handed_over():
     model = make(Attention)
-    theirs = step(model)
+    unpatched = step(model)
     patch(model)
     with pytest.raises(RuntimeError, match=r"q_proj, base_model.model.k_proj, base_model.model.v_proj: the input"):
         step(model)
-    assert all(torch.equal(a, b) for a, b in zip(step(model), theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(step(model), unpatched, strict=True))
     assert lowrank.stats(model)["fallback"] == {REASON: 3}
 
 

@@ -57,11 +57,11 @@ def step(model, **inputs):
     return {"logits": out.logits.detach(), **grads}
 
 
-def agree(ours, theirs):
-    assert ours.keys() == theirs.keys()
+def agree(ours, unpatched):
+    assert ours.keys() == unpatched.keys()
     for name in ours:
         torch.testing.assert_close(
-            ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            ours[name], unpatched[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
@@ -73,14 +73,14 @@ def as_right_as_peft(make, patched, context=contextlib.nullcontext, kinds=("logi
         model = make(seed=next(seeds))
         oracle = step(copy.deepcopy(model).double())
         with context():
-            theirs = step(model)
+            unpatched = step(model)
             ours = step(patched(model))
-        assert ours.keys() == theirs.keys() == oracle.keys()
+        assert ours.keys() == unpatched.keys() == oracle.keys()
         # by its own norm: of a kind, each layer counts as much as another
         parts = {kind: [(n, oracle[n].norm()) for n in oracle if kind in n] for kind in kinds}
         return [
             [torch.cat([of[n].flatten() / norm for n, norm in parts[kind]]) for kind in kinds]
-            for of in (ours, theirs, oracle)
+            for of in (ours, unpatched, oracle)
         ]
 
     in_the_mean(draw, kinds)
@@ -141,10 +141,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_configurations(case):
     model = peft_llama(**CASES[case])
-    theirs = step(model)
+    unpatched = step(model)
     patch(model)
     with lowrank.strict():
-        agree(step(model), theirs)
+        agree(step(model), unpatched)
 
 
 def test_lora_bias_and_base_bias():
@@ -152,9 +152,9 @@ def test_lora_bias_and_base_bias():
         return peft_llama(model=llama(attention_bias=True), lora_bias=True, target_modules=["q_proj", "o_proj"])
 
     model = make()
-    theirs = step(model)
+    unpatched = step(model)
     with lowrank.strict():
-        agree(step(patch(model)), theirs)
+        agree(step(patch(model)), unpatched)
 
 
 @pytest.mark.parametrize("adapters", ["fp32", "bf16"])
@@ -182,10 +182,10 @@ def test_two_active_adapters():
     model = peft_llama()
     model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "second"])
-    theirs = step(model)
+    unpatched = step(model)
     patch(model)
     with lowrank.strict():
-        agree(step(model), theirs)
+        agree(step(model), unpatched)
 
 
 def test_dropout_in_training_and_evaluation():
@@ -217,12 +217,12 @@ def test_gradient_checkpointing_with_dropout(reentrant):
 
 def test_compile_fullgraph():
     model = peft_llama(lora_alpha=3)
-    theirs = step(model)
+    unpatched = step(model)
     patch(model)
     torch._dynamo.reset()
     agree(
         step(torch.compile(model, fullgraph=True, backend="aot_eager")),
-        {f"_orig_mod.{k}" if "." in k else k: v for k, v in theirs.items()},
+        {f"_orig_mod.{k}" if "." in k else k: v for k, v in unpatched.items()},
     )
 
 
@@ -240,16 +240,16 @@ def test_a_compiled_hotswap_scaling():
 
 def fallback(model, reason, run=step):
     """The call falls back with this one reason, warns once, raises under strict, and gives what PEFT gives."""
-    theirs = run(model)
+    unpatched = run(model)
     patch(model)
     with pytest.warns(UserWarning, match=f"lowrank falls back to PEFT.*{reason}") as caught:
         ours = run(model)
     assert len([w for w in caught if "lowrank" in str(w.message)]) == 1
-    for name in theirs:
-        assert torch.equal(ours[name], theirs[name])
-    found = lowrank.stats(model)["fallback"]
-    assert len(found) == 1
-    assert reason in next(iter(found))
+    for name in unpatched:
+        assert torch.equal(ours[name], unpatched[name])
+    reasons = lowrank.stats(model)["fallback"]
+    assert len(reasons) == 1
+    assert reason in next(iter(reasons))
     with lowrank.strict(), pytest.raises(lowrank.FallbackError, match=reason):
         run(model)
 
@@ -315,9 +315,9 @@ def test_parameters_of_a_factor_are_told_by_name(what, lora_bias):
                 B.register_parameter("another", nn.Parameter(torch.ones(1)))
             else:
                 B.__dict__["weight"] = B._parameters.pop("weight")
-    theirs = step(model)
+    unpatched = step(model)
     with lowrank.strict():
-        agree(step(patch(model)), theirs)
+        agree(step(patch(model)), unpatched)
 
 
 def test_disabled_casting_keeps_its_meaning():
@@ -351,9 +351,9 @@ def test_hooks_on_the_base_still_run():
     for layer in model.modules():
         if isinstance(layer, PeftLinear):
             layer.base_layer.register_forward_hook(lambda m, args, out: seen.append(1) or out + 1)
-    theirs = step(model)
+    unpatched = step(model)
     with lowrank.strict():
-        agree(step(patch(model)), theirs)
+        agree(step(patch(model)), unpatched)
     assert len(seen) == 4
 
 
@@ -370,9 +370,9 @@ def test_conv1d_base():
     model = get_peft_model(
         Block(), LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
     )
-    theirs = model(x)
+    unpatched = model(x)
     with lowrank.strict():
-        torch.testing.assert_close(patch(model)(x), theirs)
+        torch.testing.assert_close(patch(model)(x), unpatched)
 
 
 def test_tied_adapters():
@@ -383,14 +383,14 @@ def test_tied_adapters():
     model = get_peft_model(model, config)
     with torch.no_grad():  # logits of 300 make softmax's gradient amplify every rounding
         model.base_model.model.model.embed_tokens.lora_embedding_A["default"].mul_(0.05)
-    theirs = step(model)
+    unpatched = step(model)
     patch(model)
     ours = step(model)
     head = model.base_model.model.lm_head
     assert not head.lora_A["default"].weight.is_contiguous()
     assert lowrank.stats(model)["fused"] == 1
     assert lowrank.stats(model)["untouched"] == {"lora.Embedding": 1}
-    agree(ours, theirs)
+    agree(ours, unpatched)
 
 
 def test_expert_parameters_are_named_as_untouched():

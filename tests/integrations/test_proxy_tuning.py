@@ -66,17 +66,17 @@ def by_hand(models, prompts, alphas=(1.0,) * 3, choose=torch.argmax, steps=STEPS
     """int64 [B, steps]; each row alone; a finished row is padded."""
     ids, mask = prompts
     rows = [i[m.bool()] for i, m in zip(ids, mask, strict=True)]
-    found = [[] for _ in rows]
+    texts = [[] for _ in rows]
     for _ in range(steps):
         logits = torch.stack([formula(models, r, a) for r, a in zip(rows, alphas, strict=True)])
         tokens = logits.argmax(-1) if choose is torch.argmax else choose(logits)
         for i, token in enumerate(tokens):
-            token = torch.tensor(PAD) if EOS in found[i] else token
-            found[i].append(int(token))
+            token = torch.tensor(PAD) if EOS in texts[i] else token
+            texts[i].append(int(token))
             rows[i] = torch.cat([rows[i], token[None]])
-        if all(EOS in row for row in found):
+        if all(EOS in row for row in texts):
             break
-    return torch.tensor(found)
+    return torch.tensor(texts)
 
 
 def new_tokens(out, prompts):
@@ -124,10 +124,10 @@ def test_a_batch_is_its_rows_alone(models, prompts):
     together = proxy.generate(models[0], input_ids=prompts[0], attention_mask=prompts[1], max_new_tokens=STEPS)
     for i in range(3):
         row = alone(prompts, i)
-        found = new_tokens(proxy.generate(models[0], input_ids=row[0], max_new_tokens=STEPS), row)[0]
+        actual = new_tokens(proxy.generate(models[0], input_ids=row[0], max_new_tokens=STEPS), row)[0]
         expected = new_tokens(together, prompts)[i]
-        assert torch.equal(found, expected[: len(found)])
-        assert (expected[len(found) :] == PAD).all()
+        assert torch.equal(actual, expected[: len(actual)])
+        assert (expected[len(actual) :] == PAD).all()
 
 
 def test_sampling_is_the_formula(models, prompts):
@@ -223,10 +223,10 @@ def test_beams(models, prompts, do_sample, monkeypatch):
     expected = models[0].generate(**options, logits_processor=[Uncached(models)])
     in_base = len(reordered)
     torch.manual_seed(0)
-    found = ProxyTuning(*models[1:]).generate(models[0], **options)
+    actual = ProxyTuning(*models[1:]).generate(models[0], **options)
     assert len(reordered) > 2 * in_base  # the small models' caches too
-    assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, rtol=0, atol=1e-4)
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(actual.sequences_scores, expected.sequences_scores, rtol=0, atol=1e-4)
 
 
 def test_beams_score_whole_sequences(models, prompts):
@@ -351,9 +351,9 @@ def test_tokens_that_the_small_models_lack_keep_their_place():
     def scores(offset):
         hook = expert.lm_head.register_forward_hook(lambda _, __, out: out + offset)
         with torch.no_grad():
-            found = ProxyTuning(expert, antiexpert)(ids, base(input_ids=ids).logits[:, -1])
+            steered = ProxyTuning(expert, antiexpert)(ids, base(input_ids=ids).logits[:, -1])
         hook.remove()
-        return found
+        return steered
 
     torch.testing.assert_close(scores(0.0), scores(5.0), rtol=0, atol=1e-4)
 
@@ -372,10 +372,10 @@ def test_from_adapter_is_two_models_for_one(models, prompts, kind):
             if parameter.requires_grad:
                 parameter += 0.5 * torch.randn_like(parameter)
     options = dict(input_ids=prompts[0], attention_mask=prompts[1], max_new_tokens=STEPS, do_sample=False)
-    found = ProxyTuning.from_adapter(small).generate(models[0], **options)
-    assert torch.equal(found, ProxyTuning(small, plain).generate(models[0], **options))
-    assert torch.equal(new_tokens(found, prompts), by_hand((models[0], small, plain), prompts))
-    assert not torch.equal(found, models[0].generate(**options))
+    actual = ProxyTuning.from_adapter(small).generate(models[0], **options)
+    assert torch.equal(actual, ProxyTuning(small, plain).generate(models[0], **options))
+    assert torch.equal(new_tokens(actual, prompts), by_hand((models[0], small, plain), prompts))
+    assert not torch.equal(actual, models[0].generate(**options))
     beams = ProxyTuning.from_adapter(small).generate(models[0], num_beams=3, **options)
     assert torch.equal(
         beams, models[0].generate(num_beams=3, logits_processor=[Uncached((models[0], small, plain))], **options)
@@ -395,11 +395,11 @@ def test_beams_of_one_text_under_two_masks(models):
     proxy(ids, scores)
     ids = torch.cat([ids[[1, 0, 3, 2]], torch.tensor([[10], [11], [12], [13]])], 1)
     with Reads(*models[1:]) as fed:
-        found = proxy(ids, scores)
+        actual = proxy(ids, scores)
     assert fed == [[1], [1]]
     mask = extended(mask.repeat_interleave(2, 0), ids)
     expected = ProxyTuning(*models[1:], attention_mask=mask)(ids, scores)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [0, 1])

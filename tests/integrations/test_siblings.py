@@ -217,11 +217,11 @@ def inside(monkeypatch):
 @pytest.mark.parametrize("grad", [False, True])
 def test_each_thread_is_handed_its_own(grad, inside, calls):
     """The other thread leads its group while this one computes, and asks for the rest after this one is done."""
-    attention, mine = block()
-    theirs = torch.randn(2, 5, 64)
+    attention, x_here = block()
+    x_there = torch.randn(2, 5, 64)
     names = ("q_proj", "k_proj", "v_proj")
     unpatch(attention)
-    want = {id(x): [attention.get_submodule(name)(x) for name in names] for x in (mine, theirs)}
+    want = {id(x): [attention.get_submodule(name)(x) for name in names] for x in (x_here, x_there)}
     patch(attention)
 
     def ask(name, x):
@@ -229,14 +229,14 @@ def test_each_thread_is_handed_its_own(grad, inside, calls):
             return attention.get_submodule(name)(x)
 
     with ThreadPoolExecutor(1) as other:
-        found = []
-        inside.append(lambda: found.append(other.submit(ask, "q_proj", theirs).result()))
-        ours = [ask("q_proj", mine)]
+        there = []
+        inside.append(lambda: there.append(other.submit(ask, "q_proj", x_there).result()))
+        here = [ask("q_proj", x_here)]
         for name in names[1:]:
-            found.append(other.submit(ask, name, theirs).result())
-            ours.append(ask(name, mine))
-    torch.testing.assert_close(ours, want[id(mine)])
-    torch.testing.assert_close(found, want[id(theirs)])
+            there.append(other.submit(ask, name, x_there).result())
+            here.append(ask(name, x_here))
+    torch.testing.assert_close(here, want[id(x_here)])
+    torch.testing.assert_close(there, want[id(x_there)])
     assert calls == [3, 3]
     assert shared() == 4
 
@@ -257,8 +257,8 @@ def test_many_threads_at_once():
                 return [model(ids).logits for _ in range(4)]
 
         with ThreadPoolExecutor(len(inputs)) as threads:
-            found = list(threads.map(run, inputs))
-    for logits, runs in zip(want, found, strict=True):
+            results = list(threads.map(run, inputs))
+    for logits, runs in zip(want, results, strict=True):
         torch.testing.assert_close(runs, [logits] * 4)
 
 
@@ -438,16 +438,16 @@ def test_members_whose_result_is_not_used_get_no_gradient(used, p):
     torch.manual_seed(3)
     ys = {name: attention.get_submodule(name)(x) for name in ("q_proj", *used)}
     torch.autograd.backward([ys[name].sum() for name in used], retain_graph=True)
-    mine = {name for name in trained if name.startswith(tuple(used))}
-    assert {name for name, is_none in hooked if not is_none} == mine
-    assert {name for name, weight in trained.items() if weight.grad is not None} == mine
-    found = [x.grad.clone(), *(trained[name].grad.clone() for name in sorted(mine))]
+    trained_names = {name for name in trained if name.startswith(tuple(used))}
+    assert {name for name, is_none in hooked if not is_none} == trained_names
+    assert {name for name, weight in trained.items() if weight.grad is not None} == trained_names
+    grads = [x.grad.clone(), *(trained[name].grad.clone() for name in sorted(trained_names))]
     rest = [y.sum() * 0 for name, y in ys.items() if name not in used]  # now with gradients of zero for the others
     x.grad = None
     for weight in trained.values():
         weight.grad = None
     torch.autograd.backward([ys[name].sum() for name in used] + rest)
-    torch.testing.assert_close([x.grad, *(trained[name].grad for name in sorted(mine))], found)
+    torch.testing.assert_close([x.grad, *(trained[name].grad for name in sorted(trained_names))], grads)
 
     before = {name: weight.detach().clone() for name, weight in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=0.1, weight_decay=0.1)
@@ -455,7 +455,7 @@ def test_members_whose_result_is_not_used_get_no_gradient(used, p):
     attention.q_proj(x)
     sum(attention.get_submodule(name)(x).sum() for name in used).backward()
     optimizer.step()
-    assert {name for name, weight in trained.items() if not torch.equal(weight, before[name])} <= mine
+    assert {name for name, weight in trained.items() if not torch.equal(weight, before[name])} <= trained_names
 
 
 def test_results_that_nobody_takes_are_pointed_out():
@@ -572,16 +572,16 @@ class Block(torch.nn.Module):
 def test_a_layer_is_in_the_group_of_which_most_are_there(block, want):
     model = torch.nn.Sequential(Block(**block))
     names = {layer: name for name, layer in model[0].named_children()}
-    found = [group for group, _ in siblings.find(model, names.__contains__)]
-    assert [" ".join(names[layer] for layer in group) for group in found] == want
+    groups = [group for group, _ in siblings.find(model, names.__contains__)]
+    assert [" ".join(names[layer] for layer in group) for group in groups] == want
 
 
 def test_a_layer_of_two_modules_is_in_one_group():
     model = torch.nn.ModuleList([Block(q_proj=8, k_proj=8), Block(v_proj=8, q_proj=8)])
     model[1].q_proj = model[0].q_proj
     model[0].v_proj = model[0].k_proj
-    found = [group for group, _ in siblings.find(model, lambda layer: isinstance(layer, torch.nn.Linear))]
-    assert found == [[model[0].q_proj, model[0].k_proj]]
+    groups = [group for group, _ in siblings.find(model, lambda layer: isinstance(layer, torch.nn.Linear))]
+    assert groups == [[model[0].q_proj, model[0].k_proj]]
 
 
 def test_compile_fullgraph():

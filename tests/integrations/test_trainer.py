@@ -99,8 +99,8 @@ def outcome(steps, trainer):
     ids = torch.stack([one["input_ids"] for one in blocks()[:4]])
     with torch.no_grad():
         logits = trainer.model.eval()(input_ids=ids).logits
-    found = {"losses": torch.tensor(steps), "logits": logits} | adapters(trainer)
-    return {name: value.double() for name, value in found.items()}
+    values = {"losses": torch.tensor(steps), "logits": logits} | adapters(trainer)
+    return {name: value.double() for name, value in values.items()}
 
 
 CASES = {
@@ -119,33 +119,33 @@ def exact(kind, accumulation=1):
         return outcome(*train(folder, (), peft_model().double(), kind=kind, gradient_accumulation_steps=accumulation))
 
 
-def as_right(ours, theirs, right):
+def as_right(ours, unpatched, right):
     """Ours is at most three times as far from fp64 as theirs, in losses, in logits and in the median adapter weight.
 
     A run's distance is a sum of roundings, so those of two runs scatter: over eight seeds of these runs the logarithm of
     their ratio had a deviation of at most 0.22, and 3 is five of them.  Losses come in fp32, so its last place is allowed.
     Of weights the norm would be that of one or two: Adam divides a gradient near zero by its own size.
     """
-    assert ours.keys() == theirs.keys() == right.keys()
+    assert ours.keys() == unpatched.keys() == right.keys()
     weights = [name for name in right if name not in ("losses", "logits")]
     for what, names in (("losses", ["losses"]), ("logits", ["logits"]), ("weights", weights)):
-        mine, other, exact = (torch.cat([run[name].flatten() for name in names]) for run in (ours, theirs, right))
+        own, reference, exact = (torch.cat([run[name].flatten() for name in names]) for run in (ours, unpatched, right))
         size = (lambda t: t.abs().median()) if what == "weights" else torch.linalg.vector_norm
-        mine, other, room = size(mine - exact), size(other - exact), torch.finfo(torch.float32).eps * size(exact)
-        assert mine <= max(3 * other, room), f"{what}: {mine:.2e} from fp64, unpatched {other:.2e}"
+        own, reference, room = size(own - exact), size(reference - exact), torch.finfo(torch.float32).eps * size(exact)
+        assert own <= max(3 * reference, room), f"{what}: {own:.2e} from fp64, unpatched {reference:.2e}"
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_step_is_the_unpatched_runs(tmp_path, kind, case):
-    theirs = outcome(*train(tmp_path, kind=kind, **CASES[case]))
+    unpatched = outcome(*train(tmp_path, kind=kind, **CASES[case]))
     steps, trainer = train(tmp_path, [PatchCallback()], kind=kind, **CASES[case])
-    found = lowrank.stats(trainer.model)
-    assert found["fused"] > 0
-    assert found["fallback"] == found["untouched"] == {}
+    counts = lowrank.stats(trainer.model)
+    assert counts["fused"] > 0
+    assert counts["fallback"] == counts["untouched"] == {}
     assert len(steps) == STEPS
     assert steps[-1] < steps[0] - 0.1
-    as_right(outcome(steps, trainer), theirs, exact(kind, CASES[case].get("gradient_accumulation_steps", 1)))
+    as_right(outcome(steps, trainer), unpatched, exact(kind, CASES[case].get("gradient_accumulation_steps", 1)))
 
 
 def quantized(folder):
@@ -179,15 +179,15 @@ def test_a_4_bit_base(tmp_path, kind):
         if p.requires_grad and kind == "SFTTrainer":  # it rounds those of a quantized model
             p.data = p.data.bfloat16().double()
     right = outcome(*train(tmp_path, (), right, kind=kind))
-    theirs = outcome(*train(tmp_path, (), peft_model(quantized(tmp_path)), kind=kind, bf16=True))
+    unpatched = outcome(*train(tmp_path, (), peft_model(quantized(tmp_path)), kind=kind, bf16=True))
     steps, trainer = train(tmp_path, [PatchCallback()], peft_model(quantized(tmp_path)), kind=kind, bf16=True)
     layer = trainer.model.base_model.model.model.layers[0].mlp.up_proj
     assert (type(layer).__name__, type(layer.base_layer).__name__) == ("Linear4bit", "Linear4bit")
-    found = lowrank.stats(trainer.model)
-    assert found["fused"] == 14 * STEPS * 2  # checkpointed
-    assert found["fallback"] == found["untouched"] == {}
+    counts = lowrank.stats(trainer.model)
+    assert counts["fused"] == 14 * STEPS * 2  # checkpointed
+    assert counts["fallback"] == counts["untouched"] == {}
     assert steps[-1] < steps[0] - 0.1
-    as_right(outcome(steps, trainer), theirs, right)
+    as_right(outcome(steps, trainer), unpatched, right)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -325,11 +325,11 @@ def test_compiled_by_the_trainer(tmp_path, caplog, kind):
     counters.clear()
     options = dict(kind=kind, max_steps=3)
     model = functools.partial(peft_model, target_modules=["q_proj", "up_proj"])
-    theirs, reference = train(tmp_path, (), model(), **options)
+    unpatched, reference = train(tmp_path, (), model(), **options)
     ours, trainer = train(
         tmp_path, [PatchCallback()], model(), torch_compile=True, torch_compile_backend="aot_eager", **options
     )
-    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert ours == pytest.approx(unpatched, rel=1e-6)
     for name, value in adapters(reference).items():
         torch.testing.assert_close(adapters(trainer)[name], value, rtol=1e-4, atol=1e-5, msg=name)
     graphs = counters["stats"]["unique_graphs"]

@@ -96,23 +96,23 @@ def rows_of(y):
 
 def nth_derivatives(model, n):
     x, ts = leaf(model)
-    found = torch.autograd.grad(square(model)(x), ts, create_graph=True)
+    grads = torch.autograd.grad(square(model)(x), ts, create_graph=True)
     for _ in range(n - 1):
-        found = torch.autograd.grad(sum(t.square().sum() for t in found), ts, create_graph=True)
-    return found
+        grads = torch.autograd.grad(sum(t.square().sum() for t in grads), ts, create_graph=True)
+    return grads
 
 
 def of_parameters_alone(model):
     ts = list(trained(model).values())
-    found = torch.autograd.grad(square(model)(X), ts, create_graph=True)
-    return torch.autograd.grad(sum(t.square().sum() for t in found), ts)
+    grads = torch.autograd.grad(square(model)(X), ts, create_graph=True)
+    return torch.autograd.grad(sum(t.square().sum() for t in grads), ts)
 
 
 def batched(model, create_graph=False):
     x, ts = leaf(model)
     y = model(x)
-    found = torch.autograd.grad(y, ts, rows_of(y), is_grads_batched=True, create_graph=create_graph)
-    return torch.autograd.grad(sum(t.square().sum() for t in found), ts) if create_graph else found
+    grads = torch.autograd.grad(y, ts, rows_of(y), is_grads_batched=True, create_graph=create_graph)
+    return torch.autograd.grad(sum(t.square().sum() for t in grads), ts) if create_graph else grads
 
 
 def vmapped_backward(model):
@@ -145,8 +145,8 @@ def dual_gradient(model):
     x, ts = leaf(model)
     y = model(x)
     with forward_ad.dual_level():
-        found = torch.autograd.grad(y, ts, forward_ad.make_dual(torch.ones_like(y), y.detach()))
-        return [t for each in map(forward_ad.unpack_dual, found) for t in each if t is not None]
+        duals = torch.autograd.grad(y, ts, forward_ad.make_dual(torch.ones_like(y), y.detach()))
+        return [t for pair in map(forward_ad.unpack_dual, duals) for t in pair if t is not None]
 
 
 def vmapped_backward_of_checkpointed(model):
@@ -159,8 +159,8 @@ def dual_gradient_of_checkpointed(model):
     x, ts = leaf(model)
     y = checkpoint(model, x, use_reentrant=False)
     with forward_ad.dual_level():
-        found = torch.autograd.grad(y, ts, forward_ad.make_dual(torch.ones_like(y), y.detach()))
-        return [t for each in map(forward_ad.unpack_dual, found) for t in each if t is not None]
+        duals = torch.autograd.grad(y, ts, forward_ad.make_dual(torch.ones_like(y), y.detach()))
+        return [t for pair in map(forward_ad.unpack_dual, duals) for t in pair if t is not None]
 
 
 def traced(model):
@@ -208,10 +208,14 @@ IN_FORWARD = {
 }  # fmt: skip
 
 
-def leaves_of(found):
-    if isinstance(found, dict):
-        found = [found[name] for name in sorted(found)]
-    return [found.detach()] if isinstance(found, torch.Tensor) else [t for each in found for t in leaves_of(each)]
+def leaves_of(results):
+    if isinstance(results, dict):
+        results = [results[name] for name in sorted(results)]
+    return (
+        [results.detach()]
+        if isinstance(results, torch.Tensor)
+        else [t for result in results for t in leaves_of(result)]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -246,10 +250,10 @@ def test_what_forward_can_know_is_handed_to_peft_and_counted(how):
 def test_what_backward_alone_can_know_is_counted_and_stays_fused(how):
     model = patch(make("q/k/v"))
     IN_BACKWARD[how](model)
-    found = lowrank.stats(model)
-    assert found["fused"] % 3 == 0
-    assert found["fused"] > 0
-    assert list(found["fallback"]) == [
+    counts = lowrank.stats(model)
+    assert counts["fused"] % 3 == 0
+    assert counts["fused"] > 0
+    assert list(counts["fallback"]) == [
         "create_graph, or a batched or dual gradient: backward in differentiable operations"
     ]
     with lowrank.strict(), pytest.raises(lowrank.FallbackError, match="create_graph"):
@@ -279,8 +283,8 @@ def test_an_svf_layer_is_repeated_as_it_was(mode, how):
     x, ts = leaf(layer)
     y, rows = layer(x), rows_of(layer(x))
     if how is vmapped_backward_of_checkpointed:
-        each = [torch.autograd.grad(y, ts, dy, retain_graph=True) for dy in rows]
-        want = [torch.stack(found) for found in zip(*each, strict=True)]
+        by_row = [torch.autograd.grad(y, ts, dy, retain_graph=True) for dy in rows]
+        want = [torch.stack(of_tensor) for of_tensor in zip(*by_row, strict=True)]
         torch.testing.assert_close(list(got), want, rtol=1e-6, atol=1e-6)
     else:
         assert len(got) > len(ts)
@@ -305,8 +309,8 @@ def test_second_derivatives_in_mixed_precision(autocast):
 
     oracle = second(copy.deepcopy(model).double(), X)
     x = X.to(torch.float32 if autocast else torch.bfloat16)
-    theirs = (second(model, x) - oracle).norm()
-    assert (second(patch(model), x) - oracle).norm() <= 1.5 * theirs
+    unpatched = (second(model, x) - oracle).norm()
+    assert (second(patch(model), x) - oracle).norm() <= 1.5 * unpatched
 
 
 def test_merged_and_disabled_layers_are_no_fallback_under_transforms():

@@ -127,8 +127,8 @@ def trained(make, model, folder, **options):
     return torch.tensor(log), {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def agree(ours, theirs):
-    (log, weights), (their_log, their_weights) = ours, theirs
+def agree(ours, trl_run):
+    (log, weights), (their_log, their_weights) = ours, trl_run
     torch.testing.assert_close(log, their_log, rtol=1e-4, atol=2e-5)
     assert weights.keys() == their_weights.keys()
     for name, weight in weights.items():  # Adam divides by the gradient's size: a gradient of rounding moves it whole
@@ -152,15 +152,15 @@ def full_logits(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("lo
             z = (z / config.final_logit_softcapping).tanh() * config.final_logit_softcapping
         z, mask = z / temperature, shift_labels != -100
         logp, targets = z.log_softmax(-1), shift_labels.clamp(min=0)
-        found = {
+        outs = {
             "log_probs": logp.gather(-1, targets[..., None])[..., 0],
             "entropy": -(logp.exp() * logp).sum(-1),
             "mean_logits": z.detach().mean(-1),
             "is_top1": z.argmax(-1) == targets,
         }
-        found = {name: x.masked_fill(~mask, 0) for name, x in found.items() if name in outputs}
+        outs = {name: x.masked_fill(~mask, 0) for name, x in outs.items() if name in outputs}
         items = mask.sum() if num_items_in_batch is None else num_items_in_batch
-        return FusedCausalLMOutput(loss=-found["log_probs"].sum() / items, label_mask=mask, **found)
+        return FusedCausalLMOutput(loss=-outs["log_probs"].sum() / items, label_mask=mask, **outs)
 
     model.forward = types.MethodType(forward, model)
 
@@ -174,11 +174,11 @@ def test_a_trainer_as_without_the_patch(name, lora, tmp_path):
         model = LlamaForCausalLM.from_pretrained(tmp_path)
         return tuned(model, target_modules=["q_proj", "up_proj"]) if lora else model
 
-    theirs = trained(TRAINERS[name], make(), tmp_path)
+    trl_run = trained(TRAINERS[name], make(), tmp_path)
     patch()
     with lowrank.strict():
         ours = trained(TRAINERS[name], make(), tmp_path)
-    agree(ours, theirs)
+    agree(ours, trl_run)
     assert lowrank.stats()["fused"] >= 3
     assert lowrank.stats()["fallback"] == {}
 
@@ -201,10 +201,10 @@ def test_a_lora_on_the_head_trains(name, tmp_path, monkeypatch):
 
 def test_beside_pefts_patch(tmp_path):
     patch()
-    theirs = trained(sft, tuned(), tmp_path)
+    trl_run = trained(sft, tuned(), tmp_path)
     peft_integration.patch()
     model = tuned()
-    agree(trained(sft, model, tmp_path), theirs)
+    agree(trained(sft, model, tmp_path), trl_run)
     head = model.get_output_embeddings()
     assert lowrank.stats(head)["fused"] == 3
     assert lowrank.stats(model)["fused"] == 3 + 3 * 2 * 2  # and q_proj of two layers, computed again for backward
@@ -227,19 +227,19 @@ def called(model, add, outputs=ALL, autocast=False, shift=False, **options):
         loss = loss + 0.3 * out.entropy.square().sum()
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    found = {k: out[k] for k in ("loss", *outputs, "label_mask")}
-    return {k: v.detach() for k, v in found.items() if v is not None}, grads
+    outs = {k: out[k] for k in ("loss", *outputs, "label_mask")}
+    return {k: v.detach() for k, v in outs.items() if v is not None}, grads
 
 
-def same(ours, theirs, bound=1e-5):
+def same(ours, trl_run, bound=1e-5):
     """In norm, tensor by tensor; fp32 rounds at 6e-8, and softmax's gradient amplifies it."""
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.keys() == other.keys()
-        for name in mine:
-            if mine[name].dtype is torch.bool:
-                assert torch.equal(mine[name], other[name]), name
+    for own, reference in zip(ours, trl_run, strict=True):
+        assert own.keys() == reference.keys()
+        for name in own:
+            if own[name].dtype is torch.bool:
+                assert torch.equal(own[name], reference[name]), name
             else:
-                assert error(mine[name], other[name].double()) <= bound, name
+                assert error(own[name], reference[name].double()) <= bound, name
 
 
 def fuse():
@@ -264,9 +264,9 @@ def test_a_plain_head_as_trl_has_it(model, temperature, shift, cast):
     outputs = ("log_probs", "entropy", "is_top1") if model == "scaled and capped" else ALL
     options = dict(outputs=outputs, temperature=temperature, shift=shift, cast_lm_head_to_fp32=cast)
     model = MODELS[model]()
-    theirs = called(model, utils.add_fused_lm_head, **options)
+    trl_run = called(model, utils.add_fused_lm_head, **options)
     with lowrank.strict():
-        same(called(model, fuse(), **options), theirs)
+        same(called(model, fuse(), **options), trl_run)
     assert lowrank.stats()["fused"] == 1
 
 
@@ -314,9 +314,9 @@ LORAS = {
 def test_a_lora_on_the_head_is_as_full_logits(model, temperature):
     outputs = ("log_probs", "entropy", "is_top1") if model == "scaled and capped" else ALL
     model, options = LORAS[model]().double(), dict(temperature=temperature, outputs=outputs)
-    theirs = called(model, full_logits, **options)
+    trl_run = called(model, full_logits, **options)
     with lowrank.strict():
-        same(called(model, fuse(), **options), theirs, 1e-12)
+        same(called(model, fuse(), **options), trl_run, 1e-12)
 
 
 def test_adapters_are_looked_up_at_each_call():
@@ -366,9 +366,9 @@ def test_16_bit_is_as_right_as_full_logits(autocast):
 def test_rows_that_count_alone(monkeypatch):
     """As on a GPU, where TRL hands over only those; none of them too."""
     model = tuned()
-    theirs = called(model, full_logits)
+    trl_run = called(model, full_logits)
     monkeypatch.setattr(utils, "_use_triton", lambda device: True)
-    same(called(model, fuse()), theirs)
+    same(called(model, fuse()), trl_run)
     monkeypatch.setattr(f"{__name__}.LABELS", torch.full_like(LABELS, -100))
     out, grads = called(model, fuse())
     assert out["loss"] == 0
@@ -378,8 +378,8 @@ def test_rows_that_count_alone(monkeypatch):
 def test_top1_of_ties():
     model = llama()
     nn.init.zeros_(model.lm_head.weight)
-    theirs = called(model, utils.add_fused_lm_head)[0]["is_top1"]
-    assert not theirs.any()  # the first of the tied is token 0, which no label is
+    trl_run = called(model, utils.add_fused_lm_head)[0]["is_top1"]
+    assert not trl_run.any()  # the first of the tied is token 0, which no label is
     assert torch.equal(called(model, fuse())[0]["is_top1"], LABELS[:, 1:] != -100)
 
 
@@ -389,11 +389,11 @@ def test_what_is_not_computed_falls_back():
         (llama(), (*ALL, "log_sum_sq_probs"), "the output log_sum_sq_probs"),
         (capped, ALL, "mean_logits of capped logits"),
     ):
-        theirs = called(model, utils.add_fused_lm_head, outputs)
+        trl_run = called(model, utils.add_fused_lm_head, outputs)
         with pytest.warns(UserWarning, match=f"lowrank falls back to TRL's own code.*{reason}"):
             ours = called(model, fuse(), outputs)
-        for mine, other in zip(ours, theirs, strict=True):
-            assert all(torch.equal(mine[name], other[name]) for name in other)
+        for own, reference in zip(ours, trl_run, strict=True):
+            assert all(torch.equal(own[name], reference[name]) for name in reference)
         assert lowrank.stats()["fallback"][reason] == 1
         with lowrank.strict(), pytest.raises(lowrank.FallbackError, match=reason):
             called(model, fuse(), outputs)
@@ -435,7 +435,7 @@ def test_refuses(tmp_path):
 
 def test_unpatch_restores(tmp_path):
     before = [(m, m.add_fused_lm_head, m.BaseTunerLayer) for m in MODULES.values()]
-    theirs = utils.add_fused_lm_head
+    original = utils.add_fused_lm_head
     patch()
     patch()
     assert all(m.add_fused_lm_head is not add for m, add, _ in before)
@@ -443,7 +443,7 @@ def test_unpatch_restores(tmp_path):
     unpatch()
     unpatch()
     assert all((m.add_fused_lm_head, m.BaseTunerLayer) == (add, layer) for m, add, layer in before)
-    assert utils.add_fused_lm_head is theirs
+    assert utils.add_fused_lm_head is original
     trainer.train()  # a trainer made in between keeps its head
     assert lowrank.stats()["fused"] == 3
     with pytest.raises(ValueError, match="Applying a PEFT adapter"):
