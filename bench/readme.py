@@ -25,8 +25,8 @@ from typing import NamedTuple
 import charts
 import torch
 
-from lowrank.bench import environment
 from lowrank.compare import figure
+from lowrank.measure.environment import environment
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results/readme"
