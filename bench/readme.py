@@ -12,7 +12,6 @@ another script's of this folder, in a process of its own; the tests of what they
 import argparse
 import functools
 import json
-import platform
 import re
 import subprocess
 import sys
@@ -62,7 +61,10 @@ DROPOUTS = (0.05, 0.0)
 
 def measured(device: torch.device, toy: bool = False) -> dict:
     """{"environment", "tables": {name: what its script wrote, and the command}}.  Raises CalledProcessError where one fails."""
-    started, commands = time.strftime("%Y-%m-%d %H:%M:%S"), COMMANDS["toy" if toy else name_of(device)]
+    commands = COMMANDS["toy" if toy else name_of(device)]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    env = environment(device) | {"capability": capability(device), "commit": commit.stdout.strip()}
+    env |= {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": "python bench/readme.py"}
     with tempfile.TemporaryDirectory() as folder:
         writes = {
             "linear": (f"--out {folder} {'--no-gate' if toy else f'--gate {folder}/gate.json'}", "lora_linear.json"),
@@ -80,9 +82,6 @@ def measured(device: torch.device, toy: bool = False) -> dict:
             tables[name] = {"command": f"python {command}"} | {
                 key: result[key] for key in ("where", "settings", "rows", "absent") if key in result
             }
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    env = environment(device) | {"python": platform.python_version(), "capability": capability(device)}
-    env |= {"commit": commit.stdout.strip(), "date": started, "command": "python bench/readme.py"}
     return {"environment": env, "tables": tables}
 
 
