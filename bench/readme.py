@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import charts
 import torch
+from run import commit
 
 from lowrank.compare import figure
 from lowrank.measure.environment import environment
@@ -62,8 +63,7 @@ DROPOUTS = (0.05, 0.0)
 def measured(device: torch.device, toy: bool = False) -> dict:
     """{"environment", "tables": {name: what its script wrote, and the command}}.  Raises CalledProcessError where one fails."""
     commands = COMMANDS["toy" if toy else name_of(device)]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    env = environment(device) | {"capability": capability(device), "commit": commit.stdout.strip()}
+    env = environment(device) | {"capability": capability(device), "commit": commit()}
     env |= {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": "python bench/readme.py"}
     with tempfile.TemporaryDirectory() as folder:
         writes = {
