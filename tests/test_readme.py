@@ -1,4 +1,7 @@
-"""bench/readme.py: everything that README shows is measured at toy sizes, rendered, drawn and put between its markers."""
+"""bench/readme.py: everything that README shows is measured at toy sizes, rendered, drawn and put between its markers.
+
+And what README and docs/benchmarks.md show is what the JSON in bench/results/readme says.
+"""
 
 import re
 
@@ -52,3 +55,26 @@ def test_marked_tables_are_filled_and_nothing_else():
     for broken in (page.replace(f"{end}\nc", "c"), page.replace(x, "<!-- table: x -->")):
         with pytest.raises(ValueError, match="needs an '<!-- end -->'"):
             readme.filled(broken, {"x": "", "y": ""})
+
+
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_pages_show_what_was_measured(page):
+    text = page.read_text()
+    assert readme.MARKED.search(text)
+    assert readme.filled(text, readme.rendered(readme.results())) == text, "python bench/readme.py --write"
+
+
+def test_no_table_of_readme_holds_a_figure_of_another_origin():
+    outside = readme.MARKED.sub("", readme.PAGES[0].read_text())
+    tables = re.findall(r"(?:^ *\|.*\n)+", outside, re.MULTILINE)
+    figure = re.compile(r"\d\s?(?:×|[mµ]s\b|[KMG]i?B\b)")
+    assert [row for table in tables for row in table.splitlines() if figure.search(row)] == []
+
+
+def test_charts_say_what_was_measured(tmp_path):
+    drawings = readme.drawings(readme.results())
+    shown = {name for page in readme.PAGES for name in re.findall(r"images/(\S+\.svg)\)", page.read_text())}
+    assert shown <= {path.name for path in drawings}
+    for path, draw in drawings.items():
+        draw(tmp_path / path.name)
+        assert texts((tmp_path / path.name).read_text()) == texts(path.read_text()), path.name
