@@ -17,6 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="training steps of each method (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapters (default: %(default)s)")
+    parser.add_argument(
+        "--alpha", default="32", help="LoRA is scaled by alpha / rank; r for alpha = rank (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="16-bit weights that train have no fp32 masters: less memory, lost updates",
+    )
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-dtype", choices=dtypes, default=default.adapter_dtype, help="(%(default)s)")
     parser.add_argument("--dropout", type=float, default=default.dropout, help="before the adapters (%(default)s)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="keep block inputs, recompute the rest")
-    parser.add_argument("--master", action="store_true", help="full fine-tuning keeps fp32 master weights too")
+    parser.add_argument(
+        "--in-place", action="store_true", help="full fine-tuning keeps no fp32 masters of 16-bit weights"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default.device, help="(%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
@@ -47,7 +49,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _notes(setting: Setting, fused: bool) -> list[str]:
     autocast = "" if setting.adapter_dtype == setting.dtype else f", layers under {setting.dtype} autocast"
-    master = " and an fp32 copy of the weights (full)" if setting.master else ", no fp32 copy of the weights"
+    masters = setting.dtype != "float32" and not setting.in_place
+    master = " and an fp32 copy of the weights (full)" if masters else ", no fp32 copy of the weights"
     attention = (
         "fused attention (no [T,T] kept)" if fused else "no fused attention or scan: what the model's own code keeps"
     )

@@ -6,64 +6,83 @@ from dataclasses import dataclass
 from torch import nn
 
 from .._linears import attention_layers
+from .settings import Adapter
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run, share of its steps long.  rate multiplies the swept learning rate."""
+    """A stretch of the run, share of its steps long.  rate multiplies the swept learning rate; ``at_scale_1`` means that a
+    LoRA method's swept rate is taken as it would be at a scale of 1: for weights that train in full."""
 
     share: float
-    prepare: Callable[[nn.Module, int], nn.Module]  # (model, rank) -> the model with what trains requiring grad
+    prepare: Callable[[nn.Module, Adapter], nn.Module]  # the model with what trains requiring grad
     rate: float = 1.0
+    at_scale_1: bool = False
+
+    def learning_rate(self, swept: float, adapter: Adapter) -> float:
+        return swept * self.rate * (adapter.scale if self.at_scale_1 else 1.0)
 
 
 @dataclass(frozen=True)
 class Method:
     summary: str
-    rate: float  # where its learning-rate grid is centred, in units of full fine-tuning's
+    rate: float  # where its learning-rate grid is centred, in units of full fine-tuning's, at a LoRA scale of 1
     phases: tuple[Phase, ...]
     subnetwork: float | None = None  # share of all parameters that trains: those that a probe run moved most
+    is_lora: bool = (
+        False  # at a scale s a step of the factors moves the weight s times as far: its rates are divided by s
+    )
+
+    def centre(self, adapter: Adapter) -> float:
+        """The middle of its grid, in units of full fine-tuning's rate."""
+        return self.rate / adapter.scale if self.is_lora else self.rate
 
 
-def lora_config(rank: int, target_modules="all-linear"):
-    """PEFT's LoraConfig with alpha = rank and no dropout, so that two implementations draw no random numbers."""
+def lora_config(adapter: Adapter, target_modules="all-linear"):
+    """PEFT's LoraConfig without dropout, so that two implementations draw no random numbers."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=0.0,
+        target_modules=target_modules,
+        task_type="CAUSAL_LM",
+    )
 
 
-def _full(model: nn.Module, rank: int) -> nn.Module:
+def _full(model: nn.Module, adapter: Adapter) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def _lora(model: nn.Module, rank: int) -> nn.Module:
+def _lora(model: nn.Module, adapter: Adapter) -> nn.Module:
     import lowrank
 
-    return lowrank.adapt(model, lora_config(rank))
+    return lowrank.adapt(model, lora_config(adapter))
 
 
-def _lora_attention(model: nn.Module, rank: int) -> nn.Module:
+def _lora_attention(model: nn.Module, adapter: Adapter) -> nn.Module:
     import lowrank
 
-    return lowrank.adapt(model, lora_config(rank, attention_layers(model)))
+    return lowrank.adapt(model, lora_config(adapter, attention_layers(model)))
 
 
-def _peft_lora(model: nn.Module, rank: int) -> nn.Module:
+def _peft_lora(model: nn.Module, adapter: Adapter) -> nn.Module:
     import peft
 
-    return peft.get_peft_model(model, lora_config(rank))
+    return peft.get_peft_model(model, lora_config(adapter))
 
 
-def _svf(model: nn.Module, rank: int) -> nn.Module:
+def _svf(model: nn.Module, adapter: Adapter) -> nn.Module:
     """The largest singular values of every linear layer, four per rank."""
     import lowrank
     from lowrank._linears import target_layers, weight_shape
 
-    k = min(4 * rank, *(min(weight_shape(layer)) for layer in target_layers(model).values()))
+    k = min(4 * adapter.rank, *(min(weight_shape(layer)) for layer in target_layers(model).values()))
     return lowrank.adapt(model, lowrank.SVFConfig(k=k))
 
 
-def _svf_full(model: nn.Module, rank: int) -> nn.Module:
+def _svf_full(model: nn.Module, adapter: Adapter) -> nn.Module:
     import lowrank
 
     return lowrank.adapt(model, lowrank.SVFConfig())
@@ -77,15 +96,16 @@ METHODS = {
         (Phase(1.0, _full),),
         subnetwork=0.2,
     ),
-    "lora": Method("lowrank LoRA on all linear layers", 10.0, (Phase(1.0, _lora),)),
+    "lora": Method("lowrank LoRA on all linear layers", 10.0, (Phase(1.0, _lora),), is_lora=True),
     "lora-attention": Method(
-        "lowrank LoRA on the attention's linear layers only", 10.0, (Phase(1.0, _lora_attention),)
+        "lowrank LoRA on the attention's linear layers only", 10.0, (Phase(1.0, _lora_attention),), is_lora=True
     ),
-    "peft-lora": Method("PEFT's LoRA on all linear layers", 10.0, (Phase(1.0, _peft_lora),)),
+    "peft-lora": Method("PEFT's LoRA on all linear layers", 10.0, (Phase(1.0, _peft_lora),), is_lora=True),
     "full→lora": Method(
         "every weight for half of the steps at a tenth of the rate, then lowrank LoRA for the rest",
         10.0,
-        (Phase(0.5, _full, rate=0.1), Phase(0.5, _lora)),
+        (Phase(0.5, _full, rate=0.1, at_scale_1=True), Phase(0.5, _lora)),
+        is_lora=True,
     ),
     "svf": Method(
         "the largest singular values of all linear layers scaled (SVF), four per rank", 90.0, (Phase(1.0, _svf),)

@@ -151,7 +151,8 @@ def caveats(result: dict) -> list[str]:
         else "Memory is the CUDA allocator's peak over a step, with temporaries.",
         "AdamW without weight decay, gradients clipped to norm 1, 10 % warm-up and cosine to zero in each phase; "
         "the same batches in the same order for every method. "
-        f"LoRA: rank {settings['rank']}, alpha {settings['alpha']}, no dropout.",
+        f"LoRA: rank {settings['rank']}, alpha {settings['alpha']} (a scale of {settings['alpha'] / settings['rank']:g}), no "
+        "dropout; rates of LoRA are divided by the scale.",
         "Learning rates were picked on validation sequences by runs of a third of the steps, with the first seed; a "
         "longer run may prefer a lower rate. Losses are of test sequences that picked nothing, in nats per token.",
         "Old Δ at equal loss: change of the old domain's loss when the new domain's first comes down to the worst of "
@@ -169,8 +170,11 @@ def caveats(result: dict) -> list[str]:
     ]
     if settings["dtype"] == "bfloat16":
         lines.append(
-            "bfloat16 weights lose small updates when they train in place (full, and full→lora's first phase); "
-            "PEFT keeps adapters in float32."
+            "bfloat16 weights that train are stepped in place, and lose updates below half of their spacing (--in-place); "
+            "adapters are float32, as PEFT makes them."
+            if settings["in_place"]
+            else "bfloat16 weights that train have float32 masters, counted with the optimizer's state; adapters are float32, "
+            "as PEFT makes them."
         )
     return lines
 

@@ -17,7 +17,7 @@ from ..measure.environment import environment
 from . import train
 from .costs import latency, merged, weight_changes
 from .data import Subject, load, one_line
-from .methods import METHODS, Method
+from .methods import METHODS, Adapter, Method
 from .settings import Settings
 from .verdict import invented
 
@@ -83,7 +83,7 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
     subject = load(settings)
     device = torch.device(settings.device)
     comparison = Comparison(
-        settings, subject, environment(device), not_done=rehearse(settings.methods, subject, settings.rank)
+        settings, subject, environment(device), not_done=rehearse(settings.methods, subject, settings.adapter)
     )
     _some_left(comparison)
     with _screen.progress(label=34, bar=24, note=True) as progress, warnings.catch_warnings():
@@ -145,7 +145,7 @@ def _looks_ahead(model: nn.Module, block: torch.Tensor) -> bool:
     return bool((one - two).abs().max() > scale)
 
 
-def rehearse(methods, subject: Subject, rank: int) -> dict[str, str]:
+def rehearse(methods, subject: Subject, adapter: Adapter) -> dict[str, str]:
     """{method: why not} of those that fail to prepare a copy of the model without weights, each in all of its phases."""
     why_not = {}
     for name in methods:
@@ -154,7 +154,7 @@ def rehearse(methods, subject: Subject, rank: int) -> dict[str, str]:
                 warnings.simplefilter("ignore")
                 model = _without_weights(subject.model)
                 for phase in METHODS[name].phases:
-                    model = phase.prepare(model, rank)
+                    model = phase.prepare(model, adapter)
                     if not any(p.requires_grad for p in model.parameters()):
                         raise ValueError("nothing of the model would train")
         except Exception as error:  # whatever this model makes a library raise
@@ -218,9 +218,9 @@ def _pretrain(settings: Settings, subject: Subject, device: torch.device, progre
     }
 
 
-def grid(method: Method, width: int) -> list[float]:
+def grid(method: Method, width: int, adapter: Adapter) -> list[float]:
     """Three learning rates a factor of three apart, to one significant digit or two."""
-    centre = method.rate * FULL_RATE / width
+    centre = method.centre(adapter) * FULL_RATE / width
     return [float(f"{centre * GRID_FACTOR**power:.1e}") for power in (-1, 0, 1)]
 
 
@@ -247,9 +247,9 @@ def _row(name: str, settings: Settings, subject: Subject, device: torch.device, 
     """The method's row after the run of each seed."""
     method = METHODS[name]
     short, width = settings.sweep_steps, subject.model.get_input_embeddings().embedding_dim
-    rates = grid(method, width)
+    rates = grid(method, width, settings.adapter)
     tick, grow = _task(progress, f"{name}: learning rates", short * len(rates))
-    common = {"rank": settings.rank, "device": device}
+    common = {"adapter": settings.adapter, "device": device, "in_place": settings.in_place}
 
     def run_at(rate: float) -> tuple[float, list[float]]:
         run = train.train(subject, method, rate, short, settings.seed, tick=tick, **common)
@@ -298,7 +298,7 @@ def _control(
     rate = rows["lora"].sweep.picked
     steps = settings.steps if rate == rows["peft-lora"].sweep.picked else settings.sweep_steps
     tick, _ = _task(progress, "rounding control", steps)
-    common = {"rank": settings.rank, "device": device, "tick": tick, "after_prepare": perturb}
+    common = {"adapter": settings.adapter, "device": device, "tick": tick, "after_prepare": perturb}
     return train.train(subject, METHODS["peft-lora"], rate, steps, settings.seed, **common).losses
 
 

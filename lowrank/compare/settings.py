@@ -1,6 +1,7 @@
 """What one comparison does: the command line's options, checked before any long work starts.  Imports nothing heavy."""
 
 import importlib.util
+import math
 import os
 import shlex
 import tempfile
@@ -29,6 +30,18 @@ class Embedded:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """The size of a method's adapters, LoRA's being scaled by ``alpha / rank``."""
+
+    rank: int
+    alpha: float = 32
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class Settings:
     methods: tuple[str, ...]
     steps: int
@@ -38,10 +51,16 @@ class Settings:
     seed: int
     seeds: int
     out: Path
+    alpha: float = 32
+    in_place: bool = False
     model: str | None = None
     data: Path | None = None
     general_data: Path | None = None
     embedded: Embedded = Embedded()
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.rank, self.alpha)
 
     @property
     def sweep_steps(self) -> int:
@@ -55,7 +74,10 @@ class Settings:
         typed = {full: alias for alias, full in ALIASES.items()}
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None or field.name == "embedded":
+            if value is None or value is False or field.name == "embedded":
+                continue
+            if value is True:
+                parts.append(f"--{field.name.replace('_', '-')}")
                 continue
             value = ",".join(typed.get(name, name) for name in value) if field.name == "methods" else str(value)
             option = f"--{field.name.replace('_', '-')}"
@@ -80,6 +102,8 @@ def from_arguments(args, embedded: Embedded) -> Settings:
         methods=_methods(args.methods),
         steps=args.steps,
         rank=args.rank,
+        alpha=_alpha(args.alpha, args.rank),
+        in_place=args.in_place,
         dtype=_dtype(args.dtype, device),
         device=device,
         seed=args.seed,
@@ -123,6 +147,19 @@ def try_out(what: str, folder: Path, names) -> None:
         for path in missing:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
+
+
+def _alpha(text: str, rank: int) -> float:
+    """A positive number, or "r" for the rank."""
+    if text == "r":
+        return rank
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"--alpha {text!r}: expected a positive number, or r for the rank")
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _methods(text: str) -> tuple[str, ...]:

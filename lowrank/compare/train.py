@@ -16,7 +16,7 @@ from lowrank.optim import AdamW
 from ..measure.saved import SavedActivations
 from .costs import Memory, checkpoint_bytes, memory, synchronize
 from .data import Corpus, Subject, batches
-from .methods import Method
+from .methods import Adapter, Method
 
 WARM_UP = 0.1  # of a phase's steps
 POINTS = 9  # evaluations of a full run, denser at its start, where the losses move fastest
@@ -99,12 +99,19 @@ def timed(seconds: list[float]) -> list[float]:
     return [statistics.median(seconds[UNTIMED:])] * UNTIMED + seconds[UNTIMED:] if len(seconds) > UNTIMED else seconds
 
 
-def optimizer_and_schedule(model: nn.Module, rate: float, steps: int, masks: dict[str, Tensor] | None = None):
-    """No weight decay: it pulls W towards 0 in full fine-tuning and B A towards 0 in LoRA, which is not the same."""
+def optimizer_and_schedule(
+    model: nn.Module, rate: float, steps: int, masks: dict[str, Tensor] | None = None, in_place: bool = False
+):
+    """AdamW and a cosine.  16-bit weights that train have fp32 masters, unless ``in_place``: without, a step below half of a
+    weight's spacing is lost, which decides what full fine-tuning reaches.
+
+    No weight decay: it pulls W towards 0 in full fine-tuning and B A towards 0 in LoRA, which is not the same.
+    """
     from transformers import get_cosine_schedule_with_warmup
 
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = AdamW(parameters, lr=rate, weight_decay=0.0, masks=masks, nonfinite="propagate")
+    options = {"masks": masks, "master_weights": not in_place, "nonfinite": "propagate"}
+    optimizer = AdamW(parameters, lr=rate, weight_decay=0.0, **options)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, max(1, round(WARM_UP * steps)), steps)
 
 
@@ -115,8 +122,9 @@ def train(
     steps: int,
     seed: int,
     *,
-    rank: int,
+    adapter: Adapter,
     device: torch.device,
+    in_place: bool = False,
     tick: Callable[[float], None] = lambda loss: None,
     points: int = 0,
     after_prepare: Callable[[nn.Module], None] | None = None,
@@ -138,18 +146,18 @@ def train(
 
     masks = None
     if method.subnetwork is not None:
-        masks = subnetwork(subject, method.subnetwork, rate, max(steps // PROBE, 2), seed, device)
+        masks = subnetwork(subject, method.subnetwork, rate, max(steps // PROBE, 2), seed, device, in_place)
     look(0)
     for index, phase in enumerate(method.phases):
         first = len(run.losses)
         length = steps - first if index == len(method.phases) - 1 else round(steps * phase.share)
         torch.manual_seed(seed)  # the same adapters for every implementation of a method
-        model = phase.prepare(model, rank)
+        model = phase.prepare(model, adapter)
         if after_prepare is not None:
             after_prepare(model)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         run.trainable = max(run.trainable, round((method.subnetwork or 1) * trainable))
-        optimizer, schedule = optimizer_and_schedule(model, rate * phase.rate, length, masks)
+        optimizer, schedule = optimizer_and_schedule(model, phase.learning_rate(rate, adapter), length, masks, in_place)
         losses, seconds = fit(
             model,
             optimizer,
@@ -169,11 +177,13 @@ def train(
     return run
 
 
-def subnetwork(subject: Subject, share: float, rate: float, steps: int, seed: int, device: torch.device) -> dict:
+def subnetwork(
+    subject: Subject, share: float, rate: float, steps: int, seed: int, device: torch.device, in_place: bool
+) -> dict:
     """{parameter's name: mask} of the parameters that full fine-tuning moves most, found on a copy by a run of ``steps``."""
     model = copy.deepcopy(subject.model).to(device).requires_grad_(True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer, schedule = optimizer_and_schedule(model, rate, steps)
+    optimizer, schedule = optimizer_and_schedule(model, rate, steps, in_place=in_place)
     fit(model, optimizer, schedule, batches(subject.new.train, subject.batch, steps, seed), device, lambda loss: None)
     return analysis.topk_mask((before, {name: p.detach() for name, p in model.named_parameters()}), share)
 

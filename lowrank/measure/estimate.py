@@ -63,7 +63,7 @@ class Setting:
     adapter_dtype: str = "float32"
     dropout: float = 0.0
     gradient_checkpointing: bool = False
-    master: bool = False  # full fine-tuning also keeps an fp32 copy of the weights (counted with the optimizer)
+    in_place: bool = False  # full fine-tuning of 16-bit weights without fp32 masters (which count with the optimizer)
     device: str = "cuda"  # "cuda" | "cpu": decides what nn.Dropout saves
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ def estimate(config: "PretrainedConfig", method: Method, setting: Setting) -> Es
     if setting.gradient_checkpointing:
         recomputed = matmul - (head.weight.numel() if head is not None else 0)
         flops += attention + 2 * (recomputed + (trained if method.layers else 0))
-    master = 4 * trained if setting.master and method.layers is None and itemsize < 4 else 0
+    master = 4 * trained if not setting.in_place and method.layers is None and itemsize < 4 else 0
     return Estimate(
         method=method.name,
         parameters=parameters,

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank import cli
 from lowrank.cli import plan
+from lowrank.compare.settings import Adapter
 from lowrank.measure import estimate as estimates
 
 METHODS = {method.name: method for method in estimates.METHODS}
@@ -89,7 +90,7 @@ def test_memory_of_the_embedded_model_is_what_compare_measures(method):
     from lowrank.measure.saved import SavedActivations
 
     config, s = data.embedded_config(), setting(batch=8, seq=128)
-    model = methods.METHODS[method].phases[0].prepare(LlamaForCausalLM(config).train(), s.rank)
+    model = methods.METHODS[method].phases[0].prepare(LlamaForCausalLM(config).train(), Adapter(s.rank))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     tokens = torch.randint(0, 256, (s.batch, s.seq))
     with SavedActivations((*model.parameters(), *model.buffers())) as saved:
@@ -185,8 +186,12 @@ def test_nf4_weights():
 
 
 def test_cards_and_master_weights():
-    estimate = estimates.estimate(tiny(), METHODS["full"], setting(dtype="bfloat16", master=True))
+    estimate = estimates.estimate(tiny(), METHODS["full"], setting(dtype="bfloat16"))
     assert estimate.optimizer == 12 * estimate.parameters
+    in_place = estimates.estimate(tiny(), METHODS["full"], setting(dtype="bfloat16", in_place=True))
+    assert in_place.optimizer == 8 * estimate.parameters
+    fp32 = estimates.estimate(tiny(), METHODS["full"], setting(dtype="float32"))
+    assert fp32.optimizer == 8 * estimate.parameters
     huge = dataclasses.replace(estimate, weights=100 * 2**30, gradients=0, optimizer=0, activations=0)
     assert huge.gpus() == {"24 GB": math.ceil(100 / 21.24), "80 GB": 2, "141 GB": 1}
 
@@ -232,7 +237,11 @@ def test_memory_without_fused_attention_and_with_experts(name, method):
         with pytest.raises(ValueError, match=reason[name]):
             estimates.estimate(other(name), METHODS[method], s)
         return
-    model = methods.METHODS[method].phases[0].prepare(AutoModelForCausalLM.from_config(other(name)).train(), s.rank)
+    model = (
+        methods.METHODS[method]
+        .phases[0]
+        .prepare(AutoModelForCausalLM.from_config(other(name)).train(), Adapter(s.rank))
+    )
     _, activations = loss_and_saved_bytes(model, s, vocabulary=128)
     predicted = estimates.estimate(other(name), METHODS[method], s)
     assert predicted.activations == pytest.approx(activations, rel=1e-3)

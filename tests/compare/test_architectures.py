@@ -8,6 +8,7 @@ import torch
 from lowrank.cli import compare
 from lowrank.compare.costs import linear_weights, weight_changes
 from lowrank.compare.methods import METHODS
+from lowrank.compare.settings import Adapter
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -66,7 +67,7 @@ def test_weight_changes_are_those_of_the_merged_model(name):
     """Adapters on single linears and, nested, on the stacks of experts."""
     base, model = build(name), build(name)
     model.load_state_dict(base.state_dict())
-    model = METHODS["lora"].phases[0].prepare(model, 2)
+    model = METHODS["lora"].phases[0].prepare(model, Adapter(2))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

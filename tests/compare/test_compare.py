@@ -102,7 +102,7 @@ def test_lora_and_peft_agree(reported):
     agreement = json.loads((reported / "compare.json").read_text())["agreement"]
     assert agreement["within_rounding"], agreement
     assert agreement["all_steps"] in (8, 2)  # of a full run, or of the sweep's where the picks differ
-    assert agreement["largest_difference_of_all"] < 10 * agreement["rounding_alone_of_all"]
+    assert agreement["largest_difference_of_all"] <= max(10 * agreement["rounding_alone_of_all"], agreement["allowed"])
 
 
 def test_markdown_repeats_the_command_and_the_scale(reported):
@@ -223,6 +223,8 @@ def test_every_finished_run_is_on_disk_before_the_next_one(parse, texts, tmp_pat
         (["--methods", "lora,dora"], ValueError, "unknown method 'dora'; expected some of full,full-masked,lora,"),
         (["--methods", ","], ValueError, "no method"),
         (["--rank", "0"], ValueError, "--rank 0: expected at least 1"),
+        (["--alpha", "many"], ValueError, "--alpha 'many': expected a positive number, or r for the rank"),
+        (["--alpha", "0"], ValueError, "--alpha '0': expected a positive number, or r for the rank"),
         (["--steps", "2"], ValueError, "--steps 2: expected at least 6"),
         (["--seeds", "0"], ValueError, "--seeds 0: expected at least 1"),
         (["--seed", "-1"], ValueError, "--seed -1: expected at least 0"),
@@ -337,6 +339,7 @@ def test_the_command_that_repeats_the_run_survives_a_shell(parse, texts, tmp_pat
     odd = tmp_path / 'it\'s a "new" $domain; rm.txt'
     odd.write_text("text")
     options = ("--data", odd, "--out", tmp_path / "o ut", "--methods", "full,full-lora", "--device", "cpu")
+    options += ("--alpha", "r", "--in-place")
     settings = from_arguments(parse(*options), TINY)
     words = shlex.split(settings.command)
     assert words[:2] == ["lowrank", "compare"]

@@ -6,6 +6,7 @@ from torch import nn
 
 from lowrank.compare.costs import memory, stable_rank, weight_changes
 from lowrank.compare.data import batches, split
+from lowrank.compare.train import optimizer_and_schedule
 from lowrank.measure.saved import SavedActivations, storage_bytes
 
 peft = pytest.importorskip("peft")
@@ -40,6 +41,20 @@ def test_memory_of_one_linear_layer():
     assert measured.optimizer == 2 * 8 * 4 * 4 + 4  # two moments and a step count
     assert measured.activations == 16 * 8 * 4 + 16 * 4 * 4
     assert measured.total == measured.weights + measured.gradients + measured.optimizer + measured.activations
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_masters_keep_the_updates_that_a_16_bit_weight_loses(in_place):
+    layer = nn.Linear(8, 4, bias=False, dtype=torch.bfloat16)
+    nn.init.ones_(layer.weight)
+    optimizer, schedule = optimizer_and_schedule(layer, 1e-3, 40, in_place=in_place)  # half a spacing below 1 is 2e-3
+    for _ in range(20):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+        schedule.step()
+    assert memory(layer, optimizer, 0, torch.device("cpu")).optimizer == (8 if in_place else 12) * 32 + 4  # and a step count
+    assert bool((layer.weight == 1).all()) == in_place
+    assert in_place or bool((layer.weight < 0.99).all())
 
 
 class Two(nn.Module):

@@ -85,10 +85,21 @@ def test_diverged_rates_are_never_picked():
     assert swept.picked == 1e-3
 
 
-def test_loras_grid_is_ten_times_full_fine_tunings():
+def test_loras_grid_is_ten_times_full_fine_tunings_over_its_scale():
     from lowrank.compare.methods import METHODS
+    from lowrank.compare.settings import Adapter
 
-    assert grid(METHODS["lora"], 128) == pytest.approx([10 * rate for rate in grid(METHODS["full"], 128)])
+    unscaled, fourfold = Adapter(rank=8, alpha=8), Adapter(rank=8, alpha=32)
+    full = grid(METHODS["full"], 128, unscaled)
+    assert grid(METHODS["full"], 128, fourfold) == full
+    for name in ("lora", "lora-attention", "peft-lora", "full→lora"):
+        assert grid(METHODS[name], 128, unscaled) == pytest.approx([10 * rate for rate in full])
+        assert grid(METHODS[name], 128, fourfold) == pytest.approx([2.5 * rate for rate in full])
+    first, second = METHODS["full→lora"].phases  # every weight trains at a tenth of full's rate, whatever LoRA's scale
+    for adapter in (unscaled, fourfold):
+        swept = grid(METHODS["full→lora"], 128, adapter)[1]
+        assert first.learning_rate(swept, adapter) == pytest.approx(full[1])
+        assert second.learning_rate(swept, adapter) == swept
 
 
 def result(**leading) -> dict:
