@@ -3,13 +3,10 @@
 import functools
 import importlib.machinery
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
 import torch
-
-from . import _stats
 
 LIBRARIES = ("cpu", "cuda", "node")
 
@@ -17,19 +14,6 @@ LIBRARIES = ("cpu", "cuda", "node")
 def available(library: str) -> bool:
     """Whether torch.ops.lowrank has the ``library``'s (one of LIBRARIES) implementations; loads it on the first call."""
     return why_not(library) is None
-
-
-def takes(t: torch.Tensor, op: str) -> bool:
-    """Whether ``op`` of csrc/ takes t.  Numbers of 64 bits are PyTorch's, and so is all under LOWRANK_BACKEND=eager; what else
-    csrc/ does not take is counted in ``stats()`` and refused by ``strict()``.
-    """
-    if t.element_size() == 8 or os.environ.get("LOWRANK_BACKEND") == "eager":
-        return False
-    device = t.device.type
-    if device in LIBRARIES and available(device):
-        return True
-    _stats.op_fell_back(f"{op}: {why_not(device) if device in LIBRARIES else f'on {device}'}")
-    return False
 
 
 @functools.cache

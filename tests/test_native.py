@@ -13,6 +13,7 @@ import torch
 
 import lowrank
 from lowrank import _native, _stats
+from lowrank.ops._dispatch import in_csrc
 
 ROOT = Path(__file__).parent.parent
 
@@ -192,18 +193,18 @@ def test_what_csrc_takes_is_asked_in_one_place(monkeypatch):
     _stats.reset()
     single, double = torch.ones(1), torch.ones(1, dtype=torch.float64)
     with lowrank.strict():
-        assert not _native.takes(double, "an op")
+        assert not in_csrc(double, "an op")
         with pytest.raises(lowrank.FallbackError, match="an op: not built"):
-            _native.takes(single, "an op")
+            in_csrc(single, "an op")
         with pytest.raises(lowrank.FallbackError, match="an op: on meta"):
-            _native.takes(single.to("meta"), "an op")
+            in_csrc(single.to("meta"), "an op")
         monkeypatch.setenv("LOWRANK_BACKEND", "eager")
-        assert not _native.takes(single, "an op")
+        assert not in_csrc(single, "an op")
         monkeypatch.delenv("LOWRANK_BACKEND")
         monkeypatch.setattr(_native, "why_not", lambda library: None)
-        assert _native.takes(single, "an op")
+        assert in_csrc(single, "an op")
     monkeypatch.setattr(_native, "why_not", lambda library: "not built")
     before = lowrank.stats()["fallback"].get("an op: not built", 0)
     with pytest.warns(UserWarning, match="an op: not built"):
-        assert not _native.takes(single, "an op")
+        assert not in_csrc(single, "an op")
     assert lowrank.stats()["fallback"]["an op: not built"] == before + 1

@@ -13,6 +13,7 @@ import torch
 
 from .._linears import attention_layers, is_linear
 from . import meta_forward
+from .meta_forward import Setting
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,28 +51,6 @@ METHODS = (
     Method("peft-lora", "all", run_by="peft"),
     Method("qlora", "all", run_by="peft", nf4=True),
 )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A training step on one micro-batch of `batch` sequences of `seq` tokens.  dtypes by torch name."""
-
-    batch: int = 1
-    seq: int = 2048
-    rank: int = 16
-    dtype: str = "bfloat16"
-    adapter_dtype: str = "float32"
-    dropout: float = 0.0
-    gradient_checkpointing: bool = False
-    in_place: bool = False  # full fine-tuning of 16-bit weights without fp32 masters (which count with the optimizer)
-    device: str = "cuda"  # "cuda" | "cpu": decides what nn.Dropout saves
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "seq", "rank"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True)

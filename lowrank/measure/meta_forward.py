@@ -15,7 +15,27 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from .estimate import Setting
+
+@dataclass(frozen=True)
+class Setting:
+    """A training step on one micro-batch of `batch` sequences of `seq` tokens.  dtypes by torch name."""
+
+    batch: int = 1
+    seq: int = 2048
+    rank: int = 16
+    dtype: str = "bfloat16"
+    adapter_dtype: str = "float32"
+    dropout: float = 0.0
+    gradient_checkpointing: bool = False
+    in_place: bool = False  # full fine-tuning of 16-bit weights without fp32 masters (which count with the optimizer)
+    device: str = "cuda"  # "cuda" | "cpu": decides what nn.Dropout saves
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seq", "rank"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,7 @@ def experts_per_token(model: "PreTrainedModel") -> int:
 
 
 def add_lora(
-    model: "PreTrainedModel", targets: list[str] | str, setting: "Setting", *, run_by: str, dtype: torch.dtype
+    model: "PreTrainedModel", targets: list[str] | str, setting: Setting, *, run_by: str, dtype: torch.dtype
 ) -> "PeftModel":
     """The model with LoRA on the modules named in `targets` or by "all-linear", computed by PEFT's layers or by lowrank's."""
     try:
@@ -105,7 +125,7 @@ def add_lora(
     return model
 
 
-def forward(model: torch.nn.Module, setting: "Setting", *, compute_dtype: torch.dtype) -> Run:
+def forward(model: torch.nn.Module, setting: Setting, *, compute_dtype: torch.dtype) -> Run:
     """Run the model with labels on [batch, seq] tokens and count."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

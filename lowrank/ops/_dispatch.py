@@ -1,12 +1,14 @@
-"""Whether a call runs in kernels.  One visible chain of conditions; ``lowrank doctor`` prints what it begins with and why.
+"""Whether a call runs in kernels or in csrc/.  Visible chains of conditions; ``lowrank doctor`` prints what they begin with.
 
 Each ``*_impl`` maps the answer to two modules of the same functions: its kernels' and its ``*_eager``.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
-from .. import _stats
+from .. import _native, _stats
 from ._choice import backend, choice
 
 # What :func:`outlasts_host` reckons with.  Modelled from data sheets and from launches counted without a device, not measured.
@@ -30,6 +32,19 @@ def in_kernels(activations: list[Tensor], rank: int, thin_dtype: torch.dtype, si
         _stats.op_fell_back(reason)
         return False
     return sizes is None or choice(device).forced or not prefers_eager(*sizes)
+
+
+def in_csrc(t: Tensor, op: str) -> bool:
+    """Whether ``op`` of csrc/ takes t.  Numbers of 64 bits are PyTorch's, and so is all under LOWRANK_BACKEND=eager; what else
+    csrc/ does not take is counted in ``stats()`` and refused by ``strict()``.
+    """
+    if t.element_size() == 8 or os.environ.get("LOWRANK_BACKEND") == "eager":
+        return False
+    device = t.device.type
+    if device in _native.LIBRARIES and _native.available(device):
+        return True
+    _stats.op_fell_back(f"{op}: {_native.why_not(device) if device in _native.LIBRARIES else f'on {device}'}")
+    return False
 
 
 def outlasts_host(rows: int, K: int, N: int, itemsize: int) -> bool:

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _native, bits
+from .. import bits
 from .._memory import overlap
 from ._boundary import was_written
 from ._choice import backend
+from ._dispatch import in_csrc
 from .dropout import row_blocks
 from .validation import DTYPES
 
@@ -153,7 +154,7 @@ def _materialize(weight, A, m, B, out, changed, stats) -> None:
 
 def form_of(weight: torch.Tensor, r: int) -> str:
     """ "native", "triton" or "torch"."""
-    if r <= THIN_RANK and _native.takes(weight, "materialize"):
+    if r <= THIN_RANK and in_csrc(weight, "materialize"):
         return "native"
     if weight.dtype is not torch.float64 and backend(weight.device)[0] == "triton":
         return "triton"

@@ -10,8 +10,9 @@ Files: lowrank/optim.py, csrc/adamw.*; tests/test_optim.py; bench adamw.
 import torch
 from torch import Tensor
 
-from .. import _native, bits
+from .. import bits
 from ._boundary import was_written
+from ._dispatch import in_csrc
 
 BLOCK = 1024  # elements per entry of offsets: csrc/adamw.h's
 
@@ -30,7 +31,7 @@ def _(*args):
 
 def step(params: list[Tensor], *args) -> None:
     """All on one device, of one dtype, contiguous, and checked by the caller (lowrank/optim.py)."""
-    if not _native.takes(params[0], "adamw"):
+    if not in_csrc(params[0], "adamw"):
         return _in_torch(params, *args)
     torch.ops.lowrank.adamw.default(params, *args)
     was_written(*params, *args[1], *args[2], *args[3], *args[6])

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native, bits
+from .. import bits
+from ._dispatch import in_csrc
 
 # csrc/analysis.h's
 BLOCK, LANES = 4096, 256
@@ -40,7 +41,7 @@ def diff(old: Tensor, new: Tensor, tol: float, rel: float, ulp: int) -> tuple[li
     blocks = -(-new.numel() // BLOCK)
     counts = torch.empty((blocks, 4), dtype=torch.int64, device=new.device)
     sums = torch.empty((blocks, 3), dtype=torch.float64, device=new.device)
-    if _native.takes(new, "diff_stats"):
+    if in_csrc(new, "diff_stats"):
         torch.ops.lowrank.diff_stats.default(old, new, tol, rel, min(ulp, 2**63 - 1), counts, sums)
     else:
         _diff_in_torch(old.view(-1), new.view(-1), tol, rel, min(ulp, 2**63 - 1), counts, sums)
@@ -153,7 +154,7 @@ def _histogram(scores, key, hash_, above, shift, tied, width, reduce) -> list[in
         if s.new.device not in by_device:
             by_device[s.new.device] = torch.zeros(BINS + 1, dtype=torch.int64, device=s.new.device)
         arguments = (s.new, s.old, key, hash_, above, shift, tied, s.seed, s.first, by_device[s.new.device])
-        if width == 31 and _native.takes(s.new, "topk_mask"):
+        if width == 31 and in_csrc(s.new, "topk_mask"):
             torch.ops.lowrank.topk_histogram.default(*arguments)
         else:
             _histogram_in_torch(*arguments, width)
@@ -181,7 +182,7 @@ def _histogram_in_torch(new, old, key, hash_, above, shift, tied, seed, first, c
 def emit(s: Scores, key: int, hash_: int, width: int) -> Tensor:
     """int32 words: whose key is larger, or the same with at most that hash."""
     words = torch.zeros(-(-s.new.numel() // 32), dtype=torch.int32, device=s.new.device)
-    if width == 31 and _native.takes(s.new, "topk_mask"):
+    if width == 31 and in_csrc(s.new, "topk_mask"):
         torch.ops.lowrank.topk_emit.default(s.new, s.old, key, bits.wrap_int64(hash_), s.seed, s.first, words)
         return words
     for at, keys in _keys(s.new, s.old, width):
@@ -219,7 +220,7 @@ def intersections(masks: list[Tensor]) -> Tensor:
             both = torch.cat([rows, columns]).unique()
             counts = torch.zeros((len(both), len(both)), dtype=torch.int64, device=masks[0].device)
             chosen = [masks[i] for i in both]
-            if _native.takes(masks[0], "overlap"):
+            if in_csrc(masks[0], "overlap"):
                 torch.ops.lowrank.mask_overlap.default(chosen, counts)
             else:
                 for i, j in torch.triu_indices(len(both), len(both)).mT.tolist():

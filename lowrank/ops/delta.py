@@ -10,8 +10,9 @@ Files: lowrank/delta.py, csrc/delta.*; tests/test_delta.py; bench delta.
 import torch
 from torch import Tensor
 
-from .. import _native, bits
+from .. import bits
 from ._boundary import was_written
+from ._dispatch import in_csrc
 
 BLOCK = 1024
 DTYPES = (
@@ -42,7 +43,7 @@ def _(*args):
 def map_changes(old: Tensor, new: Tensor) -> Tensor:
     """int32 [ceil(numel / 32)] (:mod:`lowrank.bits`): which elements differ in their bits."""
     old, new = _flat(old), _flat(new)
-    if not _native.takes(new, "delta"):
+    if not in_csrc(new, "delta"):
         return bits.pack(old != new)
     words = new.new_empty(-(-new.numel() // 32), dtype=torch.int32)
     _run("map", new.numel(), data=new, old=old, changed=words)
@@ -59,7 +60,7 @@ def encode(new: Tensor, changed: Tensor, old: Tensor | None = None, codes: bool 
         raise ValueError("delta: codes need old")
     data, before, changed = _flat(new), _flat(old) if codes else None, changed.contiguous()
     numel = data.numel()
-    if not _native.takes(data, "delta"):
+    if not in_csrc(data, "delta"):
         heads, index, values = _encode(data, changed, before)
         return heads, index, values.view(new.dtype)
     heads = torch.empty(-(-numel // BLOCK), dtype=torch.uint16, device=new.device)
@@ -87,7 +88,7 @@ def check(numel: int, dtype: torch.dtype, heads: Tensor, index: Tensor, values: 
         raise ValueError(
             f"delta: the heads need {totals[0]} bytes of index and {totals[1]} values, got {len(index)} and {len(values)}"
         )
-    if _native.takes(values, "delta"):
+    if in_csrc(values, "delta"):
         misfits = torch.empty(len(heads), dtype=torch.int64, device=heads.device)
         _run("check", numel, heads=heads, index=index, starts=starts, found=misfits)
         bad = misfits != 0
@@ -104,7 +105,7 @@ def apply_(tensor: Tensor, heads: Tensor, index: Tensor, values: Tensor) -> None
     if not tensor.is_contiguous():
         raise ValueError(f"delta: expected a contiguous tensor, got strides {tensor.stride()}")
     data, values = _flat(tensor), _flat(values)
-    if _native.takes(data, "delta"):
+    if in_csrc(data, "delta"):
         starts = _starts(data.numel(), heads)
         _run("apply", data.numel(), data=data, heads=heads, index=index, values=values, starts=starts)
     else:
@@ -118,7 +119,7 @@ def apply_(tensor: Tensor, heads: Tensor, index: Tensor, values: Tensor) -> None
 
 def changed_words(numel: int, heads: Tensor, index: Tensor) -> Tensor:
     """int32 [ceil(numel / 32)]: which elements a checked delta changes."""
-    if not _native.takes(heads, "delta"):
+    if not in_csrc(heads, "delta"):
         return bits.pack(_decode(numel, heads, index)[0] != 0)
     words = torch.zeros(-(-numel // 32), dtype=torch.int32, device=heads.device)
     _run("mark", numel, changed=words, heads=heads, index=index, starts=_starts(numel, heads))
@@ -131,7 +132,7 @@ def fingerprint(tensor: Tensor, changed: Tensor | None = None) -> int:
     A sum of hashes of place and bits: against mistakes, not against who means to deceive.  Waits for the device.
     """
     data = _flat(tensor)
-    if _native.takes(data, "delta"):
+    if in_csrc(data, "delta"):
         sums = torch.empty(-(-data.numel() // BLOCK), dtype=torch.int64, device=data.device)
         changed = None if changed is None else changed.contiguous()
         _run("fingerprint", data.numel(), data=data, changed=changed, found=sums)

@@ -52,7 +52,9 @@ def test_masters_keep_the_updates_that_a_16_bit_weight_loses(in_place):
         layer.weight.grad = torch.ones_like(layer.weight)
         optimizer.step()
         schedule.step()
-    assert memory(layer, optimizer, 0, torch.device("cpu")).optimizer == (8 if in_place else 12) * 32 + 4  # and a step count
+    assert (
+        memory(layer, optimizer, 0, torch.device("cpu")).optimizer == (8 if in_place else 12) * 32 + 4
+    )  # and a step count
     assert bool((layer.weight == 1).all()) == in_place
     assert in_place or bool((layer.weight < 0.99).all())
 
