@@ -96,12 +96,14 @@ def save_adapter(
             A = [A, A_0], B = [B, -B_0], without the weights they changed.
         adapter_name: of SVF's experts only: which one; None for all, or for the active one as LoRA.
 
-    Raises: ValueError for another format, a model without adapters, or one whose parameters are shards; for "lora", for what
-    is no LoRA of the original weights: another method than LoRA, a base that is quantised, tied to another layer, shared with
-    another adapter, or changed by more than its factors (LoftQ, KaSA).
+    Raises: TypeError for what is no nn.Module; ValueError for another format, a model without adapters, or one whose
+    parameters are shards; for "lora", for what is no LoRA of the original weights: another method than LoRA, a base that is
+    quantised, tied to another layer, shared with another adapter, or changed by more than its factors (LoftQ, KaSA).
     """
     if format not in (None, "lora"):
         raise ValueError(f"format: expected None or 'lora', got {format!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     _check_whole(model)
     experts = bool(svf_layers(model))
     if adapter_name is not None and not experts:

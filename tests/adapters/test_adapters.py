@@ -273,6 +273,8 @@ def test_adapt_refuses():
 
 
 def test_save_refuses(tmp_path):
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got int"):
+        lowrank.save_adapter(3, tmp_path)
     with pytest.raises(ValueError, match=r"format: expected None or 'lora', got 'svf'"):
         lowrank.save_adapter(adapted(), tmp_path / "a", format="svf")
     with pytest.raises(ValueError, match="expected a PeftModel or a model with LoRALinear layers, got Linear"):
