@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.integrations.peft import patch, unpatch
+from lowrank.measure.saved import SavedActivations
 
 T, H, F, R = 1024, 1024, 3584, 16
 GROUPS = {"attention": (H, (H, H // 4, H // 4)), "o": (H, (H,)), "mlp": (H, (F, F)), "down": (F, (H,))}
@@ -27,17 +28,10 @@ GROUPS = {"attention": (H, (H, H // 4, H // 4)), "o": (H, (H,)), "mlp": (H, (F, 
 
 def held(run: Callable[[], object], parameters: list[Tensor], device: str) -> list[Tensor]:
     """One tensor per storage that autograd holds after ``run``, parameters' own excluded."""
-    own, seen = {p.untyped_storage().data_ptr() for p in parameters}, {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in own:
-            seen[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(device, torch.bfloat16):
+    with SavedActivations(parameters, hold=True) as saved, torch.autocast(device, torch.bfloat16):
         keep = run()
     del keep
-    return list(seen.values())
+    return saved.tensors
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of every key in a PEFT file
 
 
 def check_fits(base: nn.Module, path: Path, tensors: dict[str, torch.Tensor], adapter_name: str, peft):
@@ -40,7 +40,7 @@ def check_fits(base: nn.Module, path: Path, tensors: dict[str, torch.Tensor], ad
         try:
             model = cls(skeleton(base), config, adapter_name, low_cpu_mem_usage=True)
         except ValueError as error:
-            names = (key.removeprefix(_PREFIX).rpartition(".lora_")[0].replace(".base_layer", "") for key in tensors)
+            names = (key.removeprefix(PREFIX).rpartition(".lora_")[0].replace(".base_layer", "") for key in tensors)
             odd = next((name for name in names if name and name not in layers), None)
             why = error if odd is None else f"it has {odd}, which {type(base).__name__} lacks"
             raise ValueError(f"{path}: an adapter of another model: {why}") from error
@@ -55,7 +55,7 @@ def check_fits(base: nn.Module, path: Path, tensors: dict[str, torch.Tensor], ad
         saved = get_peft_model_state_dict(model, state, adapter_name, save_embedding_layers=False)
 
     def name_of(key: str) -> str:
-        return key.removeprefix(_PREFIX).replace(f".{adapter_name}", "")
+        return key.removeprefix(PREFIX).replace(f".{adapter_name}", "")
 
     if odd := [key for key in loaded if key not in state]:
         layer = name_of(odd[0]).rpartition(".lora_")[0] or name_of(odd[0])
@@ -84,7 +84,7 @@ def check_same(model: nn.Module, tried: nn.Module, path: Path, adapter_name: str
     for name, tried_layer in tried.named_modules():
         if not isinstance(tried_layer, LoraLayer) or adapter_name not in tried_layer.scaling:
             continue
-        layer, where = modules.get(name), name.removeprefix(_PREFIX)
+        layer, where = modules.get(name), name.removeprefix(PREFIX)
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.scaling:
             raise ValueError(f"adapter_name: the model's {adapter_name!r} has no {where}, {path} has")
         for what, own, in_file in (

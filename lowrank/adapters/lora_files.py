@@ -11,10 +11,9 @@ from torch import nn
 from .._linears import exact_names
 from ..checkpoints import read_tensors
 from ..nn import LoRALinear
-from .fits import targets, warn_of_misfits
+from .fits import PREFIX, targets, warn_of_misfits
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_PREFIX = "base_model.model."  # of every key in a PEFT file
 
 
 def import_peft():
@@ -97,16 +96,16 @@ def make_plain(model, path: Path, peft) -> None:
     for key, t in written.items():
         if key.endswith(".base_layer.weight"):
             layer = key.removesuffix(".base_layer.weight")
-            frozen = parameters.get(key.removeprefix(_PREFIX))
+            frozen = parameters.get(key.removeprefix(PREFIX))
             if not resized and frozen is not None and not frozen.requires_grad:
                 continue  # what the model is loaded with has it
             if (A := initial.get(f"{layer}.lora_A.weight")) is not None:
-                module = base.get_submodule(layer.removeprefix(_PREFIX))
+                module = base.get_submodule(layer.removeprefix(PREFIX))
                 change = module.scaling[name] * initial[f"{layer}.lora_B.weight"].float() @ A.float()
                 t = (t.float() + (change.mT if module.fan_in_fan_out else change).to(t.device)).to(t.dtype)
         elif (dim := rank_dim(key)) is not None:
             t = _beside(key, t, initial[key])
-            rank = 2 * base.get_submodule(key.removeprefix(_PREFIX).rpartition(".lora_")[0]).r[name]
+            rank = 2 * base.get_submodule(key.removeprefix(PREFIX).rpartition(".lora_")[0]).r[name]
             if t.shape[dim] < rank:  # a start of fewer directions than were asked for
                 t = torch.cat((t, t.new_zeros([rank - n if d == dim else n for d, n in enumerate(t.shape)])), dim)
         tensors[key] = t
@@ -162,9 +161,7 @@ def _is_resized(model, config) -> bool:
 
 def check_unmerged(model, path: Path) -> None:
     """Raise ValueError if PEFT wrote a base's weight or bias, as it does of embeddings, with an adapter merged into it."""
-    merged = {
-        f"base_model.model.{name}" for name, module in model.get_base_model().named_modules() if _is_merged(module)
-    }
+    merged = {f"{PREFIX}{name}" for name, module in model.get_base_model().named_modules() if _is_merged(module)}
     for file in path.rglob(WEIGHTS):
         for key in read(file) if merged else ():
             layer, _, what = key.rpartition(".base_layer.")
@@ -230,7 +227,7 @@ def write_lora_linears(model: nn.Module, path: Path, peft, plain: bool) -> None:
     for name, layer in layers.items():
         for factor, initial in (("lora_A", layer._initial_A), ("lora_B", layer._initial_B)):
             for kind, parameter in getattr(layer, factor)["default"].named_parameters():
-                key, t = f"{_PREFIX}{name}.{factor}.{kind}", parameter.detach()
+                key, t = f"{PREFIX}{name}.{factor}.{kind}", parameter.detach()
                 if doubled[name]:  # what the base lacks is in the scaling that it was taken with
                     t = _beside(key, t, initial * (layer._initial_scaling / layer.scaling if factor == "lora_B" else 1))
                 tensors[key] = t.contiguous()
@@ -243,7 +240,7 @@ def write_lora_linears(model: nn.Module, path: Path, peft, plain: bool) -> None:
 def load_lora_linears(model: nn.Module, path: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
     layers = _lora_linears(model)
     wanted = {
-        f"{_PREFIX}{name}.{factor}.{kind}": parameter
+        f"{PREFIX}{name}.{factor}.{kind}": parameter
         for name, layer in layers.items()
         for factor in ("lora_A", "lora_B")
         for kind, parameter in getattr(layer, factor)["default"].named_parameters()

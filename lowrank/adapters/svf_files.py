@@ -18,7 +18,7 @@ from .._linears import dense_weight, exact_names, weight_checksum
 from .._version import __version__
 from ..checkpoints import open_tensors, publish
 from ..nn import SVFLinear
-from .fits import targets, warn_of_misfits
+from .fits import PREFIX, targets, warn_of_misfits
 from .lora_files import WEIGHTS
 from .svf_layers import SVFConfig, saved_modules, svf_layers
 
@@ -100,12 +100,12 @@ def write_lora(model: nn.Module, path, peft, expert: str | None = None) -> None:
     for name, layer in layers.items():
         with torch.no_grad():
             A, m, B = layer.update(expert)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = A.float().cpu().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = (B.float() * m).cpu().contiguous()
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = A.float().cpu().contiguous()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = (B.float() * m).cpu().contiguous()
     saved = saved_modules(model)
     for name, module in saved.items():
         for key, t in module.tensors(expert or module.active_expert).items():
-            tensors[f"base_model.model.{name}.{key}"] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[f"{PREFIX}{name}.{key}"] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
     first = next(iter(layers.values()))
     modules, parameters = targets(model, exact_names(layers), list(layers), peft)
     ends = {name: r"\.weight" if f"{name}.weight" in parameters else "" for name in layers}

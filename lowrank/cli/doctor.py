@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..measure.environment import cpuinfo
+from ..measure.environment import cpuinfo, device_name
 
 SUMMARY = "versions, devices, the backend each op takes and why, and what is missing"
 
@@ -81,8 +81,7 @@ def _devices() -> Iterator[str]:
 
     for device in _torch_devices():
         if device.type == "cpu":
-            name = cpuinfo().get("model name", [platform.processor() or platform.machine()])
-            yield f"{device}: {' '.join(name)}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+            yield f"{device}: {device_name(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
         else:
             card = torch.cuda.get_device_properties(device)
             yield f"{device}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.1f} GiB"

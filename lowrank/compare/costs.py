@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowrank._linears import is_matrix
-from lowrank.analysis import diff_stats, stable_rank, total
-from lowrank.measure.saved import storage_bytes
+from .._linears import is_matrix
+from ..adapters.fits import PREFIX
+from ..analysis import diff_stats, stable_rank, total
+from ..measure.saved import storage_bytes
 
 TOLERANCE = 1e-5  # what "RL finetunes small subnetworks" (arXiv 2505.11711) counts as equal
 
@@ -61,7 +62,7 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             of_parameter = deltas.setdefault(getattr(module, "parameter_name", "weight"), [])
             of_parameter += [module.get_delta_weight(adapter).float() for adapter in adapters]
             module = module.base_layer
-        plain = name.removeprefix("base_model.model.")
+        plain = name.removeprefix(PREFIX)
         for own, parameter in module.named_parameters(recurse=False):
             if is_matrix(module, own, parameter):
                 yield f"{plain}.{own}", sum(deltas.get(own, ()), parameter.float())

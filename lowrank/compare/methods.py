@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .._linears import attention_layers
+from .._linears import attention_layers, target_layers, weight_shape
 from .settings import Adapter
 
 
@@ -76,7 +76,6 @@ def _peft_lora(model: nn.Module, adapter: Adapter) -> nn.Module:
 def _svf(model: nn.Module, adapter: Adapter) -> nn.Module:
     """The largest singular values of every linear layer, four per rank."""
     import lowrank
-    from lowrank._linears import target_layers, weight_shape
 
     k = min(4 * adapter.rank, *(min(weight_shape(layer)) for layer in target_layers(model).values()))
     return lowrank.adapt(model, lowrank.SVFConfig(k=k))

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowrank import analysis, delta
-from lowrank.optim import AdamW
-
+from .. import analysis, delta
 from ..measure.saved import SavedActivations
+from ..optim import AdamW
 from .costs import Memory, checkpoint_bytes, memory, synchronize
 from .data import Corpus, Subject, batches
 from .methods import Adapter, Method

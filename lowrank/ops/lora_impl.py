@@ -12,15 +12,16 @@ from torch import Tensor
 from .. import bits
 from . import dropout, thin_eager
 from ._boundary import dense, no_autocast, plus, rows_of
+from ._choice import choice
 from ._dispatch import in_kernels
 from .thin_eager import add_product_, times
 
 
 def thin_products(x, weights, bases_or_dys, As, Bs, thin_dtype, has_dropout) -> ModuleType:
     """thin_eager.py or kernels/thin.py for one call.  ``bases_or_dys``: each [..., N] or [M, N], or None."""
-    activations = [t for t in (x, *bases_or_dys) if t is not None]
-    if not As or not activations:
+    if not As or choice(As[0].device).backend == "eager":
         return thin_eager
+    activations = [t for t in (x, *bases_or_dys) if t is not None]
     widths = [
         t.shape[-1] if weight is None else weight.shape[0] for t, weight in zip(bases_or_dys, weights, strict=True)
     ]

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
+from lowrank.measure.saved import SavedActivations
 from lowrank.ops import dropout
 from lowrank.testing import assert_within
 
@@ -288,17 +289,9 @@ def test_only_what_needs_a_gradient_gets_one(needed):
 def test_saved_for_backward():
     """x, S, v, W, the factors and, under dropout, a bit per element of x."""
     leaves, W = tensors(512, 256, 256, 8, torch.bfloat16, torch.float32)
-    sizes = {}
-
-    def pack(t):
-        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with SavedActivations((*leaves, W), hold=True) as saved:
         call(*leaves, W, dropout_p=0.1)
-    known = {t.untyped_storage().data_ptr() for t in (*leaves, W)}
-    extra = sum(size for pointer, size in sizes.items() if pointer not in known)
-    assert extra < 512 * (2 * 256 + 4 * 8 + 256 / 8) + 5 * 4 * 256 * (8 + 3)
+    assert saved.bytes < 512 * (2 * 256 + 4 * 8 + 256 / 8) + 5 * 4 * 256 * (8 + 3)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

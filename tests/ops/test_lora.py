@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
+from lowrank.measure.saved import SavedActivations
 from lowrank.ops.lora import Adapter, Projection, lora_projections
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -300,19 +301,10 @@ def test_only_what_needs_a_gradient_gets_one(needed):
 
 def saved_bytes(f, ignore):
     """Bytes of distinct storages that autograd holds between forward and backward, parameters not counted."""
-    seen = {}
-    ignore = {t.untyped_storage().data_ptr() for t in ignore}
-
-    def pack(t):
-        s = t.untyped_storage()
-        if s.data_ptr() not in ignore:
-            seen[s.data_ptr()] = s.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with SavedActivations(ignore) as saved:
         out = f()
     del out
-    return sum(seen.values())
+    return saved.bytes
 
 
 @pytest.mark.parametrize(
