@@ -111,11 +111,25 @@ def publish(unfinished: Path, path: Path) -> None:
     with open(unfinished, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def publish_folder(unfinished: Path, folder: Path) -> None:
+    """Give a folder of written files its final name, all of it on the disk before.  OSError if something is there."""
+    for path in unfinished.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    _sync_folder(unfinished)
+    os.rename(unfinished, folder)  # over an empty folder, but no other
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def write_json(path: Path, value: dict) -> None:

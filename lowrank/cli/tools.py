@@ -3,12 +3,13 @@
 import argparse
 import importlib
 
-SUMMARY = "SVD factors of a checkpoint; deltas between two, and applying them in place"
+SUMMARY = "SVD factors of a checkpoint; deltas between two, and applying them in place; a GGUF file as a checkpoint"
 
 TOOLS = {
     "factors": "lowrank.cli.factors",
     "delta": "lowrank.cli.delta",
     "apply": "lowrank.cli.apply",
+    "gguf": "lowrank.cli.gguf",
 }
 
 
