@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/lowrank compare
 
 # Kernels run in Triton's interpreter, so they need a process of their own: it is decided when triton is imported.
-PYTEST      = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST      = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 INTERPRETER = TRITON_INTERPRET=1 LOWRANK_BACKEND=triton $(PYTEST) -m "not slow"
 
 # Both lanes, whatever the first says; red if either is.

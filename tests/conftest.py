@@ -1,9 +1,12 @@
+import importlib.util
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -63,6 +66,17 @@ def environment(monkeypatch):
     with monkeypatch.context() as changes:
         yield _Environment(changes)
     read_environment()
+
+
+@pytest.fixture(scope="session")
+def setup():
+    """setup.py."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("needs the repository")
+    spec = importlib.util.spec_from_file_location("lowrank_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

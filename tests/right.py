@@ -2,9 +2,14 @@
 
 import os
 
+import torch
+
 from lowrank.testing import DRAWS, ENOUGH, assert_as_right, assert_within, stacked
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# dtypes of activations and of what is adapted beside them
+PAIRS = [(torch.float32, torch.float32)]
+PAIRS += [(dtype, thin) for dtype in (torch.bfloat16, torch.float16) for thin in (dtype, torch.float32)]
 
 
 def in_the_mean(draw, names, draws=DRAWS):

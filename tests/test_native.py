@@ -1,9 +1,7 @@
-"""How csrc/ is built, what happens where it cannot be, and what nvcc makes of it."""
+"""What happens where csrc/ cannot be built, and what nvcc makes of it; test_packaging.py builds it."""
 
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,16 +16,6 @@ from lowrank.ops._dispatch import in_csrc
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def setup():
-    if not (ROOT / "setup.py").exists():
-        pytest.skip("needs the repository")
-    spec = importlib.util.spec_from_file_location("lowrank_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def build(folder, **environment):
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
@@ -39,33 +27,6 @@ def test_the_library_is_built_where_it_can_be(setup):
     if setup.why_not("cpu") is not None:
         pytest.skip(setup.why_not("cpu"))
     assert _native.why_not("cpu") is None
-
-
-@pytest.fixture(scope="module")
-def built(setup, tmp_path_factory):
-    if setup.why_not("cpu") is not None:
-        pytest.skip(setup.why_not("cpu"))
-    folder = tmp_path_factory.mktemp("native")
-    return folder, *build(folder, LOWRANK_REQUIRE_NATIVE="1", CXX=f"{setup.compiler()} -Werror")
-
-
-def test_compiles_without_a_warning(built):
-    _, code, output, libraries = built
-    assert code == 0, output
-    assert sorted(library.name.split("-")[0] for library in libraries) == ["_C_cpu.so", "_C_node"]
-
-
-def test_instruction_sets_leak_no_function(setup, built):
-    """Of an object compiled for AVX-512 the linker may take nothing that another object also has."""
-    if shutil.which("nm") is None:
-        pytest.skip("needs nm")
-    for source in setup.CSRC.glob("*_rows.cpp"):
-        for isa in setup.ISAS:
-            path = next(built[0].glob(f"temp/**/{source.stem}_{isa}.o"))
-            command = ["nm", "--defined-only", "-g", path]
-            symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            assert symbols
-            assert all(isa in line for line in symbols.splitlines()), symbols
 
 
 def test_a_failing_compiler_is_told_and_survived(setup, tmp_path):

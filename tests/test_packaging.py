@@ -1,6 +1,5 @@
-"""The wheel holds lowrank and nothing else, and every file of it."""
+"""The wheel holds lowrank and nothing else, and every file of it; csrc/ is built for it without a warning."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -26,8 +25,10 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory):
-    return build(source, tmp_path_factory.mktemp("wheel"))
+def wheel(setup, source, tmp_path_factory):
+    """Where csrc/ can be built, by a compiler to which a warning is an error."""
+    native = dict(LOWRANK_REQUIRE_NATIVE="1", CXX=f"{setup.compiler()} -Werror") if setup.why_not("cpu") is None else {}
+    return build(source, tmp_path_factory.mktemp("wheel"), **native)
 
 
 def files(*folders: str) -> list[str]:
@@ -65,16 +66,31 @@ def test_says_that_its_annotations_are_meant_for_type_checkers(wheel):
         assert "lowrank/py.typed" in archive.namelist()
 
 
-def test_its_native_library_loads(wheel, tmp_path):
+def test_its_native_library_loads(setup, wheel, tmp_path):
     """With any Python from 3.10 on: it holds no Python symbols."""
-    if shutil.which("g++") is None or importlib.util.find_spec("ninja") is None or sys.platform != "linux":
-        pytest.skip("needs g++ and ninja")
+    if setup.why_not("cpu") is not None:
+        pytest.skip(setup.why_not("cpu"))
     assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
+    libraries = sorted(library.name.split("-")[0] for library in tmp_path.glob("lowrank/*.so"))
+    assert libraries == ["_C_cpu.so", "_C_node"]
     code = "import lowrank; from lowrank import _native; print(lowrank.__file__, _native.why_not('cpu'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(tmp_path / "lowrank" / "__init__.py"), "None"]
+
+
+def test_instruction_sets_leak_no_function(setup, source, wheel):
+    """Of an object compiled for AVX-512 the linker may take nothing that another object also has."""
+    if setup.why_not("cpu") is not None or shutil.which("nm") is None:
+        pytest.skip(setup.why_not("cpu") or "needs nm")
+    for rows in setup.CSRC.glob("*_rows.cpp"):
+        for isa in setup.ISAS:
+            path = next(source.glob(f"build/temp*/**/{rows.stem}_{isa}.o"))
+            command = ["nm", "--defined-only", "-g", path]
+            symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert symbols
+            assert all(isa in line for line in symbols.splitlines()), symbols
 
 
 def test_without_a_compiler_it_is_pure_python(source, tmp_path):

@@ -98,11 +98,11 @@ def compare(draw, **options):
     in_the_mean(lambda: [of[2:] for of in once(draw, **options)[0][:3]], names[2:])
 
 
-@pytest.mark.parametrize("lora", [None, "same", "fp32"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "lora"), [(d, lora) for d in DTYPES for lora in dict.fromkeys((None, d, torch.float32))], ids=str
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_every_gradient(shape, dtype, lora):
-    lora = {None: None, "same": dtype, "fp32": torch.float32}[lora]
     (compare if shape == MEAN else bounded)(lambda: tensors(*shape, dtype, lora))
 
 

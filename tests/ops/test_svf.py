@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from right import in_the_mean, within
+from right import PAIRS, in_the_mean, within
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
@@ -95,17 +95,15 @@ def upper_bound(x, W, z, mix, b, factors):
     return y if W is None else y + x @ W.mT
 
 
-@pytest.mark.parametrize("factors_dtype", ["same", "fp32"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "factors_dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("E", [None, 3])
 def test_delta_forward_and_every_gradient(shape, dtype, factors_dtype, E):
     def delta(x, W, z, mix, b, f):
         return lowrank.svf_linear(x, W, f, z, bias=b, mix=mix, mode="delta")
 
-    wider = torch.float32 if factors_dtype == "fp32" else dtype
     (compare if shape == MEAN else bounded)(
-        lambda: (*tensors(*shape, dtype, wider, E), dy_of(shape, dtype)), delta, formula
+        lambda: (*tensors(*shape, dtype, factors_dtype, E), dy_of(shape, dtype)), delta, formula
     )
 
 
