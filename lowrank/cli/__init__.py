@@ -11,6 +11,7 @@ from .._version import __version__
 
 COMMANDS = {
     "compare": "lowrank.cli.compare",
+    "probe": "lowrank.cli.probe",
     "plan": "lowrank.cli.plan",
     "bench": "lowrank.cli.bench",
     "doctor": "lowrank.cli.doctor",

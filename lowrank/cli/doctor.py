@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..measure.environment import cpuinfo, device_name
+from ..measure.environment import BF16_UNITS, cpuinfo, device_name
 
 SUMMARY = "versions, devices, the backend each op takes and why, and what is missing"
 
@@ -178,7 +178,7 @@ def _traps() -> Iterator[str]:
     if _numbers(triton) == (3, 6) and _numbers(numpy) >= (2, 4):
         yield f"triton {triton}'s interpreter (TRITON_INTERPRET=1) fails with numpy {numpy}: pip install 'numpy<2.4'"
     flags = cpuinfo().get("flags") or cpuinfo().get("Features") or []
-    if flags and not {"avx512_bf16", "amx_bf16", "bf16"} & set(flags):
+    if flags and not BF16_UNITS & set(flags):
         yield "this CPU has no bf16 instructions: bf16 is emulated on it and slower than fp32"
     if _has_nvidia_gpu() and torch.version.cuda is None:
         yield "there is an NVIDIA GPU, but this torch is a CPU build: pip install a CUDA build (https://pytorch.org)"

@@ -1,18 +1,20 @@
-"""Text to blocks of tokens, and the model that reads them: the embedded byte-level one, or a transformers directory."""
+"""The model, the text it knows, and blocks of tokens: the embedded byte-level model, or a transformers directory."""
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..tasks.rows import Row
+from ..tasks.task import Example
+from ..tasks.tokens import ByteTokenizer, PretrainedTokenizer
 from .settings import Embedded, Settings
+from .smollm2 import fetched
 
 LIBRARY_BYTES = 1_000_000  # of source code: more than any default run reads
-EVALUATED = 64  # held-out sequences per domain, split and evaluation
 LEAST_BLOCKS = 80  # leaves eight sequences to test on, too few for a standard error below that
 
 
@@ -29,19 +31,16 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is adapted: a model on the CPU, the text it knows (general) and the text it shall learn (new)."""
+    """What is adapted: a model on the CPU, its tokenizer, and the text it knows (general).  length: tokens of a sequence."""
 
     name: str
     model: nn.Module
+    tokenizer: ByteTokenizer | PretrainedTokenizer
     general: Corpus
-    new: Corpus
     batch: int
+    length: int
     embedded: bool
     invented: tuple[str, ...] = ()  # parameters that the checkpoint lacks and transformers made up
-
-    @property
-    def length(self) -> int:
-        return self.new.train.shape[1]
 
 
 def embedded_config(size: Embedded = Embedded()):  # noqa: B008 (frozen)
@@ -55,7 +54,7 @@ def embedded_config(size: Embedded = Embedded()):  # noqa: B008 (frozen)
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
-        max_position_embeddings=max(size.length, 128),
+        max_position_embeddings=2 * max(size.length, 128),  # a generated answer may be longer than what was trained
         tie_word_embeddings=True,
         bos_token_id=256,
         eos_token_id=257,
@@ -65,50 +64,57 @@ def embedded_config(size: Embedded = Embedded()):  # noqa: B008 (frozen)
 
 
 def load(settings: Settings) -> Subject:
-    """Model (untrained where embedded) and both corpora.  What is missing, unreadable or too short raises here."""
+    """Model (untrained where embedded) and the general text.  What is missing, unreadable or too short raises here."""
     invented = ()
     if settings.model is None:
         from transformers import LlamaForCausalLM
 
         torch.manual_seed(settings.seed)
-        model, tokenize = LlamaForCausalLM(embedded_config(settings.embedded)), _bytes
+        model, tokenizer = LlamaForCausalLM(embedded_config(settings.embedded)), ByteTokenizer()
         name, batch, length = "embedded byte-level Llama", settings.embedded.batch, settings.embedded.length
     else:
-        model, tokenize, invented = _pretrained(settings)
-        name, batch = settings.model, 8
-        length = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
-    general = _corpus(settings.general_data, "pydoc_data.topics", topics_text, tokenize, length)
-    new = _corpus(settings.data, "standard library source", library_text, tokenize, length)
-    rows = model.get_input_embeddings().num_embeddings
-    most = max(int(part.max()) for corpus in (general, new) for part in (corpus.train, corpus.validation, corpus.test))
+        model, tokenizer, invented = pretrained(settings.model, settings.dtype)
+        name, batch, length = settings.model, 8, 256
+    longest = getattr(model.config, "max_position_embeddings", None) or length
+    if settings.length and settings.length > longest:
+        raise ValueError(f"--seq {settings.length}: expected at most {longest}, the positions of {name}")
+    length, batch = settings.length or min(length, longest), settings.batch or batch
+    general = corpus(
+        settings.general_data, "pydoc_data.topics", topics_text, tokenizer, length, settings.eval_sequences
+    )
+    fits(model, name, general.train, general.validation, general.test)
+    return Subject(name, model, tokenizer, general, batch, length, settings.model is None, invented)
+
+
+def general_corpus(settings: Settings, tokenizer, length: int) -> Corpus:
+    return corpus(settings.general_data, "pydoc_data.topics", topics_text, tokenizer, length, settings.eval_sequences)
+
+
+def fits(model: nn.Module, name: str, *ids: Tensor) -> None:
+    """Raises ValueError if a token has no row in the model's embedding."""
+    rows, most = model.get_input_embeddings().num_embeddings, max(int(part.max()) for part in ids)
     if most >= rows:
         raise ValueError(f"--model {name}: its tokenizer gives token {most}, its embedding has only {rows} rows")
-    return Subject(name, model, general, new, batch, settings.model is None, invented)
 
 
-def _pretrained(settings: Settings):
-    """(model, tokenize, names of the parameters that its checkpoint lacks).  Raises OSError or ValueError, in one line."""
+def pretrained(name: str, dtype: str):
+    """(model, tokenizer, names of the parameters that its checkpoint lacks).  Raises OSError or ValueError, in one line."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    path = fetched(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            settings.model, dtype=getattr(torch, settings.dtype), output_loading_info=True
-        )
+        tokenizer = PretrainedTokenizer(AutoTokenizer.from_pretrained(path))
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
     except Exception as error:  # a damaged or foreign file raises whatever its reader does
         raise OSError(
-            f"--model {settings.model}: transformers cannot load a causal model and tokenizer: {one_line(error)}"
+            f"--model {name}: transformers cannot load a causal model and tokenizer: {one_line(error)}"
         ) from error
     floats = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
     if odd := [name for name, p in floats.items() if not p.isfinite().all()]:
         more = f" and {len(odd) - 1} others hold" if len(odd) > 1 else " holds"
-        raise ValueError(f"--model {settings.model}: {odd[0]}{more} NaN or infinity")
-
-    def tokenize(text: bytes) -> Tensor:
-        ids = tokenizer(text.decode("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int64)
-
-    return model, tokenize, tuple(sorted(info["missing_keys"]))
+        raise ValueError(f"--model {name}: {odd[0]}{more} NaN or infinity")
+    model.config.use_cache = False
+    return model, tokenizer, tuple(sorted(info["missing_keys"]))
 
 
 def one_line(error: BaseException, longest: int = 400) -> str:
@@ -117,10 +123,6 @@ def one_line(error: BaseException, longest: int = 400) -> str:
     text = text if len(text) <= longest else text[:longest] + " …"
     plain = isinstance(error, (ValueError, TypeError, OSError, ImportError)) and text
     return text if plain else f"{type(error).__name__}: {text}"
-
-
-def _bytes(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long() if text else torch.empty(0, dtype=torch.int64)
 
 
 def topics_text() -> bytes:
@@ -140,40 +142,51 @@ def library_text() -> bytes:
     return bytes(text[:LIBRARY_BYTES])
 
 
-def _corpus(path: Path | None, builtin: str, text_of, tokenize, length: int) -> Corpus:
+def corpus(path: Path | None, builtin: str, text_of, tokenizer, length: int, evaluated: int) -> Corpus:
+    """A file's text, or the built-in one, in blocks of ``length`` tokens that begin as the tokenizer begins a text."""
     source = str(path) if path else builtin
     text = path.read_bytes() if path else text_of()
     try:
-        tokens = tokenize(text)
+        tokens = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: expected UTF-8 text for the model's tokenizer ({error})") from error
-    return split(tokens, length, source, hashlib.sha256(text).hexdigest()[:12])
+    return split(tokens, length, source, hashlib.sha256(text).hexdigest()[:12], tokenizer.prefix, evaluated)
 
 
-def split(tokens: Tensor, length: int, source: str, digest: str = "") -> Corpus:
-    """Pack tokens [n] into blocks [n // length, length]; of every ten stretches, one validates and one tests."""
-    count = tokens.numel() // length
+def split(
+    tokens: Tensor, length: int, source: str, digest: str = "", prefix: tuple[int, ...] = (), evaluated: int = 64
+) -> Corpus:
+    """Pack tokens [n] into blocks of ``length``, each after the prefix; of every ten stretches, one validates and one tests,
+    ``evaluated`` blocks at most."""
+    own = length - len(prefix)
+    count = tokens.numel() // own
     if count < LEAST_BLOCKS:
         raise ValueError(
             f"{source}: {tokens.numel()} tokens are too few to train and test on; "
-            f"expected at least {LEAST_BLOCKS * length} ({LEAST_BLOCKS} sequences of {length})"
+            f"expected at least {LEAST_BLOCKS * own} ({LEAST_BLOCKS} sequences of {length})"
         )
-    blocks = tokens[: count * length].view(count, length)
+    blocks = tokens[: count * own].view(count, own)
+    blocks = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), blocks], 1)
     stretch = (
         torch.arange(count) // (count // 40 or 1) % 10
     )  # long stretches: few sequences have a neighbour in training
-    return Corpus(source, digest, blocks[stretch < 8], _spread(blocks[stretch == 8]), _spread(blocks[stretch == 9]))
+    parts = (_spread(blocks[stretch == which], evaluated) for which in (8, 9))
+    return Corpus(source, digest, blocks[stretch < 8], *parts)
 
 
-def _spread(blocks: Tensor) -> Tensor:
-    """At most EVALUATED of them, evenly spaced."""
-    return blocks[torch.linspace(0, len(blocks) - 1, min(EVALUATED, len(blocks))).long()]
+def blocks(path: Path, tokenizer, length: int) -> list[Example]:
+    """A text's passages of ``length`` tokens, as examples."""
+    try:
+        tokens = tokenizer.encode(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text for the model's tokenizer ({error})") from error
+    own, prefix = length - len(tokenizer.prefix), tokenizer.prefix
+    cut = [(*prefix, *tokens[at : at + own]) for at in range(0, len(tokens) - own + 1, own)]
+    if len(cut) < 2:
+        raise ValueError(f"{path}: {len(tokens)} tokens are too few; expected at least two passages of {length}")
+    return [Example(Row(ids, ids), len(prefix)) for ids in cut]
 
 
-def batches(blocks: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """steps batches int64 [batch, length]: one order per seed, every block once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-batch * steps // len(blocks))
-    order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(epochs)])
-    for step in range(steps):
-        yield blocks[order[step * batch : (step + 1) * batch]]
+def _spread(blocks: Tensor, most: int) -> Tensor:
+    """At most so many of them, evenly spaced."""
+    return blocks[torch.linspace(0, len(blocks) - 1, min(most, len(blocks))).long()]

@@ -38,9 +38,11 @@ class Method:
         return self.rate / adapter.scale if self.is_lora else self.rate
 
 
-def lora_config(adapter: Adapter, target_modules="all-linear"):
+def lora_config(adapter: Adapter, target_modules=None):
     """PEFT's LoraConfig without dropout, so that two implementations draw no random numbers."""
     from peft import LoraConfig
+
+    target_modules = target_modules or list(adapter.targets) or "all-linear"
 
     return LoraConfig(
         r=adapter.rank,
@@ -65,6 +67,16 @@ def _lora_attention(model: nn.Module, adapter: Adapter) -> nn.Module:
     import lowrank
 
     return lowrank.adapt(model, lora_config(adapter, attention_layers(model)))
+
+
+def _lora_mlp(model: nn.Module, adapter: Adapter) -> nn.Module:
+    import lowrank
+
+    attention = set(attention_layers(model))
+    others = [name for name in target_layers(model) if name not in attention]
+    if not others:
+        raise ValueError(f"{type(model).__name__} has no linear layers but those of attention")
+    return lowrank.adapt(model, lora_config(adapter, others))
 
 
 def _peft_lora(model: nn.Module, adapter: Adapter) -> nn.Module:
@@ -99,6 +111,9 @@ METHODS = {
     "lora-attention": Method(
         "lowrank LoRA on the attention's linear layers only", 10.0, (Phase(1.0, _lora_attention),), is_lora=True
     ),
+    "lora-mlp": Method(
+        "lowrank LoRA on all linear layers but the attention's", 10.0, (Phase(1.0, _lora_mlp),), is_lora=True
+    ),
     "peft-lora": Method("PEFT's LoRA on all linear layers", 10.0, (Phase(1.0, _peft_lora),), is_lora=True),
     "full→lora": Method(
         "every weight for half of the steps at a tenth of the rate, then lowrank LoRA for the rest",
@@ -111,3 +126,8 @@ METHODS = {
     ),
     "svf-full": Method("every singular value of all linear layers scaled (SVF)", 90.0, (Phase(1.0, _svf_full),)),
 }
+
+
+def method_of(name: str) -> Method:
+    """By a name with or without its rank: lora, lora:64."""
+    return METHODS[name.partition(":")[0]]

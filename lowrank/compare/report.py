@@ -5,126 +5,196 @@ import math
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from .. import _screen
 from ..checkpoints import publish
-from . import train
 from .run import Comparison
 from .settings import REPORTS
 from .summary import summarize
-from .verdict import megabytes, verdict
+from .verdict import answer, details, megabytes, paste, took, value
 
 Rows = tuple[str, list[str], list[list[str]]]  # title, columns, cells
 
+MEASURES = {  # in the order of columns
+    "trained_exact": "recall",
+    "asked_exact": "asked: exact",
+    "cloze_exact": "cloze",
+    "question_exact": "question",
+    "question_chosen": "of 30",
+    "trained_nats": "nats/fact",
+    "asked_nats": "nats/answer",
+    "valid": "valid",
+    "right": "right",
+    "loss": "loss",
+}
 
-def _over_seeds(values: dict, digits: int = 3) -> str:
-    text = f"{values['mean']:.{digits}f}"
-    return (
-        text
-        if values["least"] == values["most"]
-        else f"{text} [{values['least']:.{digits}f}–{values['most']:.{digits}f}]"
-    )
+
+def _over_seeds(values: dict | None, digits: int = 3, sign: str = "") -> str:
+    if values is None or math.isnan(values["mean"]):
+        return "–"
+    text, low, high = (f"{values[key]:{sign}.{digits}f}" for key in ("mean", "least", "most"))
+    return text if low == high else f"{text} [{low}…{high}]"
 
 
 def tables(result: dict) -> list[Rows]:
-    """Cost, result and learning rates: one row per method."""
-    cost, effect, rates = [], [], []
+    """What was learnt and forgotten, a table per task; where targets were met; cost; every rate tried."""
+    out = []
+    for name, task in result["tasks"].items():
+        out += [_effect(name, task, result), _targets(name, task), _rates(name, task)]
+    return [table for table in [*out[0::3], *out[1::3], _cost(result), *out[2::3]] if table[2]]
+
+
+def _effect(name: str, task: dict, result: dict) -> Rows:
+    shown = [key for key in MEASURES if key in task["base"]]
+    items = "items" in task["base"]
+    columns = ["method", "rate", *(MEASURES[key] for key in shown), "general Δ", *(["known kept"] if items else [])]
+    columns += ["formats, nats"] if result["forgetting"]["diverse"] else []
+    before = ["before", "", *(_number(task["base"][key]) for key in shown), f"({task['base']['general']:.3f})"]
+    before += [f"{task['base']['items']:.2f}"] if items else []
+    before += [_entropy(result["forgetting"]["diversity"])] if result["forgetting"]["diverse"] else []
+    rows = [before]
+    for method, m in task["methods"].items():
+        row = [method, f"{m['learning_rate']:g}", *(_over_seeds(m["after"][key]) for key in shown)]
+        row += [_over_seeds(m["forgot"], sign="+")]
+        row += [_over_seeds(m["after"]["items"], 2)] if items else []
+        if result["forgetting"]["diverse"]:
+            row.append(_entropy(m["diversity"]))
+        rows.append(row)
+    return f"{name}: after {task['steps']} steps at the picked rate", columns, rows
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _entropy(nats: list[float] | None) -> str:
+    return f"{abs(nats[0]):.2f} ± {nats[1]:.2f}" if nats else "–"
+
+
+def _targets(name: str, task: dict) -> Rows:
+    columns, rows = ["method"], []
+    for target in task["targets"]:
+        goal = f"loss {target:.3f}" if task["learnt"] == "loss" else value(task, target)
+        columns += [f"{goal}: steps", "s", "general Δ"] if task["constant_rate"] else [f"{goal}: general Δ"]
+    for method, m in task["methods"].items():
+        row = [method]
+        for at in m["at_targets"]:
+            if at["forgot"] is None:
+                missing = f"not in {task['steps']} steps"
+                row += [missing, "–", "–"] if task["constant_rate"] else [missing]
+            elif task["constant_rate"]:
+                row += [_over_seeds(at["step"], 0), _over_seeds(at["seconds"], 1), _over_seeds(at["forgot"], 2, "+")]
+            else:
+                row += [_over_seeds(at["forgot"], 3, "+")]
+        rows.append(row)
+    return f"{name}: where it was learnt", columns, rows if task["targets"] else []
+
+
+def _rates(name: str, task: dict) -> Rows:
+    rows = []
+    for method, m in task["methods"].items():
+        for rate in m["rates"]:
+            end = rate["curve"][-1]
+            marks = ["picked"] * (rate["learning_rate"] == m["learning_rate"])
+            marks += ["edge"] * (bool(marks) and m["edge_of_grid"]) + ["diverged"] * rate["diverged"]
+            share = rate["changes"]["share_changed"] if rate["changes"] else None
+            rows.append(
+                [
+                    method,
+                    f"{rate['learning_rate']:g}",
+                    f"{rate['validation']:.3f}",
+                    value(task, end[task["learnt"]]),
+                    f"{end['general'] - task['base']['general']:+.3f}",
+                    "–" if share is None else f"{share:.1%}",
+                    "–" if share is None else f"{rate['changes']['stable_rank']['median']:.1f}",
+                    ", ".join(marks),
+                ]
+            )
+    columns = ["method", "rate", "validation", "learnt", "general Δ", "changed", "stable rank", ""]
+    return f"{name}: every rate tried, with the first seed", columns, rows
+
+
+def _cost(result: dict) -> Rows:
+    rows = []
     for name, m in result["methods"].items():
-        milliseconds = {key: value * 1e3 for key, value in m["seconds_per_step"].items()}
-        forward, rank = m["latency"], m["stable_rank"]
-        cost.append(
+        steps = [
+            f"{1e3 * task['methods'][name]['seconds_per_step']['mean']:.0f}"
+            for task in result["tasks"].values()
+            if name in task["methods"]
+        ]
+        forward = m["latency"]
+        rows.append(
             [
                 name,
                 f"{m['trainable_parameters']:,}",
-                _over_seeds(milliseconds, 1),
                 megabytes(m["memory"]["total"]),
                 megabytes(m["checkpoint_bytes"]),
+                " / ".join(steps),
                 *("–" if forward[key] is None else f"{forward[key] * 1e3:.1f}" for key in ("unmerged", "merged")),
             ]
         )
-        before, at = m["old_loss"]["before"], m["at_target"]
-        effect.append(
-            [
-                name,
-                f"{m['new_loss']['before']:.3f} → {_over_seeds(m['new_loss']['after'])}",
-                f"{before:.3f} → {_over_seeds(m['old_loss']['after'])}",
-                _over_seeds({key: value - before for key, value in at["old_loss"].items()}),
-                f"{at['step']['mean']:.0f}",
-                f"{at['seconds']['mean']:.1f}",
-                *("–" if m[key] is None else f"{m[key]:.1%}" for key in ("share_changed", "share_beyond_tolerance")),
-                "–" if rank is None else f"{rank['median']:.1f}",
-            ]
-        )
-        tried = ", ".join(f"{s['learning_rate']:g}: {s['validation_loss']:.3f}" for s in m["sweep"])
-        rates.append([name, tried, f"{m['learning_rate']:g}", "edge of the grid" if m["edge_of_grid"] else ""])
-    steps, target = result["settings"]["steps"], result["target_loss"]
-    return [
-        (
-            "Cost",
-            ["method", "trainable", "ms/step", "memory", "checkpoint", "forward ms", "merged ms"],
-            cost,
-        ),
-        (
-            f"Result after {steps} steps, and where the new domain's loss is {target:.3f}",
-            [
-                "method",
-                "new-domain loss",
-                "old-domain loss",
-                "old Δ at equal loss",
-                "steps",
-                "s",
-                "changed",
-                "by > 1e-5",
-                "stable rank",
-            ],
-            effect,
-        ),
-        (
-            f"Learning rates (validation loss after {result['settings']['sweep_steps']} steps)",
-            ["method", "rate: loss", "picked", "note"],
-            rates,
-        ),
-    ]
+    columns = ["method", "trainable", "memory", "checkpoint", f"ms/step ({' / '.join(result['tasks'])})"]
+    return "Cost", [*columns, "forward ms", "merged ms"], rows
 
 
-def show(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the tables and the verdict, as far as the terminal can spell them and its reader stays."""
+def show(comparison: Comparison, console=None) -> None:
+    """Print the answer, the tables and the rest, as far as the terminal can spell them and its reader stays."""
+    from rich.table import Table
+
     console = console or _screen.console(folds=True)
     result = summarize(comparison)
+    for sentence in answer(result):
+        console.print(sentence, highlight=False, markup=False)
     for title, columns, rows in tables(result):
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    for sentence in verdict(result):
-        console.print(sentence, highlight=False)
+    for sentence in details(result):
+        console.print(sentence, highlight=False, markup=False)
+    for line in paste(result):
+        console.print(line, highlight=False, markup=False)
 
 
 def markdown(result: dict) -> str:
-    env, settings, model = result["environment"], result["settings"], result["model"]
-    lines = ["# lowrank compare", "", "```", result["command"], "```", "", "## Verdict", ""]
-    lines += [f"- {sentence}" for sentence in verdict(result)]
+    lines = ["# lowrank compare", "", "```", result["command"], "```", ""]
+    lines += [f"- {sentence}" for sentence in answer(result)]
+    lines += ["", "![what was learnt against what was forgotten, and memory](compare.png)"]
     for title, columns, rows in tables(result):
         lines += ["", f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", "![loss against time, memory and forgetting](compare.png)", "", "## How it was measured", ""]
-    parts = ", ".join(f"{key} {value}" for key, value in env.items())
-    sentences = [
-        f"{parts}; {settings['dtype']}, batch {settings['batch']} × {settings['length']} tokens; "
-        f"the whole comparison took {result['seconds']:.0f} s.",
-        f"Model: {model['name']}, {model['parameters']:,} parameters. New domain: {_source(result['data']['new'])}. "
-        f"Old domain: {_source(result['data']['general'])}.",
-        *(f"{name}: {m['summary']}." + _paths(m["paths"]) + _unmeasured(m) for name, m in result["methods"].items()),
-        *caveats(result),
-    ]
-    lines += [f"- {sentence}" for sentence in sentences]
+    lines += ["", "## How far this goes", "", *(f"- {sentence}" for sentence in details(result))]
+    if pasted := paste(result):
+        lines += ["", "## What to run next", "", "```python", *pasted, "```"]
+    lines += ["", "## How it was measured", "", *(f"- {sentence}" for sentence in measured(result))]
     return "\n".join(lines) + "\n"
 
 
-def _source(corpus: dict) -> str:
-    return f"{corpus['source']} (sha256 {corpus['sha256']}…, {corpus['sequences']['train']} training sequences)"
+def measured(result: dict) -> list[str]:
+    env, settings, model = result["environment"], result["settings"], result["model"]
+    parts = ", ".join(f"{key} {value}" for key, value in env.items() if value is not None)
+    general = result["general"]
+    sentences = [
+        f"{parts}; {settings['dtype']}, sequences of at most {settings['length']} tokens; the whole comparison took "
+        f"{took(result)}.",
+        f"Model: {model['name']}, {model['parameters']:,} parameters. General text: {general['source']} (sha256 "
+        f"{general['sha256']}…), {general['sequences']} sequences of it.",
+    ]
+    for name, task in result["tasks"].items():
+        sentences.append(
+            f"{name}: {task['source']} (sha256 {task['sha256']}…), {task['steps']} steps of {task['batch']} sequences, "
+            f"measured at the start and {task['evaluations']} times."
+        )
+    sentences += [
+        f"{name}: {m['summary']}." + _size(m) + _paths(m["paths"]) + _unmeasured(m)
+        for name, m in result["methods"].items()
+    ]
+    return sentences + caveats(result)
+
+
+def _size(method: dict) -> str:
+    if method["rank"] is None:
+        return ""
+    return f" Rank {method['rank']}, alpha {method['alpha']:g}: a scale of {method['alpha'] / method['rank']:g}."
 
 
 def _paths(paths: dict | None) -> str:
@@ -140,34 +210,37 @@ def _unmeasured(method: dict) -> str:
 
 
 def caveats(result: dict) -> list[str]:
-    settings = result["settings"]
-    counted = (
+    settings, names = result["settings"], {name.partition(":")[0] for name in result["methods"]}
+    lines = [
         "Memory is counted: bytes of weights, gradients, optimizer state and the distinct tensors autograd saved for "
         "backward, at one step. Temporaries and the allocator's slack are not in it."
-    )
-    lines = [
-        counted
         if settings["device"] == "cpu"
         else "Memory is the CUDA allocator's peak over a step, with temporaries.",
-        "AdamW without weight decay, gradients clipped to norm 1, 10 % warm-up and cosine to zero in each phase; "
-        "the same batches in the same order for every method. "
-        f"LoRA: rank {settings['rank']}, alpha {settings['alpha']} (a scale of {settings['alpha'] / settings['rank']:g}), no "
-        "dropout; rates of LoRA are divided by the scale.",
-        "Learning rates were picked on validation sequences by runs of a third of the steps, with the first seed; a "
-        "longer run may prefer a lower rate. Losses are of test sequences that picked nothing, in nats per token.",
-        "Old Δ at equal loss: change of the old domain's loss when the new domain's first comes down to the worst of "
-        "the methods' best losses, linear between evaluations; for full→lora that can be in its first phase.",
+        "AdamW without weight decay, gradients clipped to norm 1; knowledge and format: 5 steps of warm-up, then a constant "
+        "rate, so that a shorter run is the beginning of a longer one; text: 10 % warm-up and a cosine to zero, read at the "
+        "ends of runs alone. The same batches in the same order for every method. LoRA without dropout, its rates divided by "
+        "its scale.",
+        "Every method tries equally many rates at the same spacing with the first seed, and more beyond an edge that wins. "
+        "The pick is the lowest loss on a validation that is neither trained nor reported. No figure is a best over rates.",
+        "General Δ, forgotten: rise of the loss on general text, in nats per token. At a target: linear between the "
+        "evaluations around its first crossing; of text between the ends of the runs at different rates, the start being one.",
         "Changed: share of the weights of all linear layers and experts (the output head included, the embedding not) "
         "whose stored value differs after merging. Stable rank: ‖Δ‖F²/‖Δ‖2² of the update, the median over the matrices "
         "that changed.",
-        "By > 1e-5: the same by more than the tolerance of arXiv 2505.11711, where much of the published sparsity of RL's "
-        "updates comes from it: in bfloat16 a weight below 0.002 can move by a whole unit and still count as equal.",
-        "Checkpoint: the files to keep beside the original model; for full→lora the continued model and the adapter (its "
-        "memory and trainable parameters are those of the larger phase), for full-masked a sparse delta.",
-        f"full-masked: its probe run, of the run's steps over {train.PROBE}, is in no time or memory shown; the gradient is "
-        "still dense.",
-        "The first two steps of a phase are not timed. Times are of this machine with whatever else it was running.",
+        "Times are of this machine with whatever else it was running; the first two steps of a phase are not timed.",
     ]
+    if settings["replay"]:
+        lines.append(f"{settings['replay']:.0%} of every batch is old text (--replay).")
+    if "full→lora" in names:
+        lines.append(
+            "full→lora: its checkpoint is the continued model and the adapter; memory and trainable parameters are those "
+            "of the larger phase."
+        )
+    if "full-masked" in names:
+        lines.append(
+            "full-masked: its probe run is in no time or memory shown; the gradient is still dense; its checkpoint is a sparse "
+            "delta."
+        )
     if settings["dtype"] == "bfloat16":
         lines.append(
             "bfloat16 weights that train are stepped in place, and lose updates below half of their spacing (--in-place); "
@@ -197,10 +270,15 @@ def write(comparison: Comparison, out: Path) -> None:
     from .figure import draw
 
     result = summarize(comparison)
+    if not result["tasks"]:
+        return
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".compare-") as folder:
         draft = Path(folder)
-        texts = {"compare.json": _json({**result, "verdict": verdict(result)}), "compare.md": markdown(result)}
+        texts = {
+            "compare.json": _json({**result, "answer": answer(result), "details": details(result)}),
+            "compare.md": markdown(result),
+        }
         for name, text in texts.items():  # a path may hold bytes that are no text
             (draft / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         draw(result, draft / "compare.png")

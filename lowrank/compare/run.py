@@ -1,24 +1,32 @@
-"""The whole comparison: pretrain where needed, sweep each method's learning rate, run it, measure it."""
+"""The whole comparison: pretrain where needed; every task, method, rate and seed; what each run reached, cost and forgot."""
 
 import contextlib
 import copy
 import math
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from rich.progress import Progress
 from torch import nn
 
-from .. import _screen
 from ..measure.environment import environment
-from . import train
+from ..tasks.forgetting import Forgetting
+from ..tasks.rows import Row, pad, rows_of
+from ..tasks.score import row_losses, token_losses
+from ..tasks.task import Task
+from . import budget, probe, train
+from .agreement import agreement
+from .budget import Budget
 from .costs import latency, merged, weight_changes
-from .data import Subject, load, one_line
-from .methods import METHODS, Adapter, Method
-from .settings import Settings
+from .data import Subject, general_corpus, load, one_line
+from .methods import Method, method_of
+from .progress import Stages, stages
+from .records import Records, budget_of, key_of
+from .settings import RUNS, SAVED, Settings
+from .teaching import Teach, teachings
 from .verdict import invented
 
 FULL_RATE = 1.2e-3 * 128  # over the model's width: the centre of full fine-tuning's grid, found on the embedded model
@@ -26,31 +34,47 @@ GRID_FACTOR = 3.0
 EXTENSIONS = 2  # values added beyond an edge that wins before the sweep gives up and flags it
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Validation loss by learning rate, and the training losses of the short runs."""
+@dataclass
+class MethodRuns:
+    """One method in one task.  sweep: a run per rate, with the first seed; more: the picked rate with the other seeds."""
 
-    validation: dict[float, float]
-    curves: dict[float, list[float]]
+    sweep: list[train.Run] = field(default_factory=list)
+    more: list[train.Run] = field(default_factory=list)
 
     @property
-    def picked(self) -> float:
-        return min(self.validation, key=self.validation.get)
+    def picked(self) -> train.Run:
+        """The one with the lowest validation loss, which is neither trained nor reported."""
+        return min(self.sweep, key=lambda run: (run.validation, run.rate))
 
     @property
     def edge(self) -> bool:
-        return self.picked in (min(self.validation), max(self.validation))
+        rates = [run.rate for run in self.sweep]
+        return len(rates) > 1 and self.picked.rate in (min(rates), max(rates))
+
+    @property
+    def of_seeds(self) -> list[train.Run]:
+        return [self.picked, *self.more]
 
 
 @dataclass
-class Row:
-    """One method.  runs: one per seed, models dropped; the other figures are the first seed's, None where they could not
-    be taken, for the reason in not_measured."""
+class TaskRuns:
+    """of_seeds, base: by seed, the task as it redraws it, and what was measured before training."""
 
-    name: str
-    sweep: Sweep
-    runs: list[train.Run] = field(default_factory=list)
-    changes: dict | None = None
+    of_seeds: dict[int, Task]
+    plan: train.Plan
+    base: dict[int, train.Point]
+    alone: float = math.nan  # nats per token of its examples that are not trained, before training
+    methods: dict[str, MethodRuns] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        return next(iter(self.of_seeds.values()))
+
+
+@dataclass
+class Costs:
+    """What a method costs, from its first run; None where it could not be taken, for the reason in not_measured."""
+
     latency: dict = field(default_factory=lambda: {"unmerged": None, "merged": None})
     paths: dict | None = None  # lowrank.stats: which calls ran fused
     not_measured: dict[str, str] = field(default_factory=dict)
@@ -58,23 +82,32 @@ class Row:
 
 @dataclass
 class Comparison:
-    """rows: what has a run.  not_done: {method: why it, or the rest of it, could not be done to this model}."""
+    """tasks: what has a run.  not_done: {method or "task: method": why it, or the rest of it, could not be done}."""
 
     settings: Settings
     subject: Subject
-    environment: dict[str, str]
+    environment: dict[str, object]
     pretraining: dict | None = None
-    rows: dict[str, Row] = field(default_factory=dict)
+    forgetting: Forgetting | None = None
+    tasks: dict[str, TaskRuns] = field(default_factory=dict)
+    costs: dict[str, Costs] = field(default_factory=dict)
     not_done: dict[str, str] = field(default_factory=dict)
-    control: list[float] | None = None  # losses of peft-lora started one rounding apart
+    agreement: dict | None = None
+    probed: dict[str, dict] = field(default_factory=dict)  # by set, what examples in the context give
+    budget: Budget | None = None
+    estimate: float | None = None  # seconds, before the runs began
     seconds: float = 0.0
     complete: bool = False
 
+    @property
+    def any_run(self) -> bool:
+        return any(method.sweep for task in self.tasks.values() for method in task.methods.values())
+
 
 def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comparison: None) -> Comparison:
-    """Everything that takes time.  save(comparison) follows every run that is finished: a method's, of one seed.
+    """Everything that takes time.  save(comparison) follows a method that is done in a task; its runs are on disk one by one.
 
-    Raises: ValueError if none of the methods can be done to the model.
+    Raises: ValueError if none of the methods can be done to the model, or no plan fits ``settings.minutes``.
     """
     from transformers.utils import logging
 
@@ -82,79 +115,86 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
     began = time.perf_counter()
     subject = load(settings)
     device = torch.device(settings.device)
-    comparison = Comparison(
-        settings, subject, environment(device), not_done=rehearse(settings.methods, subject, settings.adapter)
-    )
+    if not subject.embedded:
+        _check_base(subject, device)
+    tasks = teachings(settings, subject)
+    comparison = Comparison(settings, subject, environment(device), not_done=rehearse(settings, subject))
     _some_left(comparison)
-    with _screen.progress(label=34, bar=24, note=True) as progress, warnings.catch_warnings():
+    with stages() as screen, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         if subject.embedded:
-            comparison.pretraining = _pretrain(settings, subject, device, progress)
+            comparison.pretraining = _pretrain(settings, subject, device, screen)
         subject.model.to(getattr(torch, settings.dtype))
-        if not subject.embedded:
-            _check_base(subject, device)
         if subject.invented:
-            progress.console.print(invented(subject.name, subject.invented), markup=False, highlight=False)
+            screen.line(invented(subject.name, subject.invented))
         for name, why in comparison.not_done.items():
-            _tell(progress, name, why)
-        for name in [name for name in settings.methods if name not in comparison.not_done]:
-            runs = _row(name, settings, subject, device, progress)
-            while True:
-                row = None
-                with _or_why_not(comparison, name, progress):
-                    row = next(runs, None)
-                if row is None:
-                    break
-                comparison.rows[name] = row
-                comparison.seconds = time.perf_counter() - began
-                save(comparison)
+            screen.line(_not_done(name, why))
+        if settings.minutes is not None:
+            kept = budget_of(settings.out / RUNS) if settings.resume else None
+            comparison.budget = Budget(**kept) if kept else _fitted(comparison, tasks, device, screen)
+            if comparison.budget.length != subject.length:
+                shorter = replace(settings, length=comparison.budget.length)
+                general = general_corpus(shorter, subject.tokenizer, shorter.length)
+                comparison.subject = subject = replace(subject, general=general, length=shorter.length)
+                tasks = teachings(shorter, subject)
+        digests = {name: teach(settings.seed).digest for name, teach in tasks.items()}
+        key = key_of(replace(settings, length=subject.length, batch=subject.batch), subject.model, digests)
+        records = Records(settings.out / RUNS, key, settings.resume)
+        if comparison.budget:
+            records.save_budget(asdict(comparison.budget))
+        work = _Work(comparison, tasks, records, device, screen, began, save)
+        if "lora" in {name.partition(":")[0] for name in settings.names} - comparison.not_done.keys():
+            with _or_why_not(comparison, "agreement", screen):
+                comparison.agreement = agreement(
+                    subject.model, work.agreed_batch(), settings.adapter("lora"), device, settings.seed
+                )
+        work.do()
         _some_left(comparison)
-        with _or_why_not(comparison, "rounding control", progress):
-            comparison.control = _control(comparison.rows, settings, subject, device, progress)
     comparison.seconds, comparison.complete = time.perf_counter() - began, True
     return comparison
 
 
 def _check_base(subject: Subject, device: torch.device) -> None:
-    """Raises ValueError unless the model runs, sees no later token, and has a finite loss on both domains."""
+    """Raises ValueError unless the model runs, sees no later token, and has a finite loss on the general text."""
     what = f"--model {subject.name}: {type(subject.model).__name__}"
     model = copy.deepcopy(subject.model).to(device)
     try:
-        losses = [train.evaluate(model, c.test, subject.batch) for c in (subject.new, subject.general)]
-        leak = _looks_ahead(model, subject.new.test[:1].to(device))
+        loss = row_losses(model, rows_of(subject.general.test), subject.tokenizer.pad).mean()
+        leak = _looks_ahead(model, subject.general.test[:1].to(device))
     except Exception as error:  # whatever this model makes a library raise
         raise ValueError(f"{what} does not run on {device}: {one_line(error)}") from error
     if leak:
         raise ValueError(
-            f"{what} sees the tokens it is to predict: its first position's logits change with the last token; expected a "
+            f"{what} sees the tokens it is to predict: its first position's logits depend on later ones; expected a "
             "causal language model, no encoder"
         )
-    for loss, corpus in zip(losses, (subject.new, subject.general), strict=True):
-        if not loss.isfinite().all():
-            raise ValueError(f"{what}: its loss on {corpus.source} is {float(loss.mean())} before any training")
+    if not loss.isfinite():
+        raise ValueError(f"{what}: its loss on {subject.general.source} is {float(loss)} before any training")
 
 
-@torch.no_grad()
 def _looks_ahead(model: nn.Module, block: torch.Tensor) -> bool:
-    """Whether the first position's logits depend on the last token by more than rounding."""
-    model.eval()  # dropout, too, changes the logits
-    changed = block.clone()
-    changed[:, -1] = (block[:, -1] + 1) % model.get_input_embeddings().num_embeddings
-    one, two = (model(input_ids=b).logits[:, 0].float() for b in (block, changed))
-    scale = one.abs().max() * max(1e-4, 8 * torch.finfo(model.dtype).eps)
-    return bool((one - two).abs().max() > scale)
+    """Whether the first position's logits have a gradient at later tokens: in any dtype exactly zero where none is seen."""
+    model.eval()
+    seen: list[torch.Tensor] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        first = model(input_ids=block).logits[:, 0].float()
+    finally:
+        hook.remove()
+    gradient = torch.autograd.grad(first.square().sum(), seen[0])[0]
+    return bool(gradient[:, 1:].any())
 
 
-def rehearse(methods, subject: Subject, adapter: Adapter) -> dict[str, str]:
+def rehearse(settings: Settings, subject: Subject) -> dict[str, str]:
     """{method: why not} of those that fail to prepare a copy of the model without weights, each in all of its phases."""
     why_not = {}
-    for name in methods:
+    for name in settings.names:
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
                 warnings.simplefilter("ignore")
                 model = _without_weights(subject.model)
-                for phase in METHODS[name].phases:
-                    model = phase.prepare(model, adapter)
+                for phase in method_of(name).phases:
+                    model = phase.prepare(model, settings.adapter(name))
                     if not any(p.requires_grad for p in model.parameters()):
                         raise ValueError("nothing of the model would train")
         except Exception as error:  # whatever this model makes a library raise
@@ -171,45 +211,32 @@ def _without_weights(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _or_why_not(comparison: Comparison, name: str, progress: Progress):
+def _or_why_not(comparison: Comparison, name: str, screen: Stages):
     """What fails inside is noted, and the comparison goes on."""
     try:
         yield
     except Exception as error:  # whatever this model makes a library raise
-        done = len(comparison.rows[name].runs) if name in comparison.rows else 0
-        comparison.not_done[name] = (
-            f"after {done} of {comparison.settings.seeds} seeds, {one_line(error)}" if done else one_line(error)
-        )
-        _tell(progress, name, comparison.not_done[name])
+        comparison.not_done[name] = one_line(error)
+        screen.line(_not_done(name, comparison.not_done[name]))
 
 
-def _tell(progress: Progress, name: str, why: str) -> None:
-    progress.console.print(f"{name} not done: {why.removeprefix(f'{name}: ')}", markup=False, highlight=False)
+def _not_done(name: str, why: str) -> str:
+    return f"{name} not done: {why.removeprefix(f'{name}: ')}"
 
 
 def _some_left(comparison: Comparison) -> None:
-    if len(comparison.not_done.keys() - comparison.rows.keys() - {"rounding control"}) == len(
-        comparison.settings.methods
-    ):
+    left = [name for name in comparison.settings.names if name not in comparison.not_done]
+    if not left or (comparison.tasks and not comparison.any_run):
         reasons = "; ".join(f"{name}: {why}" for name, why in comparison.not_done.items())
         raise ValueError(f"--methods: none can be done to {type(comparison.subject.model).__name__}: {reasons}")
 
 
-def _task(progress: Progress, name: str, steps: int):
-    """A bar of that many steps.  Returns tick(loss), and grow(steps) for work that turned out longer."""
-    task = progress.add_task(name, total=steps, note="")
-
-    def grow(more: int) -> None:
-        progress.update(task, total=progress.tasks[task].total + more)
-
-    return (lambda loss: progress.update(task, advance=1, note=f"loss {loss:.3f}")), grow
-
-
-def _pretrain(settings: Settings, subject: Subject, device: torch.device, progress: Progress) -> dict:
+def _pretrain(settings: Settings, subject: Subject, device: torch.device, screen: Stages) -> dict:
     size = settings.embedded
-    tick, _ = _task(progress, "pretrain on " + subject.general.source, size.pretrain_steps)
     start = time.perf_counter()
-    losses = train.pretrain(subject, size.pretrain_steps, size.pretrain_rate, settings.seed, device, tick)
+    with screen.stage("pretrain on " + subject.general.source, size.pretrain_steps) as stage:
+        losses = train.pretrain(subject, size.pretrain_steps, size.pretrain_rate, settings.seed, device, stage.tick)
+        stage.result = f"loss {losses[-1]:.3f}"
     return {
         "steps": len(losses),
         "seconds": time.perf_counter() - start,
@@ -218,93 +245,269 @@ def _pretrain(settings: Settings, subject: Subject, device: torch.device, progre
     }
 
 
-def grid(method: Method, width: int, adapter: Adapter) -> list[float]:
-    """Three learning rates a factor of three apart, to one significant digit or two."""
-    centre = method.centre(adapter) * FULL_RATE / width
-    return [float(f"{centre * GRID_FACTOR**power:.1e}") for power in (-1, 0, 1)]
+def _fitted(comparison: Comparison, tasks: dict[str, Teach], device: torch.device, screen: Stages) -> Budget:
+    """Times two steps of every method in every task, and one evaluation, and chooses what fits."""
+    settings, subject = comparison.settings, comparison.subject
+    base = copy.deepcopy(subject.model).to(device)
+    forgetting = Forgetting(subject.tokenizer, subject.general.test, base)
+    costs, evaluations = {}, {}
+    with screen.stage("time two steps of each method", sum(map(len, settings.methods.values()))) as stage:
+        for name, teach in tasks.items():
+            task = teach(settings.seed)
+            start = time.perf_counter()
+            tokens = _tokens(base, lambda task=task: {**forgetting.measure(base), **task.measure(base)})
+            evaluation = time.perf_counter() - start
+            start = time.perf_counter()
+            if forgetting.diverse:
+                forgetting.diversity(base, settings.seed)
+            end = evaluation + time.perf_counter() - start
+            steps = settings.steps_of(name)
+            evaluations[name] = budget.points(steps, _step_tokens(task, subject.batch), tokens)
+            for method in settings.methods[name]:
+                if method in comparison.not_done:
+                    continue
+                with _or_why_not(comparison, method, screen):
+                    run = train.train(
+                        subject,
+                        task,
+                        method_of(method),
+                        1e-6,
+                        settings.seed,
+                        train.Plan(4, subject.batch, 1, settings.replay),
+                        adapter=settings.adapter(method),
+                        device=device,
+                        measure=lambda model: {},
+                        in_place=settings.in_place,
+                    )
+                    costs[name, method] = budget.Cost(run.seconds[-1], evaluation, end)
+                stage.tick()
+    return budget.fitted(costs, evaluations, settings, subject.length, settings.minutes, fixed=subject.embedded)
 
 
-def sweep(run_at, rates: list[float], grow=lambda: None) -> Sweep:
-    """run_at(rate) -> (validation loss, training losses).  An edge that wins is moved out, at most EXTENSIONS times."""
-    validation, curves = {}, {}
-    pending = list(rates)
-    for _ in range(len(rates) + EXTENSIONS):
-        rate = pending.pop(0)
-        loss, curves[rate] = run_at(rate)
-        validation[rate] = loss if math.isfinite(loss) else math.inf
-        if not pending:
-            best = min(validation, key=validation.get)
-            if best not in (min(validation), max(validation)):
-                break
-            factor = GRID_FACTOR if best == max(validation) else 1 / GRID_FACTOR
-            pending = [float(f"{best * factor:.1e}")]
-            if len(validation) < len(rates) + EXTENSIONS:
-                grow()
-    return Sweep(dict(sorted(validation.items())), curves)
+def _tokens(model: nn.Module, work: Callable[[], object]) -> int:
+    """Tokens that the model's calls in ``work`` see, a call of few counted as CALL."""
+    seen = 0
 
+    def count(module, args, kwargs) -> None:
+        nonlocal seen
+        ids = kwargs.get("input_ids")
+        seen += max(budget.CALL, ids.numel() if ids is not None else 0)
 
-def _row(name: str, settings: Settings, subject: Subject, device: torch.device, progress: Progress) -> Iterator[Row]:
-    """The method's row after the run of each seed."""
-    method = METHODS[name]
-    short, width = settings.sweep_steps, subject.model.get_input_embeddings().embedding_dim
-    rates = grid(method, width, settings.adapter)
-    tick, grow = _task(progress, f"{name}: learning rates", short * len(rates))
-    common = {"adapter": settings.adapter, "device": device, "in_place": settings.in_place}
-
-    def run_at(rate: float) -> tuple[float, list[float]]:
-        run = train.train(subject, method, rate, short, settings.seed, tick=tick, **common)
-        return train.held_out(subject.new, run.model, subject.batch), run.losses
-
-    row = Row(name, sweep(run_at, rates, lambda: grow(short)))
-    tick, _ = _task(progress, f"{name}: rate {row.sweep.picked:g}", settings.steps * settings.seeds)
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        run = train.train(
-            subject, method, row.sweep.picked, settings.steps, seed, tick=tick, points=train.POINTS, **common
-        )
-        if not row.runs:
-            _finish(row, run.model, subject, device)
-        run.model = None
-        row.runs.append(run)
-        yield row
-
-
-def _finish(row: Row, model: nn.Module, subject: Subject, device: torch.device) -> None:
-    """What needs the trained model.  The run is done: a figure that cannot be taken costs that figure alone."""
-    import lowrank
-
-    if row.name != "full":
-        row.paths = lowrank.stats(model)
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        row.changes = weight_changes(subject.model, model)
-    except Exception as error:
-        row.not_measured["weight changes"] = one_line(error)
-    batch = subject.new.test[: subject.batch].to(device)
-    for key, measured in (("unmerged", lambda: model), ("merged", lambda: merged(model))):
-        try:
-            row.latency[key] = latency(measured(), batch)
-        except Exception as error:
-            row.not_measured[f"{key} forward"] = one_line(error)
+        work()
+    finally:
+        hook.remove()
+    return seen
 
 
-def _control(
-    rows, settings: Settings, subject: Subject, device: torch.device, progress: Progress
-) -> list[float] | None:
-    """peft-lora's run with every weight off by one rounding: how far rounding alone drives curves apart.
-
-    A full run at the rate that both picked; where their picks differ, a run of the sweep at lora's.
-    """
-    if not {"lora", "peft-lora"} <= rows.keys():
-        return None
-    rate = rows["lora"].sweep.picked
-    steps = settings.steps if rate == rows["peft-lora"].sweep.picked else settings.sweep_steps
-    tick, _ = _task(progress, "rounding control", steps)
-    common = {"adapter": settings.adapter, "device": device, "tick": tick, "after_prepare": perturb}
-    return train.train(subject, METHODS["peft-lora"], rate, steps, settings.seed, **common).losses
+def _step_tokens(task: Task, batch: int) -> int:
+    rows = next(task.batches(batch, 1))
+    return batch * max(len(row.ids) for row in rows)
 
 
-@torch.no_grad()
-def perturb(model: nn.Module) -> None:
-    """Move every weight by about one unit in the last place of its dtype, up or down at random."""
-    for parameter in model.parameters():
-        unit = torch.finfo(parameter.dtype).eps
-        parameter.mul_(1 + unit * torch.randn_like(parameter).sign())
+def grid(method: Method, width: int, adapter, count: int = 3) -> list[float]:
+    """Learning rates a factor of three apart, to one significant digit or two; of one, the middle."""
+    centre = method.centre(adapter) * FULL_RATE / width
+    return [float(f"{centre * GRID_FACTOR**power:.1e}") for power in ((-1, 0, 1) if count > 1 else (0,))]
+
+
+def sweep(run_at: Callable[[float], train.Run], rates: list[float], extend: bool = True) -> Iterator[train.Run]:
+    """A run at every rate.  An edge that wins is moved out, at most EXTENSIONS times."""
+    validation: dict[float, float] = {}
+    pending, extensions = list(rates), EXTENSIONS if extend and len(rates) > 1 else 0
+    while pending:
+        run = run_at(pending.pop(0))
+        validation[run.rate] = run.validation
+        yield run
+        best = min(validation, key=lambda rate: (validation[rate], rate))
+        if not pending and extensions and math.isfinite(validation[best]):
+            if best == max(validation):
+                pending, extensions = [float(f"{best * GRID_FACTOR:.1e}")], extensions - 1
+            elif best == min(validation):
+                pending, extensions = [float(f"{best / GRID_FACTOR:.1e}")], extensions - 1
+
+
+class _Work:
+    """All runs of one comparison, task by task and method by method."""
+
+    def __init__(self, comparison: Comparison, tasks, records: Records, device, screen: Stages, began, save):
+        self.comparison, self.settings, self.subject = comparison, comparison.settings, comparison.subject
+        self.tasks, self.records, self.device, self.screen = tasks, records, device, screen
+        self.began, self.save = began, save
+
+    def agreed_batch(self):
+        task = next(iter(self.tasks.values()))(self.settings.seed)
+        return pad(next(task.batches(min(self.subject.batch, 4), 1)), self.subject.tokenizer.pad)
+
+    def do(self) -> None:
+        self._bases()
+        self._estimate()
+        for name, runs in self.comparison.tasks.items():
+            for method in self.settings.methods[name]:
+                if method not in self.comparison.not_done:
+                    with _or_why_not(self.comparison, f"{name}: {method}", self.screen):
+                        self._method(name, runs, method)
+                    self.comparison.seconds = time.perf_counter() - self.began
+                    self.save(self.comparison)
+
+    def _bases(self) -> None:
+        """What is right, lost and valid before any training, of every task and seed; and with that the tasks' plans."""
+        model, chosen = copy.deepcopy(self.subject.model).to(self.device), self.comparison.budget
+        self.comparison.forgetting = Forgetting(self.subject.tokenizer, self.subject.general.test, model)
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.seeds)
+        with self.screen.stage("the model before training", len(self.tasks) * len(seeds)) as stage:
+            for name, teach in self.tasks.items():
+                base, of_seeds = {}, {seed: teach(seed) for seed in seeds}
+                for seed, task in of_seeds.items():
+                    measured: train.Measures = {}
+                    tokens = _tokens(model, lambda: measured.update(self._measure(task, model)))  # noqa: B023
+                    base[seed] = train.Point(0, 0.0, measured)
+                    stage.tick()
+                first, steps = of_seeds[self.settings.seed], self.settings.steps_of(name)
+                steps = chosen.steps(steps) if chosen else steps
+                points = budget.points(steps, _step_tokens(first, self.subject.batch), tokens)
+                points = points if first.constant_rate else 1  # only the end of a cosine says what it reaches
+                plan = train.Plan(steps, self.subject.batch, points, self.settings.replay)
+                alone = self._nats(model, [example.row for example in first.unseen()[: probe.EXAMPLES]])
+                self.comparison.tasks[name] = TaskRuns(of_seeds, plan, base, alone)
+        if not self.subject.embedded:
+            self._probe(model)
+
+    def _probe(self, model: nn.Module) -> None:
+        """Of the tasks' examples, by the tasks' names, and of the generated sets, by theirs."""
+        sets = probe.calibrations(self.subject.tokenizer, self.subject.length, self.settings.seed, probe.EXAMPLES)
+        if self.settings.data is not None:
+            for name, runs in self.comparison.tasks.items():
+                sets[name] = runs.task.unseen()[: probe.EXAMPLES]
+        with self.screen.stage("examples in the context", len(sets)) as stage:
+            self.comparison.probed, why_not = probe.probe(
+                model, self.subject.tokenizer, sets, seed=self.settings.seed, tick=lambda name: stage.tick()
+            )
+            stage.result = "; ".join(why_not.values())
+
+    def _nats(self, model: nn.Module, rows) -> float:
+        """Mean nats per labelled token."""
+        return float(torch.cat(token_losses(model, rows, self.subject.tokenizer.pad)).mean())
+
+    def _estimate(self) -> None:
+        """Printed before the runs, where a budget was asked for; without one nothing has been timed yet."""
+        if self.comparison.budget:
+            chosen = self.comparison.budget
+            plans = "; ".join(f"{name}: {runs.plan.steps} steps" for name, runs in self.comparison.tasks.items())
+            self.comparison.estimate = chosen.seconds
+            rates = "three rates" if chosen.rates > 1 else "one rate"
+            self.screen.line(
+                f"about {budget.words(chosen.seconds)}: {plans}; {rates} a method, sequences of {chosen.length} tokens"
+            )
+
+    def _measure(self, task: Task, model: nn.Module) -> train.Measures:
+        return {**self.comparison.forgetting.measure(model), **task.measure(model)}
+
+    def _method(self, name: str, runs: TaskRuns, method: str) -> None:
+        rates = list(self.settings.rates.get(method, ()))
+        chosen = rates or grid(
+            method_of(method),
+            self.subject.model.get_input_embeddings().embedding_dim,
+            self.settings.adapter(method),
+            self.comparison.budget.rates if self.comparison.budget else 3,
+        )
+        done = runs.methods.setdefault(method, MethodRuns())
+        for run in sweep(lambda rate: self._run(name, runs, method, rate, self.settings.seed), chosen, not rates):
+            done.sweep.append(run)
+            self._saved(done, name, method, run)
+        if done.picked.diverged:
+            raise ValueError(f"diverged at every rate: {', '.join(f'{run.rate:g}' for run in done.sweep)}")
+        for seed in range(self.settings.seed + 1, self.settings.seed + self.settings.seeds):
+            done.more.append(self._run(name, runs, method, done.picked.rate, seed))
+
+    def _run(self, name: str, runs: TaskRuns, method: str, rate: float, seed: int) -> train.Run:
+        task = runs.of_seeds[seed]
+        label = f"{name}: {method} at {rate:g}" + (f", seed {seed}" if self.settings.seeds > 1 else "")
+        run = self.records.load(name, method, rate, seed, runs.plan.steps) if self.settings.resume else None
+        if run is None:
+            with self.screen.stage(label, runs.plan.steps) as stage:
+                run = train.train(
+                    self.subject,
+                    task,
+                    method_of(method),
+                    rate,
+                    seed,
+                    runs.plan,
+                    adapter=self.settings.adapter(method),
+                    device=self.device,
+                    measure=lambda model: self._measure(task, model),
+                    in_place=self.settings.in_place,
+                    tick=stage.tick,
+                    after=lambda run, model: self._finish(name, runs, method, run, model),
+                )
+                stage.result = self._result(task, run)
+            self.records.save(name, method, run)
+        elif method not in self.comparison.costs:
+            self.comparison.costs[method] = Costs(**self.records.load_costs(method))
+        run.points.insert(0, runs.base[seed])
+        return run
+
+    def _result(self, task: Task, run: train.Run) -> str:
+        if run.diverged:
+            return "diverged"
+        end = run.points[-1]
+        rise = end.mean("general") - self.comparison.tasks[task.name].base[run.seed].mean("general")
+        return f"{task.learnt.replace('_', ' ')} {end.mean(task.learnt):.3f}, general loss {rise:+.3f}"
+
+    def _finish(self, name: str, runs: TaskRuns, method: str, run: train.Run, model: nn.Module) -> None:
+        """What needs the trained model.  The run is done: a figure that cannot be taken costs that figure alone."""
+        forgetting, costs = self.comparison.forgetting, self.comparison.costs.get(method)
+        if costs is None:
+            costs = self.comparison.costs[method] = Costs()
+            self._costs(costs, method, runs.task, model)
+            self.records.save_costs(method, asdict(costs))
+        if run.seed == self.settings.seed:
+            with _noted(costs, "weight changes"):
+                run.changes = weight_changes(self.subject.model, model)
+            with _noted(costs, "loss on examples"):
+                unseen = [example.row for example in runs.task.unseen()[: probe.EXAMPLES]]
+                run.shown = tuple(self._nats(model, rows) for rows in (unseen, runs.task.trained()[: probe.EXAMPLES]))
+            if forgetting.diverse:
+                with _noted(costs, "diversity of formats"):
+                    run.diversity = forgetting.diversity(model, run.seed)
+        if self.settings.save:
+            _keep(model, self.settings.out / SAVED / ".last")
+
+    def _costs(self, costs: Costs, method: str, task: Task, model: nn.Module) -> None:
+        import lowrank
+
+        if method != "full":
+            costs.paths = lowrank.stats(model)
+        rows: list[Row] = next(task.batches(self.subject.batch, 1))
+        shortest = min(len(row.ids) for row in rows)
+        batch = torch.tensor([row.ids[:shortest] for row in rows], device=self.device)
+        for key, measured in (("unmerged", lambda: model), ("merged", lambda: merged(model))):
+            with _noted(costs, f"{key} forward"):
+                costs.latency[key] = latency(measured(), batch)
+
+    def _saved(self, done: MethodRuns, name: str, method: str, run: train.Run) -> None:
+        """The picked run's files take the place of those of the one picked before."""
+        last = self.settings.out / SAVED / ".last"
+        if not last.exists():
+            return
+        if run is done.picked:
+            folder = self.settings.out / SAVED / name / method.replace("→", "-to-").replace(":", "-r")
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            last.rename(folder)
+        else:
+            shutil.rmtree(last)
+
+
+def _keep(model: nn.Module, folder) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _noted(costs: Costs, what: str):
+    try:
+        yield
+    except Exception as error:  # whatever this model makes a library raise
+        costs.not_measured[what] = one_line(error)

@@ -5,12 +5,38 @@ import math
 import os
 import shlex
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-METHODS = ("full", "full-masked", "lora", "lora-attention", "peft-lora", "full→lora", "svf", "svf-full")
+METHODS = (
+    "full",
+    "full-masked",
+    "lora",
+    "lora-attention",
+    "lora-mlp",
+    "peft-lora",
+    "full→lora",
+    "svf",
+    "svf-full",
+)
+RANKED = ("lora", "lora-attention", "lora-mlp", "peft-lora", "full→lora")  # those that take a rank: lora:64
 ALIASES = {"full-lora": "full→lora"}  # what a keyboard types
+STEPS = {"text": 200, "knowledge": 120, "format": 40}  # of every run
+EMBEDDED_STEPS = {
+    "text": 100,
+    "knowledge": 300,
+    "format": 100,
+}  # of the embedded model, which learns slowly and steps fast
+TASKS = tuple(STEPS)
+DEFAULT_METHODS = {
+    "text": ("full", "lora", "lora-attention", "svf"),
+    "knowledge": ("full", "lora"),
+    "format": ("full", "lora"),
+}
+LOSSES = ("assistant", "last", "all")
 REPORTS = ("compare.json", "compare.png", "compare.md")  # in the order they are put in place
+RUNS = "runs"  # the directory of finished runs, beside the reports
+SAVED = "saved"
 SEEDS = 2**64  # what torch's generators tell apart
 DTYPES = ("float32", "bfloat16")  # float16 would need a loss scaler, which would then be compared as well
 
@@ -31,10 +57,12 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The size of a method's adapters, LoRA's being scaled by ``alpha / rank``."""
+    """The size of a method's adapters, LoRA's being scaled by ``alpha / rank``.  targets: names of layers; empty for all
+    linear ones."""
 
     rank: int
     alpha: float = 32
+    targets: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -43,76 +71,147 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Settings:
-    methods: tuple[str, ...]
-    steps: int
-    rank: int
+    """methods: by task.  steps: None for the task's own.  alpha: None for equal to rank.  length, batch: None for the
+    model's.  minutes: None for no budget.  rates: by method; the others' grids are made."""
+
     dtype: str
     device: str
-    seed: int
-    seeds: int
-    out: Path
-    alpha: float = 32
+    methods: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_METHODS))
+    steps: int | None = None
+    rank: int = 8
+    alpha: float | None = 32
+    target_modules: tuple[str, ...] = ()
+    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    replay: float = 0.0
+    length: int | None = None
+    batch: int | None = None
+    eval_sequences: int = 64
+    minutes: float | None = None
     in_place: bool = False
+    seed: int = 0
+    seeds: int = 1
     model: str | None = None
     data: Path | None = None
+    test: Path | None = None
+    valid: str | None = None
+    loss: str | None = None
     general_data: Path | None = None
+    out: Path = Path("lowrank-compare")
+    resume: bool = False
+    save: bool = False
     embedded: Embedded = Embedded()
 
     @property
-    def adapter(self) -> Adapter:
-        return Adapter(self.rank, self.alpha)
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.methods)
 
     @property
-    def sweep_steps(self) -> int:
-        """Steps of each run of the learning-rate sweep: a third of a full run."""
-        return max(self.steps // 3, 2)
+    def names(self) -> tuple[str, ...]:
+        """The methods of all tasks, each once."""
+        return tuple(dict.fromkeys(name for names in self.methods.values() for name in names))
+
+    def steps_of(self, task: str) -> int:
+        return self.steps or (EMBEDDED_STEPS if self.model is None else STEPS)[task]
+
+    def adapter(self, name: str) -> Adapter:
+        """Of a method, by its rank or the common one."""
+        rank = int(name.partition(":")[2] or self.rank)
+        return Adapter(rank, rank if self.alpha is None else self.alpha, self.target_modules)
 
     @property
     def command(self) -> str:
-        """The command line that repeats this run, quoted for a POSIX shell."""
+        """The command line that repeats this run, quoted for a POSIX shell: what is not as it is by default."""
         parts = ["lowrank", "compare"]
-        typed = {full: alias for alias, full in ALIASES.items()}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None or value is False or field.name == "embedded":
-                continue
-            if value is True:
-                parts.append(f"--{field.name.replace('_', '-')}")
-                continue
-            value = ",".join(typed.get(name, name) for name in value) if field.name == "methods" else str(value)
-            option = f"--{field.name.replace('_', '-')}"
-            parts += [f"{option}={value}"] if value.startswith("-") else [option, value]
+        for option, value in self._options():
+            parts += [option] if value is True else [f"{option}={value}"] if value[:1] == "-" else [option, value]
         return shlex.join(parts)
+
+    def _options(self):
+        defaults = {f.name: f.default for f in fields(self)}
+        typed = {full: alias for alias, full in ALIASES.items()}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            option = {"length": "--seq"}.get(name, f"--{name.replace('_', '-')}")
+            if name in ("embedded", "resume") or (name not in ("methods", "rates") and value == defaults[name]):
+                continue
+            if name == "methods":
+                yield "--task", ",".join(value)
+                for task, names in value.items():
+                    yield option, f"{task}={','.join(typed.get(n, n) for n in names)}"
+            elif name == "rates":
+                for method, rates in value.items():
+                    yield option, f"{typed.get(method, method)}={','.join(f'{rate:g}' for rate in rates)}"
+            elif name == "alpha" and value is None:
+                yield option, "r"
+            elif isinstance(value, bool):
+                yield option, True
+            else:
+                yield option, ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def from_arguments(args, embedded: Embedded) -> Settings:
     """argparse.Namespace -> Settings.  What cannot work raises, naming option, what came and what was expected."""
-    for option, least in (("steps", 6), ("rank", 1), ("seeds", 1), ("seed", 0)):
-        if getattr(args, option) < least:
-            raise ValueError(f"--{option} {getattr(args, option)}: expected at least {least}")
+    at_least = (
+        ("steps", 6),
+        ("rank", 1),
+        ("seeds", 1),
+        ("seed", 0),
+        ("length", 8),
+        ("batch", 1),
+        ("eval_sequences", 8),
+    )
+    for name, least in at_least:
+        if (value := getattr(args, name)) is not None and value < least:
+            option = {"length": "seq"}.get(name, name.replace("_", "-"))
+            raise ValueError(f"--{option} {value}: expected at least {least}")
     if args.seed + args.seeds > SEEDS:
         raise ValueError(
             f"--seed {args.seed}: expected at most 2**64 - {args.seeds}, so that every seed is below 2**64"
         )
-    for option in ("data", "general_data"):
-        if (path := getattr(args, option)) is not None:
-            _readable(f"--{option.replace('_', '-')} {path}", Path(path))
-    device = _device(args.device)
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
+        raise ValueError(f"--minutes {args.minutes}: expected a positive number")
+    if not 0 <= args.replay < 1:
+        raise ValueError(
+            f"--replay {args.replay}: expected the share of old text in every batch, at least 0 and below 1"
+        )
+    paths = {}
+    for name in ("data", "test", "general_data"):
+        if (path := getattr(args, name)) is not None:
+            readable(f"--{name.replace('_', '-')} {path}", Path(path))
+        paths[name] = Path(path) if path else None
+    if args.loss is not None and args.loss not in LOSSES:
+        raise ValueError(f"--loss {args.loss!r}: expected one of {', '.join(LOSSES)}")
+    for name in ("test", "valid", "loss"):
+        if getattr(args, name) is not None and not is_examples(paths["data"]):
+            raise ValueError(f"--{name} is about examples: expected --data FILE.jsonl with it")
+    device = device_of(args.device)
+    tasks = _tasks(args.task, paths["data"], args.test, args.valid)
+    methods = _methods(args.methods, tasks)
     settings = Settings(
-        methods=_methods(args.methods),
+        dtype=dtype_of(args.dtype, device),
+        device=device,
+        methods=methods,
         steps=args.steps,
         rank=args.rank,
-        alpha=_alpha(args.alpha, args.rank),
+        alpha=_alpha(args.alpha),
+        target_modules=tuple(name for name in (args.target_modules or "").split(",") if name),
+        rates=_rates(args.rates, tuple(dict.fromkeys(n for names in methods.values() for n in names))),
+        replay=args.replay,
+        length=args.length,
+        batch=args.batch,
+        eval_sequences=args.eval_sequences,
+        minutes=args.minutes,
         in_place=args.in_place,
-        dtype=_dtype(args.dtype, device),
-        device=device,
         seed=args.seed,
         seeds=args.seeds,
-        out=_out(args.out),
         model=_model(args.model),
-        data=Path(args.data) if args.data else None,
-        general_data=Path(args.general_data) if args.general_data else None,
+        valid=args.valid,
+        loss=args.loss,
+        out=_out(args.out),
+        resume=args.resume,
+        save=args.save,
         embedded=embedded,
+        **paths,
     )
     for package in ("peft", "matplotlib"):
         if importlib.util.find_spec(package) is None:
@@ -121,7 +220,75 @@ def from_arguments(args, embedded: Embedded) -> Settings:
     return settings
 
 
-def _readable(what: str, path: Path) -> None:
+def is_examples(path: Path | None) -> bool:
+    """Whether a file holds examples, one JSON object a line, and no running text."""
+    return path is not None and path.suffix in (".jsonl", ".json")
+
+
+def _tasks(text: str | None, data: Path | None, test, valid) -> tuple[str, ...]:
+    """What --task says; without it all that are generated, or what the given files can be asked for."""
+    if text is None:
+        if data is None:
+            return TASKS
+        wanted = {"knowledge": test is not None, "format": valid is not None}
+        return tuple(name for name in TASKS if wanted.get(name)) or ("text",)
+    names = TASKS if text == "all" else tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names or (unknown := [name for name in names if name not in TASKS]):
+        came = f"unknown task {unknown[0]!r}" if names else "no task"
+        raise ValueError(f"--task {text!r}: {came}; expected all or some of {','.join(TASKS)}")
+    return tuple(name for name in TASKS if name in names)
+
+
+def _methods(given: list[str] | None, tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Every task's methods, from what was given for it, for all, or by default."""
+    chosen = {}
+    for text in given or []:
+        task, is_own, names = text.rpartition("=")
+        if is_own and task not in TASKS:
+            raise ValueError(f"--methods {text!r}: unknown task {task!r}; expected some of {','.join(TASKS)}")
+        chosen[task] = _method_names(text, names)
+    return {task: chosen.get(task, chosen.get("", DEFAULT_METHODS[task])) for task in tasks}
+
+
+def _method_names(text: str, names: str) -> tuple[str, ...]:
+    if names.strip() == "all":
+        return METHODS
+    labels = []
+    for part in (part.strip() for part in names.split(",")):
+        name, colon, rank = part.partition(":")
+        name = ALIASES.get(name, name)
+        if part and name not in METHODS:
+            typed = [next((a for a, full in ALIASES.items() if full == name), name) for name in METHODS]
+            raise ValueError(f"--methods {text!r}: unknown method {name!r}; expected all or some of {','.join(typed)}")
+        if colon and (name not in RANKED or not rank.isdigit() or int(rank) < 1):
+            raise ValueError(
+                f"--methods {text!r}: {part!r}: expected a method alone, or a LoRA method and its rank, as in lora:64"
+            )
+        labels += [name + colon + rank] if part else []
+    if not labels:
+        raise ValueError(f"--methods {text!r}: no method")
+    order = {label: (METHODS.index(label.partition(":")[0]), int(label.partition(":")[2] or 0)) for label in labels}
+    return tuple(sorted(order, key=order.get))
+
+
+def _rates(given: list[str] | None, methods: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    rates = {}
+    for text in given or []:
+        name, _, numbers = text.rpartition("=")
+        name = ALIASES.get(name, name)
+        if name not in methods:
+            raise ValueError(f"--rates {text!r}: expected METHOD=RATE,RATE with one of {', '.join(methods)}")
+        try:
+            values = tuple(sorted({float(number) for number in numbers.split(",")}))
+        except ValueError:
+            values = (math.nan,)
+        if not all(0 < value < math.inf for value in values):
+            raise ValueError(f"--rates {text!r}: expected positive numbers, as in {name}=1e-4,3e-4")
+        rates[name] = values
+    return rates
+
+
+def readable(what: str, path: Path) -> None:
     if not path.is_file():
         came = "is no file" if path.exists() else "no such file"
         raise FileNotFoundError(f"{what}: {came}; expected a text file")
@@ -149,10 +316,10 @@ def try_out(what: str, folder: Path, names) -> None:
                 path.rmdir()
 
 
-def _alpha(text: str, rank: int) -> float:
-    """A positive number, or "r" for the rank."""
+def _alpha(text: str) -> float | None:
+    """A positive number, or "r" for every method's own rank: None."""
     if text == "r":
-        return rank
+        return None
     try:
         alpha = float(text)
     except ValueError:
@@ -162,17 +329,7 @@ def _alpha(text: str, rank: int) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _methods(text: str) -> tuple[str, ...]:
-    names = [ALIASES.get(name, name) for name in (part.strip() for part in text.split(",")) if name]
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        typed = [next((a for a, full in ALIASES.items() if full == name), name) for name in METHODS]
-        came = f"unknown method {unknown[0]!r}" if unknown else "no method"
-        raise ValueError(f"--methods {text!r}: {came}; expected some of {','.join(typed)}")
-    return tuple(name for name in METHODS if name in names)
-
-
-def _device(name: str | None) -> str:
+def device_of(name: str | None) -> str:
     import torch
 
     if name is None:
@@ -188,9 +345,12 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _dtype(name: str | None, device: str) -> str:
+def dtype_of(name: str | None, device: str) -> str:
+    """By default bfloat16 on GPUs and on CPUs that multiply it in hardware."""
     if name is None:
-        return "float32" if device == "cpu" else "bfloat16"
+        from ..measure.environment import has_bf16_units
+
+        return "bfloat16" if device != "cpu" or has_bf16_units() else "float32"
     if name not in DTYPES:
         raise ValueError(f"--dtype {name!r}: expected one of {', '.join(DTYPES)}")
     return name

@@ -1,22 +1,30 @@
 """A Comparison as plain data: what compare.json holds, and all that the tables, the figure and the verdict read."""
 
-from .methods import METHODS
-from .run import Comparison, Row
-from .statistics import agreement, at_loss, leaders, target_loss
+import math
+from collections.abc import Iterable
+
+from .methods import method_of
+from .probe import finding
+from .run import Comparison, MethodRuns, TaskRuns
+from .statistics import FALLS, Crossing, crossing, ends, finite, leaders
+from .train import Point, Run
+
+SHARES = (0.5, 0.9)  # of the largest gain in loss: the targets of a task that has none of its own
 
 
-def spread(values) -> dict[str, float]:
-    """Mean, least and most over the seeds."""
+def spread(values: Iterable[float]) -> dict[str, float] | None:
+    """Mean, least and most over the seeds; None of nothing."""
     values = [float(v) for v in values]
-    return {"mean": sum(values) / len(values), "least": min(values), "most": max(values)}
+    return {"mean": sum(values) / len(values), "least": min(values), "most": max(values)} if values else None
 
 
 def summarize(comparison: Comparison) -> dict:
-    """Losses are nats per token, times seconds, sizes bytes."""
-    import torch
-
-    rows, settings, subject = comparison.rows, comparison.settings, comparison.subject
-    target = target_loss([run for row in rows.values() for run in row.runs])
+    """Losses are nats per token, times seconds, sizes bytes, shares of 1."""
+    settings, subject, forgetting = comparison.settings, comparison.subject, comparison.forgetting
+    probed = comparison.probed
+    tasks = {
+        name: {**_task(runs), **_forecast(name, comparison)} for name, runs in comparison.tasks.items() if _begun(runs)
+    }
     return {
         "command": settings.command,
         "seconds": comparison.seconds,
@@ -31,85 +39,176 @@ def summarize(comparison: Comparison) -> dict:
             "pretraining": comparison.pretraining,
             "config": subject.model.config.to_dict(),
         },
-        "data": {"new": _corpus(subject.new), "general": _corpus(subject.general)},
+        "general": {
+            "source": subject.general.source,
+            "sha256": subject.general.digest,
+            "sequences": len(subject.general.test),
+        },
         "settings": {
             "dtype": settings.dtype,
             "device": settings.device,
             "batch": subject.batch,
             "length": subject.length,
-            "steps": settings.steps,
-            "sweep_steps": settings.sweep_steps,
             "rank": settings.rank,
-            "alpha": settings.adapter.alpha,
+            "alpha": "rank" if settings.alpha is None else settings.alpha,
+            "target_modules": list(settings.target_modules),
+            "replay": settings.replay,
+            "loss": settings.loss,
             "in_place": settings.in_place,
             "seed": settings.seed,
             "seeds": settings.seeds,
+            "minutes": settings.minutes,
+            "estimated_seconds": comparison.estimate,
         },
         "memory_measure": "CUDA allocator peak" if settings.device != "cpu" else "counted bytes",
-        "target_loss": target,
-        "methods": {name: _method(row, target) for name, row in rows.items()},
-        "leaders": {
-            "new": leaders({name: [run.points[-1].new for run in row.runs] for name, row in rows.items()}),
-            "old": leaders({name: [run.points[-1].old for run in row.runs] for name, row in rows.items()}),
-            "old_at_target": leaders(
-                {name: [at_loss(run.points, target).old for run in row.runs] for name, row in rows.items()}
-            ),
+        "forgetting": {
+            "known_items": forgetting.known,
+            "nothing_to_forget": forgetting.nothing_to_forget,
+            "diversity": list(forgetting.before),
+            "diverse": forgetting.diverse,
         },
-        "agreement": _agreement(comparison, torch.finfo(getattr(torch, settings.dtype)).eps),
+        "methods": {name: _costs(name, comparison) for name in settings.names if _first(name, comparison)},
+        "tasks": tasks,
+        "probe": {"sets": probed},
+        "agreement": comparison.agreement,
     }
 
 
-def _corpus(corpus) -> dict:
-    sizes = {part: len(getattr(corpus, part)) for part in ("train", "validation", "test")}
-    return {"source": corpus.source, "sha256": corpus.digest, "sequences": sizes}
+def _forecast(name: str, comparison: Comparison) -> dict:
+    """Which set of examples stands for the task, and what may be concluded of it."""
+    own = name if comparison.settings.data is not None else {"knowledge": "facts"}.get(name, name)
+    summary = comparison.probed.get(own)
+    recall = name == "knowledge"
+    return {"probed": own, "finding": finding(summary, comparison.probed, recall) if summary else None}
 
 
-def _method(row: Row, target: float) -> dict:
-    first, sweep = row.runs[0], row.sweep
-    crossings = [at_loss(run.points, target) for run in row.runs]
+def _begun(runs: TaskRuns) -> list[str]:
+    return [name for name, done in runs.methods.items() if any(not run.diverged for run in done.sweep)]
+
+
+def _first(name: str, comparison: Comparison) -> Run | None:
+    done = (task.methods.get(name) for task in comparison.tasks.values())
+    return next((run for d in done if d for run in d.sweep if run.memory and not run.diverged), None)
+
+
+def _costs(name: str, comparison: Comparison) -> dict:
+    first, costs, settings = _first(name, comparison), comparison.costs.get(name), comparison.settings
+    memory = [
+        run.memory
+        for task in comparison.tasks.values()
+        if (d := task.methods.get(name))
+        for run in d.sweep
+        if run.memory
+    ]
+    adapter = settings.adapter(name)
     return {
-        "summary": METHODS[row.name].summary,
-        "seeds_done": len(row.runs),
-        "learning_rate": sweep.picked,
-        "edge_of_grid": sweep.edge,
-        "sweep": [{"learning_rate": rate, "validation_loss": loss} for rate, loss in sweep.validation.items()],
+        "summary": method_of(name).summary,
+        "rank": adapter.rank if method_of(name).is_lora else None,
+        "alpha": adapter.alpha if method_of(name).is_lora else None,
         "trainable_parameters": first.trainable,
-        "seconds_per_step": spread(sum(run.seconds) / len(run.seconds) for run in row.runs),
-        "memory": first.memory.as_dict(),
+        "memory": max(memory, key=lambda m: m.total).as_dict(),
         "checkpoint_bytes": first.checkpoint_bytes,
-        "latency": row.latency,
-        **(row.changes or dict.fromkeys(("share_changed", "share_beyond_tolerance", "stable_rank"))),
-        "not_measured": row.not_measured,
-        "paths": row.paths,
-        "new_loss": {
-            "before": float(first.points[0].new.mean()),
-            "after": spread(run.points[-1].new.mean() for run in row.runs),
-        },
-        "old_loss": {
-            "before": float(first.points[0].old.mean()),
-            "after": spread(run.points[-1].old.mean() for run in row.runs),
-        },
-        "at_target": {
-            "step": spread(point.step for point in crossings),
-            "seconds": spread(point.seconds for point in crossings),
-            "old_loss": spread(point.old.mean() for point in crossings),
-        },
-        "points": [
-            {"step": p.step, "seconds": p.seconds, "new": float(p.new.mean()), "old": float(p.old.mean())}
-            for p in first.points
-        ],
-        "training_losses": first.losses,
+        "latency": costs.latency if costs else {"unmerged": None, "merged": None},
+        "paths": costs.paths if costs else None,
+        "not_measured": costs.not_measured if costs else {},
     }
 
 
-def _agreement(comparison: Comparison, eps: float) -> dict | None:
-    """lora against peft-lora at lora's rate: over the whole run where both picked it, else over the sweep's."""
-    if comparison.control is None:
-        return None
-    lora, peft = comparison.rows["lora"], comparison.rows["peft-lora"]
-    rate = lora.sweep.picked
-    if rate == peft.sweep.picked:
-        lora_losses, peft_losses = lora.runs[0].losses, peft.runs[0].losses
+def _task(runs: TaskRuns) -> dict:
+    task, begun = runs.task, {name: runs.methods[name] for name in _begun(runs)}
+    targets = _targets(runs, begun)
+    apart = {name: [run.points[-1].measures[task.apart] for run in done.of_seeds] for name, done in begun.items()}
+    general = {name: [run.points[-1].measures["general"] for run in done.of_seeds] for name, done in begun.items()}
+    first = next(iter(runs.base.values()))
+    return {
+        "source": task.source,
+        "sha256": task.digest,
+        "learnt": task.learnt,
+        "apart": task.apart,
+        "steps": runs.plan.steps,
+        "batch": runs.plan.batch,
+        "evaluations": runs.plan.points,
+        "constant_rate": task.constant_rate,
+        "targets": targets,
+        "items": {name: len(values) for name, values in first.measures.items()},
+        "base": _means(first),
+        "methods": {name: _method(done, runs, targets) for name, done in begun.items()},
+        "leaders": {"learnt": leaders(apart), "kept": leaders(general)},
+    }
+
+
+def _targets(runs: TaskRuns, begun: dict[str, MethodRuns]) -> list[float]:
+    """The task's own; of a loss, shares of the largest gain that any picked run made."""
+    task, base = runs.task, next(iter(runs.base.values()))
+    if task.targets:
+        return list(task.targets)
+    start = base.mean(task.learnt)
+    gain = max(start - done.picked.points[-1].mean(task.learnt) for done in begun.values())
+    return [start - share * gain for share in SHARES] if gain > 0 else []
+
+
+def _method(done: MethodRuns, runs: TaskRuns, targets: list[float]) -> dict:
+    task, picked, of_seeds = runs.task, done.picked, [run for run in done.of_seeds if not run.diverged]
+    return {
+        "learning_rate": picked.rate,
+        "edge_of_grid": done.edge,
+        "seeds_done": len(done.of_seeds),
+        "seconds_per_step": spread(sum(run.seconds) / len(run.seconds) for run in of_seeds),
+        "after": {name: spread(run.points[-1].mean(name) for run in of_seeds) for name in picked.points[-1].measures},
+        "forgot": spread(_forgot(run) for run in of_seeds),
+        "at_targets": [_reached(of_seeds, done, runs, target) for target in targets],
+        "changes": picked.changes,
+        "diversity": list(picked.diversity) if picked.diversity else None,
+        "trained": [runs.alone, *picked.shown] if picked.shown else None,
+        "rates": [_rate(run, task.learnt, targets) for run in sorted(done.sweep, key=lambda run: run.rate)],
+    }
+
+
+def _forgot(run: Run) -> float:
+    return run.points[-1].mean("general") - run.points[0].mean("general")
+
+
+def _reached(of_seeds: list[Run], done: MethodRuns, runs: TaskRuns, target: float) -> dict:
+    """Where the picked runs meet a target.  With a constant rate a run's own curve says it; of cosines only ends do, so
+    there it is the line through the ends of the runs at all rates, with the first seed."""
+    task = runs.task
+    if task.constant_rate:
+        found = [crossing(run.points, task.learnt, target) for run in of_seeds]
     else:
-        lora_losses, peft_losses = lora.sweep.curves[rate], peft.sweep.curves[rate]
-    return {"learning_rate": rate, **agreement(lora_losses, peft_losses, comparison.control, eps)}
+        base = next(iter(runs.base.values()))
+        at = crossing(ends(base, done.sweep), task.learnt, target)
+        found = [at and Crossing(math.nan, math.nan, at.forgot)]
+    met = [at for at in found if at]
+    whole = len(met) == len(found)
+    return {
+        "target": target,
+        "reached": len(met),
+        "of": len(found),
+        "step": spread(at.step for at in met) if whole and task.constant_rate else None,
+        "seconds": spread(at.seconds for at in met) if whole and task.constant_rate else None,
+        "forgot": spread(at.forgot for at in met) if whole else None,
+    }
+
+
+def _rate(run: Run, learnt: str, targets: list[float]) -> dict:
+    points = finite(run.points)
+    crossings = [crossing(points, learnt, target) for target in targets]
+    return {
+        "learning_rate": run.rate,
+        "validation": run.validation,
+        "diverged": run.diverged,
+        "curve": [{"step": p.step, "seconds": p.seconds, **_means(p)} for p in points],
+        "at_targets": [at and {"step": at.step, "seconds": at.seconds, "forgot": at.forgot} for at in crossings],
+        "changes": run.changes,
+        "diversity": run.diversity,
+        "training_losses": run.losses,
+    }
+
+
+def _means(point: Point) -> dict[str, float]:
+    return {name: point.mean(name) for name in point.measures}
+
+
+def gains(task: dict) -> bool:
+    """Whether what is learnt is read upwards."""
+    return task["learnt"] != FALLS

@@ -1,44 +1,37 @@
 """Plain sentences drawn from the numbers.  No winner inside the spread, and nothing beyond what this run measured."""
 
+from .budget import words as duration
+from .probe import Trained, held
+from .train import WARM_UP, WARM_UP_STEPS
 
-def verdict(result: dict) -> list[str]:
-    """result: summarize()'s data."""
-    sentences = [
-        _scope(result),
-        *_invented(result),
-        *_not_done(result),
-        _judged_by(result),
-        _lowest(result),
-        _target(result),
-        _forgetting(result),
-        _memory(result),
+TAUGHT = {"knowledge": "Knowledge", "format": "Format", "text": "Text"}
+LEARNT = {
+    "trained_exact": "of the facts recalled in the trained wording",
+    "asked_exact": "of the held-out questions answered exactly",
+    "valid": "of the answers valid",
+}
+
+
+def answer(result: dict) -> list[str]:
+    """The answer in five lines: what was taught, who learnt it and at what forgetting, at what cost, and what that says."""
+    return [
+        _taught(result),
+        *(_task(name, task) for name, task in result["tasks"].items()),
+        _cost(result),
+        _says(result),
     ]
+
+
+def details(result: dict) -> list[str]:
+    """How far to trust the answer."""
+    sentences = [*_invented(result), *_unfinished(result), _judged_by(result)]
+    sentences += [_apart(name, task) for name, task in result["tasks"].items()]
+    sentences += [line for name, task in result["tasks"].items() for line in _over_rates(name, task)]
+    sentences += [line for name, task in result["tasks"].items() for line in _forecast(name, task, result)]
+    sentences += _kept(result)
+    sentences += [line for name, task in result["tasks"].items() for line in _edges(name, task)]
     if result["agreement"]:
         sentences.append(_agreement(result["agreement"]))
-    edges = [name for name, m in result["methods"].items() if m["edge_of_grid"]]
-    if edges:
-        sentences.append(f"The rate picked for {listed(edges)} is the edge of the grid: a better one may lie outside.")
-    return sentences
-
-
-def invented(model: str, names) -> str:
-    """What to know of a model whose checkpoint lacks parameters."""
-    shown = listed([*names[:3], f"{len(names) - 3} more"] if len(names) > 4 else list(names))
-    return f"{model}'s checkpoint has no {shown}: transformers made up random values, and every loss is of that."
-
-
-def _invented(result: dict) -> list[str]:
-    names = result["model"].get("invented")
-    return [invented(result["model"]["name"], names)] if names else []
-
-
-def _not_done(result: dict) -> list[str]:
-    sentences = [
-        f"{name} was not done: {why.removeprefix(f'{name}: ').rstrip('.')}."
-        for name, why in result.get("not_done", {}).items()
-    ]
-    if not result.get("complete", True):
-        sentences.append("Unfinished: what follows is of the runs that were done when this was written.")
     return sentences
 
 
@@ -52,29 +45,175 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
-def _scope(result: dict) -> str:
-    model, settings = result["model"], result["settings"]
-    if not model["embedded"]:
-        return (
-            f"One model ({model['name']}), one new domain ({result['data']['new']['source']}), "
-            f"{settings['steps']} steps: another model, text or budget can order the methods differently."
+def goal(task: dict, target: float) -> str:
+    """ "95 % of the facts recalled", or a loss and the share of the largest gain that it stands for."""
+    if task["learnt"] != "loss":
+        return f"{target:.0%} {LEARNT[task['learnt']]}"
+    start = task["base"]["loss"]
+    gains = [start - m["after"]["loss"]["mean"] for m in task["methods"].values()]
+    first = task["targets"].index(target)
+    share = (0.5, 0.9)[first]
+    return f"a loss of {target:.3f} ({share:.0%} of the largest gain)" if gains else f"a loss of {target:.3f}"
+
+
+def value(task: dict, number: float) -> str:
+    return f"{number:.3f}" if task["learnt"] == "loss" else f"{number:.0%}"
+
+
+def _taught(result: dict) -> str:
+    model = result["model"]
+    things = [f"{name} ({task['source']})" for name, task in result["tasks"].items()]
+    return f"Taught to {model['name']}, {model['parameters'] / 1e6:.4g} million parameters: {listed(things)}."
+
+
+def _task(name: str, task: dict) -> str:
+    """Who reached the last target, after how many steps and at what forgetting, and who did not."""
+    title = TAUGHT[name]
+    if not task["targets"]:
+        return f"{title}: no method learnt anything ({value(task, task['base'][task['learnt']])} before training)."
+    target = task["targets"][-1]
+    met, missed = [], []
+    for method, m in task["methods"].items():
+        at = m["at_targets"][-1]
+        if at["forgot"] is None:
+            missed.append((method, m, at))
+            continue
+        when = f" in {at['step']['mean']:.0f} steps" if at["step"] else ""
+        met.append(
+            (
+                at["step"]["mean"] if at["step"] else at["forgot"]["mean"],
+                f"{method}{when} ({at['forgot']['mean']:+.2f})",
+            )
         )
-    pretraining = model["pretraining"]
+    text = f"{title}: "
+    if met:
+        text += f"{goal(task, target)} reached by {listed([words for _, words in sorted(met)])}"
+    else:
+        text += f"no method reached {goal(task, target)}"
+    if missed:
+        reached = [f"{method} ({_end(task, m, at)})" for method, m, at in missed]
+        text += (
+            f"; {'not reached' if met else 'at the end'} in {task['steps']} steps: {listed(reached)}"
+            if met
+            else (f" in {task['steps']} steps: {listed(reached)}")
+        )
+    return text + ". In brackets: rise of the loss on general text." if met else text + "."
+
+
+def _end(task: dict, m: dict, at: dict) -> str:
+    some = f", {at['reached']} of {at['of']} seeds" if at["reached"] else ""
+    return f"{value(task, m['after'][task['learnt']]['mean'])}{some}"
+
+
+def _cost(result: dict) -> str:
+    memory = {name: m["memory"]["total"] for name, m in result["methods"].items()}
+    low, high = min(memory, key=memory.get), max(memory, key=memory.get)
+    seconds = {
+        name: task["seconds_per_step"]["mean"]
+        for each in result["tasks"].values()
+        for name, task in each["methods"].items()
+        if task["seconds_per_step"]
+    }
+    span = f"{min(seconds.values()) * 1e3:.0f} to {max(seconds.values()) * 1e3:.0f} ms a step" if seconds else ""
+    if memory[low] == memory[high]:
+        return (
+            f"Cost: {megabytes(memory[low])} of training memory with every method ({result['memory_measure']}); {span}."
+        )
     return (
-        f"This is a model of {model['parameters'] / 1e6:.2f} million parameters, pretrained here for "
-        f"{pretraining['steps']} steps ({pretraining['seconds']:.0f} s) on "
-        f"{result['data']['general']['source']}: a toy. "
-        "What follows describes this run; it says nothing about larger models."
+        f"Cost: training memory from {megabytes(memory[low])} ({low}) to {megabytes(memory[high])} ({high}), "
+        f"{result['memory_measure']}; {span}."
     )
 
 
+def _says(result: dict) -> str:
+    """What it says and what it cannot say."""
+    model = result["model"]
+    enough = [_smallest(name, task, result) for name, task in result["tasks"].items()]
+    said = "; ".join(part for part in enough if part)
+    said = f"So, here: {said}. " if said else "So, here: nothing was learnt well enough to compare. "
+    if model["embedded"]:
+        seconds = model["pretraining"]["seconds"]
+        return f"{said}This is a toy, pretrained for {seconds:.0f} s: it says nothing about larger models."
+    return said + "Another model, other data or a larger budget can order the methods differently."
+
+
+def chosen(task: dict, result: dict) -> str | None:
+    """The method with the least memory among those that reached the last target; None where none did."""
+    met = [name for name, m in task["methods"].items() if m["at_targets"] and m["at_targets"][-1]["forgot"]]
+    return min(met, key=lambda name: result["methods"][name]["memory"]["total"]) if met else None
+
+
+def _smallest(name: str, task: dict, result: dict) -> str | None:
+    method = chosen(task, result)
+    if method is None:
+        return None
+    if method == "full":
+        others = [other for other in task["methods"] if other != "full"]
+        return (
+            f"{name} took full training ({listed(others)} did not get there)"
+            if others
+            else f"{name} was learnt by full"
+        )
+    text = f"for {name} an adapter was enough ({method})"
+    at = {n: task["methods"][n]["at_targets"][-1] for n in (method, "full") if n in task["methods"]}
+    if "full" in at and at["full"]["forgot"]:
+        a, b = at[method]["forgot"], at["full"]["forgot"]
+        low, high = ((method, a), ("full", b)) if a["mean"] < b["mean"] else (("full", b), (method, a))
+        if low[1]["most"] < high[1]["least"]:
+            text += f", though {low[0]} forgot less" if low[0] == "full" else ", and it forgot less than full"
+    return text
+
+
+def invented(model: str, names) -> str:
+    """What to know of a model whose checkpoint lacks parameters."""
+    shown = listed([*names[:3], f"{len(names) - 3} more"] if len(names) > 4 else list(names))
+    return f"{model}'s checkpoint has no {shown}: transformers made up random values, and every loss is of that."
+
+
+def _invented(result: dict) -> list[str]:
+    names = result["model"].get("invented")
+    return [invented(result["model"]["name"], names)] if names else []
+
+
+def _unfinished(result: dict) -> list[str]:
+    sentences = [
+        f"{name} was not done: {why.removeprefix(f'{name}: ').rstrip('.')}."
+        for name, why in result.get("not_done", {}).items()
+    ]
+    for name, task in result["tasks"].items():
+        for method, m in task["methods"].items():
+            if lost := [f"{rate['learning_rate']:g}" for rate in m["rates"] if rate["diverged"]]:
+                sentences.append(f"{name}: {method} diverged at {listed(lost)}.")
+    if not result.get("complete", True):
+        sentences.append("Unfinished: what follows is of the runs that were done when this was written.")
+    return sentences
+
+
 def _judged_by(result: dict) -> str:
-    count, seeds = result["data"]["new"]["sequences"]["test"], result["settings"]["seeds"]
-    noise = f"more than two standard errors of their difference over the same {count} test sequences"
+    seeds = result["settings"]["seeds"]
+    noise = "more than two standard errors of their difference over the same items"
     apart = "Two methods are called apart"
     if seeds == 1:
         return f"One seed ran: the spread between runs is not known. {apart} if they differ by {noise}."
-    return f"{seeds} seeds ran. {apart} if their ranges do not overlap and they differ by {noise}."
+    return (
+        f"{seeds} seeds ran, the picked rate alone with all of them. {apart} if their ranges do not overlap and they differ "
+        f"by {noise}."
+    )
+
+
+def _apart(name: str, task: dict) -> str:
+    names, measure = task["leaders"]["learnt"], task["apart"]
+    unit = {
+        "trained_nats": "nats a fact in the trained wording",
+        "asked_nats": "nats an answer",
+        "loss": "nats a token",
+    }[measure]
+    lowest = f"{task['methods'][names[0]]['after'][measure]['mean']:.3f}, from {task['base'][measure]:.3f}"
+    count = len(task["methods"])
+    text = f"{TAUGHT[name]}, {unit} after {task['steps']} steps: {_best(names, count, lowest)}"
+    kept = task["leaders"]["kept"]
+    change = f"{task['methods'][kept[0]]['forgot']['mean']:+.3f}"
+    return f"{text}. Least forgetting after as many steps: {_best(kept, count, change)}."
 
 
 def _best(names: list[str], total: int, value: str) -> str:
@@ -87,69 +226,129 @@ def _best(names: list[str], total: int, value: str) -> str:
     return f"no single method: {names[0]} is lowest ({value}), {rest}"
 
 
-def _lowest(result: dict) -> str:
-    methods, names = result["methods"], result["leaders"]["new"]
-    value = f"{methods[names[0]]['new_loss']['after']['mean']:.3f}, from {methods[names[0]]['new_loss']['before']:.3f}"
-    return (
-        f"Lowest loss on the new domain after {result['settings']['steps']} steps: {_best(names, len(methods), value)}."
+def _over_rates(name: str, task: dict) -> list[str]:
+    """Forgetting at equal learning, over every rate tried: rates move it more often than methods do."""
+    if not task["constant_rate"] or not task["targets"]:
+        return []
+    lines = []
+    for index, target in enumerate(task["targets"]):
+        ranges = []
+        for method, m in task["methods"].items():
+            met = [rate["at_targets"][index]["forgot"] for rate in m["rates"] if rate["at_targets"][index]]
+            if met:
+                span = f"{min(met):+.2f}" if len(met) == 1 else f"{min(met):+.2f} to {max(met):+.2f}"
+                ranges.append(f"{method} {span} ({len(met)} of {len(m['rates'])} rates)")
+        if ranges:
+            lines.append(
+                f"{TAUGHT[name]}: forgetting at {goal(task, target)}, over every rate tried: {'; '.join(ranges)}."
+            )
+    return lines
+
+
+def _forecast(name: str, task: dict, result: dict) -> list[str]:
+    """What examples in the context foretold, and what training made of it."""
+    lines = (
+        [f"{TAUGHT[name]}, foretold by examples in the context (lowrank probe): {task['finding']}"]
+        if task["finding"]
+        else []
     )
+    for method, m in task["methods"].items():
+        if m["trained"]:
+            after = Trained(*m["trained"])
+            forecast = result["probe"]["sets"].get(task["probed"])
+            lines.append(f"{TAUGHT[name]}, {method}: {held(forecast, after)}.")
+    return lines
 
 
-def _target(result: dict) -> str:
-    parts = []
-    for name, method in result["methods"].items():
-        at, rise = method["at_target"], method["at_target"]["old_loss"]["mean"] - method["old_loss"]["before"]
-        parts.append(
-            f"{name} at step {at['step']['mean']:.0f}, after {at['seconds']['mean']:.1f} s and with "
-            f"{megabytes(method['memory']['total'])}, old-domain loss {rise:+.3f}"
+def _kept(result: dict) -> list[str]:
+    forgetting, lines = result["forgetting"], []
+    if forgetting["nothing_to_forget"]:
+        lines.append(
+            f"Of the known items the model had {forgetting['known_items']} right before training: nothing to forget here, so "
+            "no share of them is reported."
         )
-    target = f"a new-domain loss of {result['target_loss']:.3f} (the worst of the methods' best losses)"
-    return f"Every method reached {target}: {'; '.join(parts)}."
+    nats, error = forgetting["diversity"]
+    if not forgetting["diverse"]:
+        lines.append(
+            f"The formats of the model's own answers have an entropy of {nats:.2f} ± {error:.2f} nats: nothing to collapse "
+            "here."
+        )
+    return lines
 
 
-def _forgetting(result: dict) -> str:
-    methods = result["methods"]
-    phrases = []
-    for key, when in (("old_at_target", "at that equal loss"), ("old", "after equal steps")):
-        names = result["leaders"][key]
-        method = methods[names[0]]
-        after = method["at_target"]["old_loss"] if key == "old_at_target" else method["old_loss"]["after"]
-        change = f"{after['mean'] - method['old_loss']['before']:+.3f}"
-        phrases.append(f"{when} {_best(names, len(methods), change)}")
-    return (
-        f"Least forgetting of the old domain: {'; '.join(phrases)}. Who crosses early does so before the learning rate has "
-        "decayed, which by itself makes forgetting larger: read the two figures together."
-    )
-
-
-def _memory(result: dict) -> str:
-    """Memory is counted, hence without spread; time is not, so no fastest method is named."""
-    memory = {name: m["memory"] for name, m in result["methods"].items()}
-    low, high = (pick(memory, key=lambda name: memory[name]["total"]) for pick in (min, max))
-    if memory[low]["total"] == memory[high]["total"]:
-        return f"Training memory ({result['memory_measure']}): {megabytes(memory[low]['total'])} with every method."
-    activations = [m["activations"] for m in memory.values()]
-    return (
-        f"Training memory ({result['memory_measure']}): from {megabytes(memory[low]['total'])} ({low}) to "
-        f"{megabytes(memory[high]['total'])} ({high}); "
-        f"{megabytes(min(activations))} to {megabytes(max(activations))} of that are saved activations."
-    )
+def _edges(name: str, task: dict) -> list[str]:
+    edges = [method for method, m in task["methods"].items() if m["edge_of_grid"]]
+    if not edges:
+        return []
+    return [
+        f"{TAUGHT[name]}: the rate picked for {listed(edges)} is the edge of what was tried: a better one may lie outside."
+    ]
 
 
 def _agreement(agreement: dict) -> str:
-    same = (
-        "gave the same loss curve within rounding" if agreement["within_rounding"] else "differ by more than rounding"
-    )
-    text = (
-        f"lowrank's and PEFT's LoRA {same}: at most {agreement['largest_difference']:.1e} apart over the first "
-        f"{agreement['steps']} steps at rate {agreement['learning_rate']:g}, where up to {agreement['allowed']:.1e} counts "
-        "as rounding: "
-        f"PEFT with every weight one rounding off differs from itself by {agreement['rounding_alone']:.1e}."
-    )
-    if agreement["steps"] < agreement["all_steps"]:
+    if not agreement["agrees"]:
+        reasons = "; ".join(agreement["reasons"][:3])
+        return f"lowrank's and PEFT's LoRA DIFFER on this model: {reasons}. Distrust what lora shows."
+    text, rest = "lowrank's and PEFT's LoRA compute the same", agreement["layers"] - agreement["alone"]
+    if output := agreement["distances"].get("output"):
         text += (
-            f" Training amplifies rounding: over all {agreement['all_steps']} steps the two are "
-            f"{agreement['largest_difference_of_all']:.1e} apart, "
-            f"and PEFT is {agreement['rounding_alone_of_all']:.1e} from itself."
+            f": in {agreement['alone']} linear layers, in {agreement['dtype']}, lowrank's output is at most "
+            f"{output['lowrank']:.2f} roundings from the formula in fp64 where PEFT's is {output['peft']:.2f}"
         )
-    return text
+    if gradients := agreement["distances"].get("gradients"):
+        text += f"; in the whole model in fp32 no factor's gradient differs by more than {gradients['lowrank']:.1e}"
+    more = f" ({rest} more, stacks of experts or layers without a token, as part of the model alone.)" if rest else ""
+    return f"{text}.{more}"
+
+
+def paste(result: dict) -> list[str]:
+    """Lines of Python for the methods chosen, a block per task."""
+    blocks = []
+    for name, task in result["tasks"].items():
+        method = chosen(task, result)
+        if method is not None:
+            blocks += [*([""] if blocks else []), *_block(name, task, method, result)]
+    return blocks
+
+
+def _block(name: str, task: dict, method: str, result: dict) -> list[str]:
+    m, costs, settings = task["methods"][method], result["methods"][method], result["settings"]
+    base = method.partition(":")[0]
+    at = m["at_targets"][-1]
+    steps = round(at["step"]["most"]) if at["step"] else task["steps"]
+    reached = f"reached {goal(task, task['targets'][-1])}" + (f" in {steps} steps" if at["step"] else "")
+    lines = [f"# {name}: {method}, which {reached}"]
+    targets = ", ".join(repr(target) for target in settings["target_modules"])
+    layers = {
+        "lora-attention": "[...]  # the linear layers of attention",
+        "lora-mlp": "[...]  # the linear layers outside attention",
+    }.get(base, f"[{targets}]" if targets else '"all-linear"')
+    if costs["rank"] is not None:
+        lines.append(f"LoraConfig(r={costs['rank']}, lora_alpha={costs['alpha']}, target_modules={layers})")
+    elif base.startswith("svf"):
+        k = "" if base == "svf-full" else f"k={4 * settings['rank']}"
+        lines.append(f"lowrank.SVFConfig({k})")
+    elif base == "full":
+        masters = (
+            "  # bf16 weights with fp32 masters" if settings["dtype"] == "bfloat16" and not settings["in_place"] else ""
+        )
+        lines.append(f"model.requires_grad_(True){masters}")
+    else:
+        lines.append(f"# {costs['summary']}: docs/full-finetuning.md")
+    schedule = (
+        f'lr_scheduler_type="constant_with_warmup", warmup_steps={WARM_UP_STEPS}'
+        if task["constant_rate"]
+        else f'lr_scheduler_type="cosine", warmup_steps={max(1, round(WARM_UP * task["steps"]))}'
+    )
+    lines += [
+        "SFTConfig(",
+        f"    learning_rate={m['learning_rate']:g}, max_steps={steps}, per_device_train_batch_size={task['batch']},",
+        f"    {schedule}, weight_decay=0.0, max_grad_norm=1.0,",
+        f"    max_length={settings['length']},",
+        ")",
+    ]
+    return lines
+
+
+def took(result: dict) -> str:
+    return duration(result["seconds"])

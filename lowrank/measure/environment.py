@@ -9,6 +9,8 @@ import torch
 
 from .._version import __version__
 
+BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of /proc/cpuinfo
+
 
 def environment(device: torch.device) -> dict[str, object]:
     """{"device", "threads", "python", "torch", "triton", "peft", "transformers", "cuda", "lowrank"}; what is not installed is
@@ -34,3 +36,8 @@ def cpuinfo() -> dict[str, list[str]]:
     first = path.read_text().split("\n\n")[0] if path.exists() else ""
     fields = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.split() for key, _, value in fields}
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    return bool(BF16_UNITS & set(cpuinfo().get("flags", []) + cpuinfo().get("Features", [])))

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .._linears import is_matrix
-from .saved import SavedActivations
+from .._linears import is_matrix, target_layers, weight_shape
+from .saved import SavedActivations, storage_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from ..nn import SVFLinear
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Setting:
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     dropout: float = 0.0
-    gradient_checkpointing: bool = False
-    in_place: bool = False  # full fine-tuning of 16-bit weights without fp32 masters (which count with the optimizer)
+    autocast: bool = False  # every linear layer in `dtype`, whatever its weights' is
+    in_place: bool = False  # 16-bit weights train without fp32 masters (which count with the optimizer)
     device: str = "cuda"  # "cuda" | "cpu": decides what nn.Dropout saves
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ def experts_per_token(model: "PreTrainedModel") -> int:
 
 
 def add_lora(
-    model: "PreTrainedModel", targets: list[str] | str, setting: Setting, *, run_by: str, dtype: torch.dtype
+    model: "PreTrainedModel", targets: list[str] | str, setting: Setting, *, run_by: str = "lowrank"
 ) -> "PeftModel":
     """The model with LoRA on the modules named in `targets` or by "all-linear", computed by PEFT's layers or by lowrank's."""
     try:
@@ -113,19 +115,37 @@ def add_lora(
     config = peft.LoraConfig(
         r=setting.rank, lora_alpha=setting.rank, lora_dropout=setting.dropout, target_modules=targets
     )
-    if run_by == "lowrank":
-        import lowrank
+    with torch.device("meta"):
+        if run_by == "lowrank":
+            import lowrank
 
-        model = lowrank.adapt(model, config)
-    else:
-        model = peft.get_peft_model(model, config)
+            model = lowrank.adapt(model, config)
+        else:
+            model = peft.get_peft_model(model, config)
     for p in model.parameters():
         if p.requires_grad:
-            p.data = p.data.to(dtype)
+            p.data = p.data.to(getattr(torch, setting.adapter_dtype))
+    if any(hasattr(m, "parameter_name") for m in model.modules()):
+        raise ValueError("PEFT puts these adapters on experts' weights too: not computed")
     return model
 
 
-def forward(model: torch.nn.Module, setting: Setting, *, compute_dtype: torch.dtype) -> Run:
+def add_svf(model: "PreTrainedModel", k: int | None) -> torch.nn.Module:
+    """The model with the k largest singular values of its linear layers scaled; all where k is None."""
+    import lowrank
+
+    if k is not None:
+        k = min(k, *(min(weight_shape(layer)) for layer in target_layers(model).values()))
+    return lowrank.adapt(model, lowrank.SVFConfig(k=k))
+
+
+def svf_layers(model: torch.nn.Module) -> list["SVFLinear"]:
+    from ..nn import SVFLinear
+
+    return [module for module in model.modules() if isinstance(module, SVFLinear)]
+
+
+def forward(model: torch.nn.Module, setting: Setting) -> Run:
     """Run the model with labels on [batch, seq] tokens and count."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -135,14 +155,14 @@ def forward(model: torch.nn.Module, setting: Setting, *, compute_dtype: torch.dt
     def enter(_, args):
         blocks.append([args[0].untyped_storage().nbytes(), -saved.bytes])
 
-    def leave(*_):
-        blocks[-1][1] += saved.bytes
+    def leave(layer, *_):
+        blocks[-1][1] += saved.bytes - _merged_bytes(layer)
 
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
     hooks += [layer.register_forward_hook(leave) for layer in layers]
     tokens = torch.zeros(setting.batch, setting.seq, dtype=torch.long, device="meta")
-    mode = _AsOnDevice(setting.device, compute_dtype)
+    mode = _AsOnDevice(setting.device, getattr(torch, setting.dtype) if setting.autocast else None)
     try:
         with mode, saved:
             model(input_ids=tokens, labels=tokens, use_cache=False)
@@ -154,8 +174,13 @@ def forward(model: torch.nn.Module, setting: Setting, *, compute_dtype: torch.dt
             hook.remove()
     inside = sum(block[1] for block in blocks)
     # Backward reaches the blocks after the head is freed: the peak is at the loss or in one recomputed block.
-    peak = max([saved.bytes - inside] + [block[1] for block in blocks])
+    peak = max([saved.bytes - inside] + [block[1] + _merged_bytes(model) for block in blocks])
     return Run(saved.bytes, sum(block[0] for block in blocks) + peak, mode.attention_flops)
+
+
+def _merged_bytes(module: torch.nn.Module) -> int:
+    """Of the weights that SVF's layers have made and keep until the step, checkpointing or not."""
+    return storage_bytes(layer._cache.weight for layer in svf_layers(module) if layer._cache is not None)
 
 
 _GROUPED = {getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)} - {None}
@@ -165,8 +190,8 @@ _PRODUCTS = {torch.matmul: 0, torch.Tensor.matmul: 0, torch.bmm: 0, torch.baddbm
 class _AsOnDevice(TorchFunctionMode):
     """Makes the meta device save what `device` would, where the two differ."""
 
-    def __init__(self, device: str, compute_dtype: torch.dtype):
-        self.device, self.compute_dtype = device, compute_dtype
+    def __init__(self, device: str, autocast: torch.dtype | None):
+        self.device, self.autocast = device, autocast
         self.fused_flops = self.product_flops = 0
         super().__init__()
 
@@ -178,8 +203,8 @@ class _AsOnDevice(TorchFunctionMode):
             return _GroupedProducts.apply(*args[:2], kwargs.get("offs"))
         if function is F.dropout and self.device == "cuda":  # one byte per element; elsewhere the scaled mask
             return self._dropout(*args, **kwargs)
-        if function is F.linear and not self.compute_dtype == args[0].dtype == args[1].dtype:
-            args = [t if t is None else t.to(self.compute_dtype) for t in args]  # autocast, as trainers run it
+        if function is F.linear and self.autocast and not self.autocast == args[0].dtype == args[1].dtype:
+            args = [t if t is None else t.to(self.autocast) for t in args]
         if function is torch.Tensor.__bool__:
             return True  # transformers asks whether the batch is unpadded and unpacked
         out = function(*args, **kwargs)

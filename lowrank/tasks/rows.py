@@ -24,19 +24,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """int64 [B, T] each; mask is 1 where there is a token."""
+    """int64 [B, T] each; mask: 1 where there is a token, None where nothing is padded and attention is plainly causal."""
 
     ids: Tensor
     labels: Tensor
-    mask: Tensor
+    mask: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.ids.to(device), self.labels.to(device), self.mask.to(device))
+        mask = None if self.mask is None else self.mask.to(device)
+        return Batch(self.ids.to(device), self.labels.to(device), mask)
 
     def arguments(self) -> dict[str, Tensor]:
-        """For a model's call.  No mask where nothing is padded: attention is then plainly causal."""
-        whole = {"input_ids": self.ids, "labels": self.labels}
-        return whole if bool(self.mask.all()) else {**whole, "attention_mask": self.mask}
+        """For a model's call."""
+        mask = {} if self.mask is None else {"attention_mask": self.mask}
+        return {"input_ids": self.ids, "labels": self.labels, **mask}
 
 
 def pad(rows: Sequence[Row], pad_id: int) -> Batch:
@@ -47,7 +48,8 @@ def pad(rows: Sequence[Row], pad_id: int) -> Batch:
         return torch.tensor([[*s, *[value] * (longest - len(s))] for s in sequences], dtype=torch.int64)
 
     ids, labels = padded((row.ids for row in rows), pad_id), padded((row.labels for row in rows), IGNORED)
-    return Batch(ids, labels, padded(([1] * len(row.ids) for row in rows), 0))
+    even = all(len(row.ids) == longest for row in rows)
+    return Batch(ids, labels, None if even else padded(([1] * len(row.ids) for row in rows), 0))
 
 
 def rows_of(blocks: Tensor) -> list[Row]:

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from .rows import IGNORED, Row, pad
 
 BATCH = 32  # rows of an evaluation
+GENERATED = 256  # texts at once
+CHUNK = 4096  # labels whose logits are kept at once
 
 
 @dataclass(frozen=True)
 class Question:
-    """Asked as a prompt, answered by tokens.  others: first tokens of the wrong answers of a forced choice, if it is one."""
+    """Asked as a prompt, answered by tokens.  others: the wrong answers of a forced choice, if it is one."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    others: tuple[int, ...] = ()
+    others: tuple[tuple[int, ...], ...] = ()
 
     @property
     def row(self) -> Row:
@@ -28,7 +30,7 @@ class Question:
 @dataclass(frozen=True)
 class Answers:
     """One entry per question, fp64 [questions]: exact (greedy decoding gives the answer: 0 or 1), nats of the whole answer, and
-    chosen (the answer's first token is likelier than all ``others``: 0 or 1)."""
+    chosen (greedy decoding that can only give the answer or one of ``others`` gives the answer: 0 or 1)."""
 
     exact: Tensor
     nats: Tensor
@@ -47,21 +49,60 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@contextlib.contextmanager
+def _head_at(model: nn.Module, positions: Tensor) -> Iterator[list[bool]]:
+    """The output head computes [1, n, vocabulary] of these positions (bool [B, T]) alone.  Yields a list that is filled once it
+    did: a model may have no head, or not call it."""
+    head, done = getattr(model, "get_output_embeddings", lambda: None)(), []
+
+    def select(module, args):
+        if len(args) == 1 and args[0].shape[:2] == positions.shape:
+            done.append(True)
+            return (args[0][positions][None],)
+        return None
+
+    hook = head.register_forward_pre_hook(select) if head is not None else None
+    try:
+        yield done
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
 def label_logprobs(
     model: nn.Module, rows: Sequence[Row], pad_id: int, batch: int = BATCH
 ) -> Iterator[tuple[Row, Tensor, Tensor]]:
-    """Per row (row, logprobs fp32 [labels, vocabulary], labels int64 [labels]), of every labelled token but a row's first."""
+    """Per row (row, logprobs fp32 [labels, vocabulary], labels int64 [labels]), of every labelled token but a row's first.
+
+    Only there is the vocabulary computed: a batch keeps CHUNK tokens' worth of logits at most, and one row's at least.
+    """
     device = next(model.parameters()).device
     with evaluating(model):
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
+        for part in _chunks(rows, batch):
             padded = pad(part, pad_id).to(device)
             arguments = {name: value for name, value in padded.arguments().items() if name != "labels"}
-            logits = model(**arguments).logits[:, :-1]
-            wanted = padded.labels[:, 1:]
-            for row, scores, labels in zip(part, logits, wanted, strict=True):
-                kept = labels != IGNORED
-                yield row, scores[kept].float().log_softmax(-1), labels[kept]
+            wanted = torch.nn.functional.pad(padded.labels[:, 1:], (0, 1), value=IGNORED)
+            kept = wanted != IGNORED
+            with _head_at(model, kept) as done:
+                logits = model(**arguments).logits
+            scores = (logits[0] if done else logits[kept]).split(kept.sum(1).tolist())
+            for row, own, labels, at in zip(part, scores, wanted, kept, strict=True):
+                yield row, own.float().log_softmax(-1), labels[at]
+
+
+def _chunks(rows: Sequence[Row], batch: int) -> Iterator[Sequence[Row]]:
+    """At most ``batch`` rows, of at most CHUNK labels together."""
+    part: list[Row] = []
+    labels = 0
+    for row in rows:
+        own = sum(label != IGNORED for label in row.labels)
+        if part and (len(part) == batch or labels + own > CHUNK):
+            yield part
+            part, labels = [], 0
+        part.append(row)
+        labels += own
+    if part:
+        yield part
 
 
 def token_losses(model: nn.Module, rows: Sequence[Row], pad_id: int, batch: int = BATCH) -> list[Tensor]:
@@ -84,8 +125,18 @@ def answers(model: nn.Module, questions: Sequence[Question], pad_id: int, batch:
         own = logprobs.gather(1, labels[:, None])[:, 0]
         exact.append(float((logprobs.argmax(-1) == labels).all()))
         nats.append(-float(own.double().sum()))
-        chosen.append(float(all(own[0] > logprobs[0, other] for other in question.others)))
+        chosen.append(float(_chosen(logprobs, question)))
     return Answers(*(torch.tensor(values, dtype=torch.float64) for values in (exact, nats, chosen)))
+
+
+def _chosen(logprobs: Tensor, question: Question) -> bool:
+    """Token by token, the answer against those of others that have agreed with it so far: its own logprobs are enough."""
+    answer, others = question.answer, question.others
+    for at, own in enumerate(answer):
+        rivals = {other[at] for other in others if other[:at] == answer[:at] and len(other) > at} - {own}
+        if rivals and not bool((logprobs[at, own] > logprobs[at, list(rivals)]).all()):
+            return False
+    return True
 
 
 def generate(
@@ -97,7 +148,7 @@ def generate(
     pad_id: int,
     temperature: float = 0.0,
     seed: int = 0,
-    batch: int = BATCH,
+    batch: int = GENERATED,
 ) -> list[list[int]]:
     """New tokens after each prompt, up to and without eos; greedy at temperature 0, else drawn from the whole distribution.
 

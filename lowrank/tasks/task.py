@@ -1,6 +1,6 @@
 """What every task is: rows to train on, a validation that picks rates, and measures of what was learnt."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ class Example:
     prompt, completion: as text; prompt is "" of a plain text.
     content: one bool per id, whether it belongs to what the example is about and not to its form; empty where nobody said.
     line: of the file it came from, from 1; 0 of a generated one.
+    answer: where the (last) completion stands in row.ids, [begin, end); (0, 0) of what cannot be asked.
     """
 
     row: Row
@@ -25,6 +26,7 @@ class Example:
     completion: str = ""
     content: tuple[bool, ...] = ()
     line: int = 0
+    answer: tuple[int, int] = (0, 0)
 
 
 class Task(Protocol):
@@ -46,6 +48,12 @@ class Task(Protocol):
     apart: str
 
     def batches(self, size: int, steps: int) -> Iterator[list[Row]]: ...
+
+    def trained(self) -> Sequence[Row]:
+        """Rows of what is trained."""
+
+    def unseen(self) -> Sequence[Example]:
+        """Of the same kind, and never trained on."""
 
     def validate(self, model: nn.Module) -> float:
         """Mean nats per token of what is neither trained nor reported."""

@@ -1,8 +1,14 @@
 """One face for the embedded model's bytes and for a transformers tokenizer."""
 
+import re
 from collections.abc import Sequence
 
 BYTES = 256  # beginning, end and padding of the byte-level model come after them
+
+
+def shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    return next((at for at, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
 
 
 class ByteTokenizer:
@@ -17,6 +23,10 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < BYTES).decode("utf-8", "replace")
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Per token of encode(text) the characters [begin, end) it is of."""
+        return [(at, at + 1) for at, character in enumerate(text) for _ in character.encode()]
 
 
 class PretrainedTokenizer:
@@ -39,3 +49,27 @@ class PretrainedTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """As ByteTokenizer's.  Raises NotImplementedError for a tokenizer that is no fast one."""
+        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        return encoded["offset_mapping"]
+
+    @property
+    def marks_turns(self) -> bool:
+        """Whether the chat template says itself, by {% generation %}, what the assistant writes."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.tokenizer.get_chat_template()) is not None
+
+    def chat(self, messages: Sequence[dict], *, ask: bool = False, **options) -> str:
+        """Messages by the chat template, which brings its own beginning of sequence; ask: up to where the assistant answers.
+
+        options: tools and the template's own variables.  What the template raises comes through.
+        """
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask, **options)
+
+    def turns(self, messages: Sequence[dict], **options) -> list[bool]:
+        """Per token of the encoded chat(messages) whether the template marks it as the assistant's."""
+        marked = self.tokenizer.apply_chat_template(
+            list(messages), return_dict=True, return_assistant_tokens_mask=True, **options
+        )
+        return [bool(m) for m in marked["assistant_masks"]]

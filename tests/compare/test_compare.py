@@ -1,7 +1,6 @@
 """One toy comparison from the command's main to the files, and every bad input before it starts."""
 
 import io
-import itertools
 import json
 import re
 import sys
@@ -29,38 +28,36 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reported(parse, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("reports") / "deep" / "er"
-    options = ("--data", texts / "new.txt", "--general-data", texts / "old.txt", "--out", out, "--device", "cpu")
-    assert compare.main(parse(*options, "--steps", 8, "--rank", 2, "--seeds", 2), TINY) == 0
+    files = ("--data", texts / "new.txt", "--general-data", texts / "old.txt", "--out", out)
+    options = ("--methods", "all", "--dtype", "float32", "--device", "cpu", "--steps", 8, "--rank", 2, "--seeds", 2)
+    for rates in ("full=0.001,0.003", *(f"{name}=0.01" for name in METHODS if name not in ("full", "svf"))):
+        options += ("--rates", rates)
+    assert compare.main(parse(*files, *options), TINY) == 0
     return out
 
 
-def test_writes_three_files_and_nothing_else(reported):
-    assert sorted(p.name for p in reported.iterdir()) == ["compare.json", "compare.md", "compare.png"]
+@pytest.fixture(scope="module")
+def result(reported):
+    return json.loads((reported / "compare.json").read_text())
+
+
+def test_writes_three_files_and_the_runs(reported):
+    assert sorted(p.name for p in reported.iterdir()) == ["compare.json", "compare.md", "compare.png", "runs"]
     assert (reported / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((reported / "runs").glob("text-*.json"))) >= 2 * len(METHODS)
 
 
-def test_the_figure_names_every_curve_at_its_end_without_overlaps(reported, tmp_path):
+def test_the_figure_names_every_method_once_and_its_memory(result, tmp_path):
     from lowrank.compare.figure import draw
 
-    result = json.loads((reported / "compare.json").read_text())
     draw(result, tmp_path / "compare.svg")
-    written = re.findall(
-        r'<text style="([^"]*)" x="([^"]*)" y="([^"]*)"[^>]*>([^<]*)<', (tmp_path / "compare.svg").read_text()
-    )
+    written = re.findall(r"<text[^>]*>([^<]*)<", (tmp_path / "compare.svg").read_text())
     for name, method in result["methods"].items():
-        assert [text for *_, text in written].count(name) == 2  # at the curve, at the bars
-        assert any(text == f"{method['memory']['total'] / 1e6:.1f}" for *_, text in written)
-    ends = [
-        (float(x), float(y), style) for style, x, y, text in written if text in METHODS and "anchor: start" in style
-    ]
-    assert len({x for x, _, _ in ends}) == 1
-    heights = sorted(y for _, y, _ in ends)
-    size = float(re.search(r"font-size: ([0-9.]+)px", ends[0][2])[1])
-    assert all(b - a > size for a, b in itertools.pairwise(heights))
+        assert written.count(name) == 2  # in the legend, at the bars
+        assert any(text == f"{method['memory']['total'] / 1e6:.1f}" for text in written)
 
 
-def test_json_holds_every_measurement(reported):
-    result = json.loads((reported / "compare.json").read_text())
+def test_json_holds_every_measurement(result):
     assert tuple(result["methods"]) == METHODS
     assert result["model"]["config"]["hidden_size"] == 32
     assert result["settings"] | {"batch": 4, "length": 32, "dtype": "float32", "seeds": 2} == result["settings"]
@@ -69,47 +66,70 @@ def test_json_holds_every_measurement(reported):
         parts = [memory[part] for part in ("weights", "gradients", "optimizer", "activations")]
         assert all(parts), name
         assert memory["total"] == sum(parts)
-        assert len(method["sweep"]) >= 3
-        assert len(method["training_losses"]) == 8
         assert method["checkpoint_bytes"] > 0
-        assert [p["seconds"] for p in method["points"]] == sorted(p["seconds"] for p in method["points"])
-        assert method["points"][0]["step"] == 0
-        assert method["points"][-1]["step"] == 8
+    (task,) = result["tasks"].values()
+    assert tuple(task["methods"]) == METHODS
+    for name, method in task["methods"].items():
+        rates = [rate["learning_rate"] for rate in method["rates"]]
+        assert rates == sorted(rates)
+        assert {"full": rates == [0.001, 0.003], "svf": 3 <= len(rates) <= 5}.get(name, rates == [0.01])
+        assert method["learning_rate"] == min(method["rates"], key=lambda rate: rate["validation"])["learning_rate"]
+        assert method["seeds_done"] == 2
+        for rate in method["rates"]:
+            assert len(rate["training_losses"]) == 8
+            steps = [point["step"] for point in rate["curve"]]
+            assert (steps[0], steps[-1]) == (0, 8)
+            assert rate["curve"][0]["loss"] == task["base"]["loss"]
+            seconds = [point["seconds"] for point in rate["curve"]]
+            assert seconds == sorted(seconds)
 
 
-def test_methods_train_what_they_say(reported):
-    methods = json.loads((reported / "compare.json").read_text())["methods"]
+def test_methods_train_what_they_say(result):
+    methods = result["methods"]
+    changed = {
+        name: method["rates"][0]["changes"]["share_changed"]
+        for name, method in result["tasks"]["text"]["methods"].items()
+    }
+    rank = {
+        name: method["rates"][0]["changes"]["stable_rank"]["most"]
+        for name, method in result["tasks"]["text"]["methods"].items()
+    }
     full, lora, attention = (methods[name] for name in ("full", "lora", "lora-attention"))
     assert full["trainable_parameters"] == 259 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
     masked = methods["full-masked"]
     assert masked["trainable_parameters"] == round(0.2 * full["trainable_parameters"])
-    assert 0 < masked["share_changed"] < full["share_changed"]
-    assert masked["share_beyond_tolerance"] <= masked["share_changed"]
+    assert 0 < changed["full-masked"] < changed["full"]
     assert masked["memory"]["optimizer"] < 0.25 * full["memory"]["optimizer"] + 1000
     assert masked["checkpoint_bytes"] < 0.4 * full["checkpoint_bytes"]
     assert lora["trainable_parameters"] == methods["peft-lora"]["trainable_parameters"] == 2 * 2 * (4 * 64 + 3 * 96)
     assert attention["trainable_parameters"] == 2 * 2 * 4 * 64
+    assert methods["lora-mlp"]["trainable_parameters"] == 2 * 2 * 3 * 96
     assert methods["svf"]["trainable_parameters"] == 2 * 7 * 8
     assert methods["svf-full"]["trainable_parameters"] == 2 * 7 * 32
     assert methods["svf"]["checkpoint_bytes"] < attention["checkpoint_bytes"]
-    assert methods["svf"]["stable_rank"]["most"] <= 8.01
-    assert attention["share_changed"] < lora["share_changed"] < full["share_changed"]
-    assert lora["stable_rank"]["most"] <= 2.001
+    assert rank["svf"] <= 8.01
+    assert changed["lora-attention"] < changed["lora"] < changed["full"]
+    assert rank["lora"] <= 2.001
     assert lora["checkpoint_bytes"] < full["checkpoint_bytes"] < methods["full→lora"]["checkpoint_bytes"]
 
 
-def test_lora_and_peft_agree(reported):
-    agreement = json.loads((reported / "compare.json").read_text())["agreement"]
-    assert agreement["within_rounding"], agreement
-    assert agreement["all_steps"] in (8, 2)  # of a full run, or of the sweep's where the picks differ
-    assert agreement["largest_difference_of_all"] <= max(10 * agreement["rounding_alone_of_all"], agreement["allowed"])
+def test_lora_and_peft_agree(result):
+    assert result["agreement"]["agrees"], result["agreement"]
 
 
-def test_markdown_repeats_the_command_and_the_scale(reported):
+def test_the_report_opens_with_the_answer_and_its_tables_fit_a_page(reported):
     text = (reported / "compare.md").read_text()
-    assert "lowrank compare --methods full,full-masked,lora" in text
-    assert "- This is a model of 0.03 million parameters" in text
+    assert "lowrank compare --dtype float32 --device cpu --task text --methods text=full,full-masked,lora," in text
+    head, *tables = text.split("\n## ")
+    assert head.count("\n- ") == 4  # taught, text, cost, what that says
+    assert "This is a toy" in head
     assert "2 seeds ran" in text
+    for table in tables:
+        rows = [row for row in table.splitlines() if row.startswith("|") and "---" not in row]
+        cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+        if cells:
+            assert sum(max(map(len, column)) + 3 for column in zip(*cells, strict=True)) <= 100, table.splitlines()[0]
+    assert "LoraConfig(" in text or "SFTConfig(" in text
 
 
 def test_nothing_is_left_when_a_report_fails(parse, texts, tmp_path, monkeypatch):
@@ -120,10 +140,9 @@ def test_nothing_is_left_when_a_report_fails(parse, texts, tmp_path, monkeypatch
         raise RuntimeError("no figure today")
 
     monkeypatch.setattr(lowrank.compare.figure, "draw", broken)
-    options = ("--data", texts / "new.txt", "--general-data", texts / "old.txt", "--device", "cpu", "--steps", 6)
     with pytest.raises(RuntimeError, match="no figure today"):
-        compare.main(parse(*options, "--methods", "full", "--out", tmp_path / "out"), TINY)
-    assert list((tmp_path / "out").iterdir()) == []
+        tiny_run(parse, texts, tmp_path / "out", "--methods", "full")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["runs"]
 
 
 @pytest.fixture
@@ -138,8 +157,12 @@ def broken(monkeypatch):
 
 
 def tiny_run(parse, texts, out, *options):
+    """Of a text, every method at one rate where no others are given."""
     files = ("--data", texts / "new.txt", "--general-data", texts / "old.txt", "--out", out)
-    return compare.main(parse(*files, "--device", "cpu", "--steps", 6, "--rank", 2, *options), TINY)
+    options = ("--device", "cpu", "--dtype", "float32", "--steps", 6, "--rank", 2, *options)
+    methods = options[options.index("--methods") + 1]
+    rates = [f"{name}=0.01" for name in methods.split(",") if "--rates" not in options]
+    return compare.main(parse(*files, *options, *(x for rate in rates for x in ("--rates", rate))), TINY)
 
 
 def test_a_method_that_cannot_prepare_the_model_is_found_before_anything_trains(
@@ -149,15 +172,14 @@ def test_a_method_that_cannot_prepare_the_model_is_found_before_anything_trains(
 
     events, train_once = [], train.train
 
-    def refuse(model, rank):
+    def refuse(model, adapter):
         events.append("prepared" if all(p.is_meta for p in model.parameters()) else "prepared with weights")
         raise ValueError("no such layer\nhere.")
 
     monkeypatch.setattr(train, "train", lambda *a, **k: events.append("trained") or train_once(*a, **k))
     broken("lora", refuse)
     assert tiny_run(parse, texts, tmp_path, "--methods", "full,lora") == 0
-    assert events[:2] == ["prepared", "trained"]
-    assert events.count("prepared") == 1
+    assert events == ["prepared", "trained"]
     result = json.loads((tmp_path / "compare.json").read_text())
     assert (list(result["methods"]), result["not_done"]) == (["full"], {"lora": "no such layer here."})
     assert "- lora was not done: no such layer here.\n" in (tmp_path / "compare.md").read_text()
@@ -182,45 +204,142 @@ def test_what_fails_while_it_trains_is_a_line_and_what_was_done_stays(parse, tex
 
     train_once = train.train
 
-    def second_seed_fails(subject, method, rate, steps, seed, **options):
+    def second_seed_fails(subject, task, method, rate, seed, plan, **options):
         if method.summary == "broken" and seed == 1:
             raise RuntimeError("out of memory")
-        return train_once(subject, method, rate, steps, seed, **options)
+        return train_once(subject, task, method, rate, seed, plan, **options)
 
     monkeypatch.setattr(train, "train", second_seed_fails)
-    broken("full", lambda model, rank: model.requires_grad_(True))
+    broken("full", lambda model, adapter: model.requires_grad_(True))
     assert tiny_run(parse, texts, tmp_path, "--methods", "full,svf", "--seeds", 2) == 0
     result = json.loads((tmp_path / "compare.json").read_text())
-    assert {name: m["seeds_done"] for name, m in result["methods"].items()} == {"full": 1, "svf": 2}
-    assert result["not_done"] == {"full": "after 1 of 2 seeds, RuntimeError: out of memory"}
+    assert {name: m["seeds_done"] for name, m in result["tasks"]["text"]["methods"].items()} == {"full": 1, "svf": 2}
+    assert result["not_done"] == {"text: full": "RuntimeError: out of memory"}
 
 
-def test_every_finished_run_is_on_disk_before_the_next_one(parse, texts, tmp_path, monkeypatch):
+def test_a_rate_at_which_a_method_diverges_is_a_line(parse, texts, tmp_path, capsys):
+    assert tiny_run(parse, texts, tmp_path, "--methods", "full", "--rates", "full=0.01,1e30") == 0
+    (task,) = json.loads((tmp_path / "compare.json").read_text())["tasks"].values()
+    assert [rate["diverged"] for rate in task["methods"]["full"]["rates"]] == [False, True]
+    assert "text: full at 1e+30: diverged" in capsys.readouterr().err
+    assert "- text: full diverged at 1e+30.\n" in (tmp_path / "compare.md").read_text()
+    assert (
+        tiny_run(parse, texts, tmp_path / "2", "--methods", "full,svf", "--rates", "full=1e30", "--rates", "svf=0.1")
+        == 0
+    )
+    assert "text: full was not done: diverged at every rate: 1e+30." in (tmp_path / "2" / "compare.md").read_text()
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+def test_every_finished_run_is_on_disk_before_the_next_one_and_is_resumed(parse, texts, tmp_path, monkeypatch):
     from lowrank.compare import train
 
     seen, train_once = [], train.train
 
-    def look_and_train(subject, method, rate, steps, seed, **options):
-        if options.get("points"):
-            file = tmp_path / "compare.json"
-            result = json.loads(file.read_text()) if file.exists() else {"methods": {}, "complete": None}
-            seen.append(({name: m["seeds_done"] for name, m in result["methods"].items()}, result["complete"]))
-            if len(seen) == 4:
-                raise KeyboardInterrupt
-        return train_once(subject, method, rate, steps, seed, **options)
+    def look_and_train(*args, **options):
+        seen.append(sorted(p.stem for p in (tmp_path / "runs").glob("text-*")))
+        if len(seen) == 4:
+            raise Stop
+        return train_once(*args, **options)
 
     monkeypatch.setattr(train, "train", look_and_train)
-    with pytest.raises(KeyboardInterrupt):
-        tiny_run(parse, texts, tmp_path, "--methods", "full,svf", "--seeds", 2)
-    assert seen == [({}, None), ({"full": 1}, False), ({"full": 2}, False), ({"full": 2, "svf": 1}, False)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["compare.json", "compare.md", "compare.png"]
+    options = ("--methods", "full,svf", "--seeds", 2)
+    with pytest.raises(KeyboardInterrupt, match="--resume goes on from there"):
+        tiny_run(parse, texts, tmp_path, *options)
+    done = ["text-full-0.01-0", "text-full-0.01-1", "text-svf-0.01-0"]
+    assert seen == [sorted(done[:n]) for n in range(4)]
     assert "Unfinished: " in (tmp_path / "compare.md").read_text()
+
+    trained = []
+    monkeypatch.setattr(train, "train", lambda *a, **k: trained.append(a) or train_once(*a, **k))
+    assert tiny_run(parse, texts, tmp_path, *options, "--resume") == 0
+    assert len(trained) == 1
+    monkeypatch.setattr(train, "train", train_once)
+    assert tiny_run(parse, texts, tmp_path / "whole", *options) == 0
+    resumed, whole = (json.loads((folder / "compare.json").read_text()) for folder in (tmp_path, tmp_path / "whole"))
+    assert without_times(resumed) == without_times(whole)
+
+
+def without_times(result):
+    """Everything of a report but what another run takes longer for."""
+    timed = ("seconds", "estimated_seconds", "seconds_per_step", "latency", "command", "answer")
+    if isinstance(result, dict):
+        return {key: without_times(value) for key, value in result.items() if key not in timed}
+    return [without_times(value) for value in result] if isinstance(result, list) else result
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (("--seed", 1), "another seed: 0 there, 1 now"),
+        (("--general-data", "new.txt"), "another "),
+        (("--rank", 3), "another rank: 2 there, 3 now"),
+        (("--data", "old.txt"), "another data: "),
+        (("--in-place", "--dtype", "bfloat16"), "(and "),
+    ],
+)
+def test_runs_of_something_else_are_not_resumed(parse, texts, tmp_path, options, what, monkeypatch):
+    from lowrank.compare import train
+
+    options = [texts / value if value in ("new.txt", "old.txt") else value for value in options]
+    monkeypatch.setattr(train, "train", lambda *a, **k: (_ for _ in ()).throw(Stop))
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(parse, texts, tmp_path, "--methods", "full")
+    with pytest.raises(ValueError, match=re.escape(what)):
+        tiny_run(parse, texts, tmp_path, "--methods", "full", "--resume", *options)
+
+
+def test_nothing_to_resume(parse, texts, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no runs; expected the --out of an earlier run"):
+        tiny_run(parse, texts, tmp_path, "--methods", "full", "--resume")
+
+
+def test_the_picked_runs_are_saved(parse, texts, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lowrank.compare.data import embedded_config
+
+    options = ("--methods", "full,lora", "--rates", "full=1e-9,0.01,1e-8", "--rates", "lora=0.01")
+    assert tiny_run(parse, texts, tmp_path, *options, "--save") == 0
+    assert sorted(p.name for p in (tmp_path / "saved" / "text").iterdir()) == ["full", "lora"]
+    (task,) = json.loads((tmp_path / "compare.json").read_text())["tasks"].values()
+    assert task["methods"]["full"]["learning_rate"] == 0.01
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "text" / "full")
+    norm = full.model.norm.weight  # ones, but for four steps of pretraining at 0.004 and six of these
+    assert (norm - 1).abs().max() > 0.02
+    base = AutoModelForCausalLM.from_config(embedded_config(TINY))
+    model = PeftModel.from_pretrained(base, tmp_path / "saved" / "text" / "lora")
+    assert all(p.abs().max() > 1e-4 for name, p in model.named_parameters() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (["--methods", "lora,dora"], ValueError, "unknown method 'dora'; expected some of full,full-masked,lora,"),
+        (
+            ["--methods", "lora,dora"],
+            ValueError,
+            "unknown method 'dora'; expected all or some of full,full-masked,lora,",
+        ),
+        (["--methods", "full:8"], ValueError, "'full:8': expected a method alone, or a LoRA method and its rank"),
+        (["--methods", "lora:0"], ValueError, "expected a method alone, or a LoRA method and its rank, as in lora:64"),
+        (["--methods", "facts=full"], ValueError, "unknown task 'facts'; expected some of text,knowledge,format"),
+        (["--task", "facts"], ValueError, "unknown task 'facts'; expected all or some of text,knowledge,format"),
+        (
+            ["--rates", "svf-full=1"],
+            ValueError,
+            "expected METHOD=RATE,RATE with one of full, lora, lora-attention, svf",
+        ),
+        (["--rates", "full=0.1,-1"], ValueError, "expected positive numbers, as in full=1e-4,3e-4"),
+        (["--rates", "full=nan"], ValueError, "expected positive numbers"),
+        (["--minutes", "0"], ValueError, "--minutes 0.0: expected a positive number"),
+        (["--replay", "1"], ValueError, "--replay 1.0: expected the share of old text in every batch"),
+        (["--seq", "2"], ValueError, "--seq 2: expected at least 8"),
+        (["--valid", "json"], ValueError, "--valid is about examples: expected --data FILE.jsonl with it"),
+        (["--loss", "some"], ValueError, "--loss 'some': expected one of assistant, last, all"),
         (["--methods", ","], ValueError, "no method"),
         (["--rank", "0"], ValueError, "--rank 0: expected at least 1"),
         (["--alpha", "many"], ValueError, "--alpha 'many': expected a positive number, or r for the rank"),
@@ -327,7 +446,7 @@ def test_a_report_that_cannot_be_written_is_shown(parse, texts, tmp_path, monkey
     with pytest.raises(OSError, match="No space left"):
         tiny_run(parse, texts, tmp_path, "--methods", "full")
     shown = capsys.readouterr()
-    assert "Lowest loss on the new domain" in shown.out
+    assert "Taught to embedded byte-level Llama" in shown.out
     assert "not written yet: [Errno 28] No space left" in shown.err
 
 
@@ -339,7 +458,7 @@ def test_the_command_that_repeats_the_run_survives_a_shell(parse, texts, tmp_pat
     odd = tmp_path / 'it\'s a "new" $domain; rm.txt'
     odd.write_text("text")
     options = ("--data", odd, "--out", tmp_path / "o ut", "--methods", "full,full-lora", "--device", "cpu")
-    options += ("--alpha", "r", "--in-place")
+    options += ("--alpha", "r", "--in-place", "--rates", "full-lora=1e-4,3e-5", "--minutes", 3, "--task", "text")
     settings = from_arguments(parse(*options), TINY)
     words = shlex.split(settings.command)
     assert words[:2] == ["lowrank", "compare"]
@@ -355,19 +474,20 @@ def test_interrupted(parse, texts, tmp_path, monkeypatch, capsys):
     runs, train_once = [], train.train
 
     def interrupt(*args, **options):
-        if options.get("points"):
-            runs.append(1)
-            if len(runs) == 2:
-                raise KeyboardInterrupt
+        runs.append(1)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
         return train_once(*args, **options)
 
     monkeypatch.setattr(train, "train", interrupt)
     monkeypatch.setattr(compare, "Embedded", lambda: TINY)
     files = ["--data", texts / "new.txt", "--general-data", texts / "old.txt", "--out", tmp_path]
-    options = ["--device", "cpu", "--steps", 6, "--rank", 2, "--methods", "full,svf"]
+    options = ["--device", "cpu", "--steps", 6, "--rank", 2, "--methods", "full,svf", "--rates", "full=0.01"]
     assert cli.main(["compare", *map(str, files + options)]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"lowrank compare: interrupted: {tmp_path} holds what was finished, 1 run"
+    assert last == (
+        f"lowrank compare: interrupted: {tmp_path} holds what was finished, 1 method; --resume goes on from there"
+    )
 
 
 def test_text_too_short(parse, tmp_path):

@@ -1,13 +1,16 @@
 """What is measured, against values computed by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from lowrank.compare.costs import memory, stable_rank, weight_changes
-from lowrank.compare.data import batches, split
-from lowrank.compare.train import optimizer_and_schedule
+from lowrank.compare.data import split
+from lowrank.compare.train import Plan, optimizer_and_schedule, stream_of
 from lowrank.measure.saved import SavedActivations, storage_bytes
+from lowrank.tasks.rows import Row, orders, pad
 
 peft = pytest.importorskip("peft")
 
@@ -99,9 +102,39 @@ def test_splits_are_disjoint_and_whole():
     assert len(corpus.test) == len(corpus.validation) == 10
 
 
-def test_batches_repeat_for_a_seed_and_visit_every_block_once():
-    blocks = torch.arange(12).view(12, 1)
-    first, again, other = (torch.stack(list(batches(blocks, 4, 6, seed))) for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert sorted(first[:3].flatten().tolist()) == sorted(first[3:].flatten().tolist()) == list(range(12))
+def test_every_block_begins_as_the_tokenizer_begins_a_text():
+    corpus = split(torch.arange(100 * 15), 16, "numbers", prefix=(7,))
+    assert set(corpus.train[:, 0].tolist()) == {7}
+    rest = torch.cat([part[:, 1:].flatten() for part in (corpus.train, corpus.validation, corpus.test)])
+    assert sorted(rest.tolist()) == list(range(1500))
+
+
+def test_orders_repeat_for_a_seed_and_visit_everything_once():
+    first, again, other = (list(orders(12, 4, 6, seed)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert (
+        sorted(i for step in first[:3] for i in step)
+        == sorted(i for step in first[3:] for i in step)
+        == list(range(12))
+    )
+    assert list(orders(12, 4, 3, 0)) == first[:3]  # a shorter run is the beginning of a longer one
+
+
+@pytest.mark.parametrize(("share", "old"), [(0.0, 0), (0.01, 1), (0.5, 4), (0.99, 7)])
+def test_replay_mixes_old_text_into_every_batch(share, old):
+    new = [Row((1,) * 5, (1,) * 5)]
+    subject = SimpleNamespace(general=SimpleNamespace(train=torch.full((9, 16), 2)), tokenizer=SimpleNamespace(pad=0))
+    task = SimpleNamespace(batches=lambda size, steps: iter([new * size] * steps))
+    batches = list(stream_of(task, subject, Plan(3, 8, 1, share), 0))
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch.ids.shape == (8, 5)
+        assert int((batch.ids[:, 0] == 2).sum()) == old
+
+
+def test_padding_has_no_loss_and_no_attention():
+    batch = pad([Row.of((1, 2), (3,)), Row((4,), (4,))], 9)
+    assert batch.ids.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch.labels.tolist() == [[-100, -100, 3], [4, -100, -100]]
+    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert pad([Row((1,), (1,))] * 2, 9).mask is None

@@ -33,11 +33,12 @@ def test_runs_on_a_saved_model_and_a_text_file(parse, model_directory, tmp_path,
         "--device",
         "cpu",
     )
+    options += ("--rates", "full=0.001", "--rates", "lora=0.01")
     assert compare.main(parse(*options, "--methods", "full,lora", "--steps", 6, "--rank", 2, "--dtype", dtype)) == 0
     result = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert result["settings"]["length"] == 48  # the model's own maximum
     assert result["settings"]["dtype"] == dtype
-    assert result["verdict"][0].startswith("One model (")
+    assert result["answer"][0].startswith(f"Taught to {model_directory}, ")
     assert not result["model"]["embedded"]
 
 
@@ -114,6 +115,7 @@ def test_a_head_that_the_checkpoint_lacks_is_named(parse, model_directory, tmp_p
     (tmp_path / "text.txt").write_text("Sphinx of black quartz, judge my vow.\n" * 300)
     files = ("--model", model_directory, "--data", tmp_path / "text.txt", "--general-data", tmp_path / "text.txt")
     options = ("--methods", "svf", "--steps", 6, "--rank", 2, "--device", "cpu", "--out", tmp_path / "out")
+    options += ("--rates", "svf=0.1")
     assert compare.main(parse(*files, *options)) == 0
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["model"]["invented"] == ["lm_head.weight"]
     assert "checkpoint has no lm_head.weight" in (tmp_path / "out" / "compare.md").read_text()

@@ -1,0 +1,71 @@
+"""The tasks of a comparison, from its settings: generated, or out of the user's files."""
+
+import hashlib
+from collections.abc import Callable
+
+from ..tasks import examples as own_examples
+from ..tasks.format import Format
+from ..tasks.knowledge import Knowledge
+from ..tasks.own import OwnFormat, OwnKnowledge
+from ..tasks.rows import rows_of
+from ..tasks.task import Task
+from ..tasks.text import Text
+from ..tasks.validity import accepts_some, validator
+from .data import Subject, corpus, library_text
+from .settings import Settings, is_examples
+
+Teach = Callable[[int], Task]  # seed -> what is taught with it
+
+
+def teachings(settings: Settings, subject: Subject) -> dict[str, Teach]:
+    """Every task's factory.  What is wrong with a file raises here, before anything trains, naming file and line."""
+    if is_examples(settings.data):
+        return _of_examples(settings, subject)
+    if settings.data is not None and (generated := [name for name in settings.tasks if name != "text"]):
+        raise ValueError(
+            f"--task {generated[0]} with --data {settings.data}: running text can only be the task text; expected "
+            "examples (.jsonl), or no --data for a generated task"
+        )
+    length, tokenizer = subject.length, subject.tokenizer
+    chosen: dict[str, Teach] = {}
+    for name in settings.tasks:
+        if name == "text":
+            own = corpus(
+                settings.data, "standard library source", library_text, tokenizer, length, settings.eval_sequences
+            )
+            parts = [rows_of(part) for part in (own.train, own.validation, own.test)]
+            chosen[name] = lambda seed, own=own, parts=parts: Text(own.source, own.digest, *parts, tokenizer.pad, seed)
+        else:
+            kind = Knowledge if name == "knowledge" else Format
+            chosen[name] = lambda seed, kind=kind: kind(tokenizer, length, seed)
+            chosen[name](settings.seed)  # what does not fit the length is said now
+    return chosen
+
+
+def _of_examples(settings: Settings, subject: Subject) -> dict[str, Teach]:
+    tokenizer, length = subject.tokenizer, subject.length
+    read = own_examples.read(settings.data, tokenizer, length, settings.loss or "all")
+    train, validation, test = own_examples.split(read, settings.seed)
+    test = test[: settings.eval_sequences]
+    questions = own_examples.read_questions(settings.test, tokenizer, length) if settings.test else []
+    own_examples.overlap(read.examples, questions)
+    valid = validator(settings.valid) if settings.valid else None
+    if valid:
+        accepts_some(valid, [example.completion for example in train])
+    digest = read.digest
+    if settings.test:
+        digest += "+" + hashlib.sha256(settings.test.read_bytes()).hexdigest()[:12]
+    left_out = f", {read.left_out} more too long" if read.left_out else ""
+    common, pad = (f"{read.source}, {len(read.examples)} examples{left_out}", digest), tokenizer.pad
+    rows = [[example.row for example in part] for part in (train, validation, test)]
+    make: dict[str, Teach] = {
+        "text": lambda seed: Text(*common, *rows, pad, seed),
+        "knowledge": lambda seed: OwnKnowledge(
+            *common, train, validation, questions, pad, seed, settings.eval_sequences
+        ),
+        "format": lambda seed: OwnFormat(*common, train, validation, test, valid, tokenizer, seed),
+    }
+    chosen = {name: make[name] for name in settings.tasks}
+    for teach in chosen.values():
+        teach(settings.seed)  # what cannot be asked is said now
+    return chosen
