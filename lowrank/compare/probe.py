@@ -95,15 +95,16 @@ def elicit(
     pad_id: int,
     room: int,
     *,
+    most: int = max(CONTEXTS),
     draws: int = DRAWS,
     seed: int = 0,
     batch: int = 16,
 ) -> Elicited:
-    """``room``: positions of the model.
+    """``room``: positions of the model.  most: other examples in the longest context, if so many fit.
 
     Raises: ValueError where not even one other example fits before another.
     """
-    most = longest_context(examples, room)
+    most = min(most, longest_context(examples, room))
     if not most:
         longest = max(len(example.row.ids) for example in examples)
         raise ValueError(
@@ -255,10 +256,19 @@ def probe(
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """Summaries by set, and {set: why not} of those that do not fit the model's context.  draws: by set, else one."""
     done, why_not = {}, {}
+    fitting = [longest_context(examples, positions(model)) for examples in sets.values()]
+    most = min((k for k in fitting if k), default=0)  # the same for all, so that they can be compared
     for name, examples in sets.items():
         try:
             measured = elicit(
-                name, model, examples, tokenizer.pad, positions(model), draws=(draws or {}).get(name, 1), seed=seed
+                name,
+                model,
+                examples,
+                tokenizer.pad,
+                positions(model),
+                draws=(draws or {}).get(name, 1),
+                seed=seed,
+                most=most,
             )
             done[name] = measured.summary()
         except ValueError as error:

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable
 
+from ..tasks.task import Task
 from .methods import method_of
 from .probe import finding
 from .run import Comparison, MethodRuns, TaskRuns
-from .statistics import FALLS, Crossing, crossing, ends, finite, leaders
+from .statistics import FALLS, Crossing, crossing, ends, finite, leaders, noise
 from .train import Point, Run
 
 SHARES = (0.5, 0.9)  # of the largest gain in loss: the targets of a task that has none of its own
@@ -119,7 +120,7 @@ def _task(runs: TaskRuns) -> dict:
     targets = _targets(runs, begun)
     apart = {name: [run.points[-1].measures[task.apart] for run in done.of_seeds] for name, done in begun.items()}
     general = {name: [run.points[-1].measures["general"] for run in done.of_seeds] for name, done in begun.items()}
-    first = next(iter(runs.base.values()))
+    first, order = next(iter(runs.base.values())), leaders(apart)
     return {
         "source": task.source,
         "sha256": task.digest,
@@ -132,8 +133,8 @@ def _task(runs: TaskRuns) -> dict:
         "targets": targets,
         "items": {name: len(values) for name, values in first.measures.items()},
         "base": _means(first),
-        "methods": {name: _method(done, runs, targets) for name, done in begun.items()},
-        "leaders": {"learnt": leaders(apart), "kept": leaders(general)},
+        "methods": {name: _method(done, runs, targets, begun[order[0]].of_seeds) for name, done in begun.items()},
+        "leaders": {"learnt": order, "kept": leaders(general)},
     }
 
 
@@ -147,7 +148,7 @@ def _targets(runs: TaskRuns, begun: dict[str, MethodRuns]) -> list[float]:
     return [start - share * gain for share in SHARES] if gain > 0 else []
 
 
-def _method(done: MethodRuns, runs: TaskRuns, targets: list[float]) -> dict:
+def _method(done: MethodRuns, runs: TaskRuns, targets: list[float], best: list[Run]) -> dict:
     task, picked, of_seeds = runs.task, done.picked, [run for run in done.of_seeds if not run.diverged]
     return {
         "learning_rate": picked.rate,
@@ -157,11 +158,21 @@ def _method(done: MethodRuns, runs: TaskRuns, targets: list[float]) -> dict:
         "after": {name: spread(run.points[-1].mean(name) for run in of_seeds) for name in picked.points[-1].measures},
         "forgot": spread(_forgot(run) for run in of_seeds),
         "at_targets": [_reached(of_seeds, done, runs, target) for target in targets],
+        "short": _short(of_seeds, best, task, targets),
         "changes": picked.changes,
         "diversity": list(picked.diversity) if picked.diversity else None,
         "trained": [runs.alone, *picked.shown] if picked.shown else None,
         "rates": [_rate(run, task.learnt, targets) for run in sorted(done.sweep, key=lambda run: run.rate)],
     }
+
+
+def _short(of_seeds: list[Run], best: list[Run], task: Task, targets: list[float]) -> bool | None:
+    """Whether a loss misses the last target by more than the noise of its difference from the best's; None of no loss."""
+    if task.learnt != FALLS or not targets or len(of_seeds) != len(best):
+        return None
+    own, others = ([run.points[-1].measures[FALLS] for run in runs] for runs in (of_seeds, best))
+    missed = sum(float(values.mean()) for values in own) / len(own) - targets[-1]
+    return missed > (0.0 if of_seeds == best else noise(own, others))
 
 
 def _forgot(run: Run) -> float:

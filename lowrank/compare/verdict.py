@@ -149,6 +149,8 @@ def _smallest(name: str, task: dict, result: dict) -> str | None:
         return None
     if method == "full":
         others = [other for other in task["methods"] if other != "full"]
+        if near := [other for other in others if task["methods"][other]["short"] is False]:
+            return f"for {name} full training was better than {listed(near)} by less than can be told"
         return (
             f"{name} took full training ({listed(others)} did not get there)"
             if others
@@ -335,19 +337,20 @@ def _block(name: str, task: dict, method: str, result: dict) -> list[str]:
         lines.append(f"model.requires_grad_(True){masters}")
     else:
         lines.append(f"# {costs['summary']}: docs/full-finetuning.md")
-    schedule = (
-        f'lr_scheduler_type="constant_with_warmup", warmup_steps={WARM_UP_STEPS}'
-        if task["constant_rate"]
-        else f'lr_scheduler_type="cosine", warmup_steps={max(1, round(WARM_UP * task["steps"]))}'
-    )
-    lines += [
-        "SFTConfig(",
-        f"    learning_rate={m['learning_rate']:g}, max_steps={steps}, per_device_train_batch_size={task['batch']},",
-        f"    {schedule}, weight_decay=0.0, max_grad_norm=1.0,",
-        f"    max_length={settings['length']},",
-        ")",
-    ]
-    return lines
+    schedule, warm_up = "cosine", max(1, round(WARM_UP * task["steps"]))
+    if task["constant_rate"]:
+        schedule, warm_up = "constant_with_warmup", WARM_UP_STEPS
+    arguments = {
+        "learning_rate": f"{m['learning_rate']:g}",
+        "max_steps": steps,
+        "per_device_train_batch_size": task["batch"],
+        "lr_scheduler_type": f'"{schedule}"',
+        "warmup_steps": warm_up,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "max_length": settings["length"],
+    }
+    return [*lines, "SFTConfig(", *(f"    {name}={value}," for name, value in arguments.items()), ")"]
 
 
 def took(result: dict) -> str:

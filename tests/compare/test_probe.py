@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowrank.cli import probe as command
+from lowrank.compare import probe
 from lowrank.compare.probe import Trained, elicit, finding, held, longest_context
 from lowrank.tasks.rows import Row
 from lowrank.tasks.task import Example
@@ -90,6 +91,17 @@ def test_k_is_lowered_for_all_and_nothing_is_cut():
     assert longest_context(examples(3), 1000) == 1
     with pytest.raises(ValueError, match="few: two examples of up to 6 tokens do not fit into the 11 positions"):
         elicit("few", Copier(), examples(), 0, 11)
+
+
+def test_all_sets_have_the_contexts_of_the_one_that_fits_least():
+    model = Copier()
+    model.config = SimpleNamespace(max_position_embeddings=30)
+    long = [Example(Row(example.row.ids * 2, example.row.labels * 2)) for example in examples(8)]
+    none = [Example(Row(example.row.ids * 4, example.row.labels * 4)) for example in examples(8)]
+    tokenizer = SimpleNamespace(pad=0)
+    done, why_not = probe.probe(model, tokenizer, {"short": examples(8), "long": long, "none": none})
+    assert {name: made["most"] for name, made in done.items()} == {"short": 1, "long": 1}
+    assert "two examples of up to 24 tokens do not fit" in why_not["none"]
 
 
 def summary(share, width=0.05, examples=40, most=7):

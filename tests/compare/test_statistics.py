@@ -190,6 +190,17 @@ def test_targets_of_a_loss_are_shares_of_the_largest_gain_read_between_the_ends_
     )
 
 
+def test_a_loss_that_misses_the_target_by_less_than_the_noise_took_no_full_training():
+    full = [run((3.0, 2.0), (1.0, 2.4), memory=200)]
+    for loss, said in (
+        (1.25, "full training was better than lora by less than can be told"),
+        (1.9, "took full training"),
+    ):
+        lora = run((3.0, 2.0), (loss, 2.4))
+        lora.points[-1].measures["loss"] = loss + NOISE.flip(0)  # another order of difficulty: a noisy difference
+        assert said in answer(result("text", full=full, lora=[lora]))[-1]
+
+
 def test_no_winner_inside_the_spread_and_forgetting_over_every_rate():
     twin = recall((0.0, 2.0), (0.6, 2.2), (1.0, 2.6))
     hot = recall((0.0, 2.0), (0.9, 4.0), (0.9, 5.0), rate=3e-3, validation=9)
@@ -211,7 +222,7 @@ def test_lines_to_paste_are_of_the_least_memory_that_got_there():
     assert chosen(made["tasks"]["knowledge"], made) == "lora"
     text = "\n".join(paste(made))
     assert 'LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")' in text
-    assert "learning_rate=0.001, max_steps=15, per_device_train_batch_size=8" in text
+    assert "    learning_rate=0.001,\n    max_steps=15,\n    per_device_train_batch_size=8,\n" in text
     assert paste(result(lora=[LORA])) == []
 
 
