@@ -90,6 +90,7 @@ class OwnFormat:
         self._asked = [asked_of(example).prompt for example in test if example.answer[1]]
         if valid and not self._asked:
             raise ValueError(f"{source}: texts without prompts have no answers that could be valid; expected prompts")
+        self._ends = _ends([asked_of(example).answer for example in train if example.answer[1]], tokenizer)
         self._new_tokens = max((len(asked_of(example).answer) for example in (*train, *test)), default=0) + 8
 
     def batches(self, size: int, steps: int) -> Iterator[list[Row]]:
@@ -108,7 +109,7 @@ class OwnFormat:
     def measure(self, model: nn.Module) -> dict[str, Tensor]:
         measures = {"loss": row_losses(model, [example.row for example in self._test], self.pad_id)}
         if self._valid:
-            made = generate(model, self._asked, self._new_tokens, eos=self._tokenizer.eos, pad_id=self.pad_id)
+            made = generate(model, self._asked, self._new_tokens, eos=self._ends, pad_id=self.pad_id)
             passed = [float(self._valid(self._tokenizer.decode(ids))) for ids in made]
             measures["valid"] = torch.tensor(passed, dtype=torch.float64)
         return measures
@@ -117,3 +118,9 @@ class OwnFormat:
 def asked_of(example: Example) -> Question:
     begin, end = example.answer
     return Question(example.row.ids[:begin], example.row.ids[begin:end])
+
+
+def _ends(answers: Sequence[Sequence[int]], tokenizer) -> list[int]:
+    """What ends an answer: the end of sequence, and the first special token of each, with which some templates end a turn."""
+    first = {next((i for i in answer if i in tokenizer.special), tokenizer.eos) for answer in answers}
+    return sorted((first | {tokenizer.eos}) - {None})

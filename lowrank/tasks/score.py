@@ -1,6 +1,7 @@
 """A model's losses, answers and generated texts, in eval mode and without gradients."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -144,13 +145,13 @@ def generate(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     *,
-    eos: int | None,
+    eos: int | Sequence[int] | None,
     pad_id: int,
     temperature: float = 0.0,
     seed: int = 0,
     batch: int = GENERATED,
 ) -> list[list[int]]:
-    """New tokens after each prompt, up to and without eos; greedy at temperature 0, else drawn from the whole distribution.
+    """New tokens after each prompt, up to the first eos and without it; greedy at temperature 0, else from all that is possible.
 
     torch's generators are left as they were.
     """
@@ -161,6 +162,7 @@ def generate(
         else {"do_sample": False}
     )
     texts: list[list[int]] = []
+    ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch):
@@ -173,10 +175,10 @@ def generate(
                 attention_mask=mask,
                 max_new_tokens=new_tokens,
                 use_cache=True,
-                eos_token_id=eos,
+                eos_token_id=sorted(ends) or None,
                 pad_token_id=pad_id,
                 **drawn,
             )
             for row in made[:, longest:].tolist():
-                texts.append(row[: row.index(eos)] if eos in row else row)
+                texts.append(list(itertools.takewhile(lambda token: token not in ends, row)))
     return texts

@@ -15,6 +15,7 @@ class ByteTokenizer:
     """UTF-8 bytes as tokens; no chat template."""
 
     prefix: tuple[int, ...] = ()
+    special = frozenset((BYTES, BYTES + 1, BYTES + 2))
     eos, pad = BYTES + 1, BYTES + 2
     template = None
 
@@ -31,7 +32,7 @@ class ByteTokenizer:
 
 class PretrainedTokenizer:
     """prefix: what the tokenizer puts before every text (a beginning-of-sequence token, or nothing).
-    eos, pad: token ids.  template: the chat template's source, or None."""
+    eos, pad: token ids.  special: ids of all tokens that are no text.  template: the chat template's source, or None."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -39,6 +40,7 @@ class PretrainedTokenizer:
         at = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
         self.prefix = tuple(special[:at])
         self.eos = tokenizer.eos_token_id
+        self.special = frozenset(tokenizer.all_special_ids)
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         self.template = getattr(tokenizer, "chat_template", None)
 

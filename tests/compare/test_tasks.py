@@ -127,6 +127,17 @@ def test_bad_data_is_said_before_anything_trains(parse, model, data, tmp_path, l
     assert "\n" not in str(caught.value)
 
 
+def test_an_answer_ends_where_the_template_ends_a_turn():
+    from types import SimpleNamespace
+
+    from lowrank.tasks.own import _ends
+
+    tokenizer = SimpleNamespace(eos=2, special=frozenset((1, 2, 9)))
+    assert _ends([(5, 6, 9, 7), (5, 9, 7)], tokenizer) == [2, 9]  # a line end follows the end of turn
+    assert _ends([(5, 2)], tokenizer) == [2]
+    assert _ends([(5, 6)], SimpleNamespace(eos=None, special=frozenset())) == []
+
+
 def test_running_text_is_no_knowledge(parse, tmp_path):
     (tmp_path / "text.txt").write_text("Sphinx of black quartz. " * 1000)
     with pytest.raises(ValueError, match="running text can only be the task text"):
