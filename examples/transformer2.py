@@ -77,7 +77,7 @@ def reinforce(model: nn.Module, blocks: Tensor, args) -> list[float]:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.rl_rate)
     kls = []
     for batch in batches(blocks, args.rl_batch, args.rl_steps, args.seed):
-        ids, rewards = answer(model, batch)
+        ids, rewards = answer(model, batch.ids)
         logp = answer_logp(model, ids)
         chosen = logp.gather(2, ids[:, PROMPT:, None]).sum((1, 2))
         kl = kl_to_base(model, ids, logp)

@@ -1,6 +1,12 @@
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
+
+with contextlib.suppress(
+    ImportError
+):  # before what loads Python's own distutils: Inductor imports it late, and then it fails
+    import setuptools  # noqa: F401
 
 import numpy as np
 import pytest

@@ -77,7 +77,7 @@ def probed(args: argparse.Namespace, device: str, dtype: str) -> dict:
     if args.data:
         examples, left_out = _examples(args, tokenizer)
         sets["yours"] = random.Random(args.seed).sample(examples, min(args.examples, len(examples)))
-    sets |= probe.calibrations(tokenizer, max(args.length, 256), args.seed, args.examples)
+    sets |= probe.calibrations(tokenizer, probe.positions(model), args.seed, args.examples)
     with stages() as screen, screen.stage("examples in the context", len(sets)) as stage:
         done, why_not = probe.probe(
             model, tokenizer, sets, draws={"yours": args.draws}, seed=args.seed, tick=lambda name: stage.tick()

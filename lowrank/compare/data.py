@@ -2,13 +2,14 @@
 
 import hashlib
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..tasks.rows import Row
+from ..tasks.rows import Batch, Row, orders
 from ..tasks.task import Example
 from ..tasks.tokens import ByteTokenizer, PretrainedTokenizer
 from .settings import Embedded, Settings
@@ -190,3 +191,9 @@ def blocks(path: Path, tokenizer, length: int) -> list[Example]:
 def _spread(blocks: Tensor, most: int) -> Tensor:
     """At most so many of them, evenly spaced."""
     return blocks[torch.linspace(0, len(blocks) - 1, min(most, len(blocks))).long()]
+
+
+def batches(blocks: Tensor, batch: int, steps: int, seed: int) -> Iterator[Batch]:
+    """``steps`` batches of blocks int64 [n, length]: one order per seed, every block once before any comes again."""
+    for indices in orders(len(blocks), batch, steps, seed):
+        yield Batch(blocks[indices], blocks[indices])

@@ -11,6 +11,7 @@ A high share is behaviour, which a model has and only has to be shown.  A low sh
 content looks the same.  So three generated sets calibrate each run, and ``finding`` says what may be concluded.
 """
 
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -167,13 +168,16 @@ def _by_length(model: nn.Module, rows: Sequence[Row], pad_id: int, batch: int) -
 
 
 def calibrations(tokenizer, length: int, seed: int, count: int) -> dict[str, list[Example]]:
-    """The three generated sets, ``count`` examples each, by the names of SETS."""
-    made = {
-        "format": Format(tokenizer, length, seed).examples(),
-        "facts": Knowledge(tokenizer, length, seed).unseen(),
-        "style": Style(tokenizer, seed).examples(),
-    }
-    return {name: examples[:count] for name, examples in made.items()}
+    """Those of the three generated sets that fit a length, ``count`` examples each, by the names of SETS."""
+    made = {}
+    for name, examples in (
+        ("format", lambda: Format(tokenizer, length, seed).examples()),
+        ("facts", lambda: Knowledge(tokenizer, length, seed).unseen()),
+        ("style", lambda: Style(tokenizer, seed).examples()),
+    ):
+        with contextlib.suppress(ValueError):  # a row is longer than the length
+            made[name] = examples()[:count]
+    return made
 
 
 def finding(own: dict, generated: dict[str, dict], recall: bool) -> str:

@@ -160,7 +160,7 @@ def _check_base(subject: Subject, device: torch.device) -> None:
     model = copy.deepcopy(subject.model).to(device)
     try:
         loss = row_losses(model, rows_of(subject.general.test), subject.tokenizer.pad).mean()
-        leak = _looks_ahead(model, subject.general.test[:1].to(device))
+        leak = bool(loss.isfinite()) and _looks_ahead(model, subject.general.test[:1].to(device))
     except Exception as error:  # whatever this model makes a library raise
         raise ValueError(f"{what} does not run on {device}: {one_line(error)}") from error
     if leak:
@@ -376,7 +376,8 @@ class _Work:
 
     def _probe(self, model: nn.Module) -> None:
         """Of the tasks' examples, by the tasks' names, and of the generated sets, by theirs."""
-        sets = probe.calibrations(self.subject.tokenizer, self.subject.length, self.settings.seed, probe.EXAMPLES)
+        room = probe.positions(model)
+        sets = probe.calibrations(self.subject.tokenizer, room, self.settings.seed, probe.EXAMPLES)
         if self.settings.data is not None:
             for name, runs in self.comparison.tasks.items():
                 sets[name] = runs.task.unseen()[: probe.EXAMPLES]

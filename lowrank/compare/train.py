@@ -17,7 +17,7 @@ from ..optim import AdamW
 from ..tasks.rows import Batch, Row, orders, pad, rows_of
 from ..tasks.task import Task
 from .costs import Memory, checkpoint_bytes, memory, synchronize
-from .data import Subject
+from .data import Subject, batches
 from .methods import Adapter, Method
 
 WARM_UP = 0.1  # of a phase's steps, before a cosine
@@ -76,6 +76,21 @@ class Plan:
     def wanted(self) -> set[int]:
         """Steps after which it is measured, denser at the start, where curves move fastest; the last is one."""
         return {max(1, round(self.steps * (i / self.points) ** 1.5)) for i in range(1, self.points + 1)}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, blocks: Tensor, batch: int) -> Tensor:
+    """fp64 [n]: mean next-token loss of each block of int64 [n, length], ``batch`` of them in every call."""
+    device = next(model.parameters()).device
+    model.eval()
+    losses = []
+    for block in blocks.split(batch):
+        block = block.to(device)
+        logits = model(input_ids=block).logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.transpose(1, 2), block[:, 1:], reduction="none")
+        losses.append(loss.mean(1).double().cpu())
+    model.train()
+    return torch.cat(losses)
 
 
 def fit(
@@ -255,8 +270,7 @@ def pretrain(subject: Subject, steps: int, rate: float, seed: int, device: torch
     """Train the embedded model's every weight on the general domain, in fp32.  Returns the losses."""
     model, blocks = subject.model.to(device), subject.general.train
     optimizer, schedule = optimizer_and_schedule(model, rate, steps)
-    stream = (pad(rows_of(blocks[indices]), 0) for indices in orders(len(blocks), subject.batch, steps, seed))
-    losses, _ = fit(model, optimizer, schedule, stream, device, tick)
+    losses, _ = fit(model, optimizer, schedule, batches(blocks, subject.batch, steps, seed), device, tick)
     model.zero_grad(set_to_none=True)
     model.to("cpu")
     return losses

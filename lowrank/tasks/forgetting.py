@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .asking import continuations, question
@@ -28,7 +29,8 @@ FORMATS = {
 
 class Forgetting:
     """general: int64 [sequences, length], text that ``base`` knows.  items: four-way questions that it has right (chance 15 of
-    60); known: their number.  samples: of the diversity, a multiple of the 16 prompts; 0 leaves it out.
+    60); known: their number.  samples: of the diversity, a multiple of the 16 prompts; 0 leaves it out.  Of
+    both, what is longer than the base's positions is left out.
 
     nothing_to_forget: fewer than 20 known items.  before: the base's diversity.  diverse: it is at least 0.3 nats.
     """
@@ -38,7 +40,11 @@ class Forgetting:
         self.rounds, self.new_tokens = samples // len(OPEN), new_tokens
         self.prompts = [question(tokenizer, text) for text in OPEN]
         asked = [continuations(tokenizer, prompt, options) for prompt, *options in ITEMS]
-        self.items = [[Question(ids, option) for option in options] for ids, options in asked]
+        room = getattr(getattr(base, "config", None), "max_position_embeddings", None) or math.inf
+        items = [[Question(ids, option) for option in options] for ids, options in asked]
+        self.items = [item for item in items if all(len(one.prompt) + len(one.answer) <= room for one in item)]
+        if max(map(len, self.prompts)) + new_tokens > room:
+            samples = 0
         right = self._right(base).tolist()
         self.items = [item for item, known in zip(self.items, right, strict=True) if known]
         self.known = len(self.items)
@@ -48,6 +54,8 @@ class Forgetting:
 
     def _right(self, model: nn.Module) -> Tensor:
         """fp64 [items]: 1 where the whole of the first option is likelier than each other's."""
+        if not self.items:
+            return torch.zeros(0, dtype=torch.float64)
         nats = answers(model, [option for item in self.items for option in item], self.tokenizer.pad).nats.view(-1, 4)
         return (nats[:, :1] < nats[:, 1:]).all(1).double()
 

@@ -151,7 +151,7 @@ def generate(
     seed: int = 0,
     batch: int = GENERATED,
 ) -> list[list[int]]:
-    """New tokens after each prompt, up to the first eos and without it; greedy at temperature 0, else from all that is possible.
+    """New tokens after each prompt, up to the first eos and without it; greedy at temperature 0, else from all of them.
 
     torch's generators are left as they were.
     """
