@@ -1,4 +1,4 @@
-"""What commands print through: a stream that cannot raise, and rich's tables and bars on it.  rich is imported when used."""
+"""What commands print through: a stream that cannot raise, rich's tables and bars on it, and errors in a line."""
 
 import io
 import sys
@@ -64,3 +64,11 @@ class Unbreakable(io.TextIOBase):
                 action()
             except (OSError, ValueError):  # a closed pipe; a closed file
                 self.broken = True
+
+
+def one_line(error: BaseException, longest: int = 400) -> str:
+    """What an exception says; its type too where the message does not speak for itself."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= longest else text[:longest] + " …"
+    plain = isinstance(error, (ValueError, TypeError, OSError, ImportError)) and text
+    return text if plain else f"{type(error).__name__}: {text}"

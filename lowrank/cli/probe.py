@@ -130,16 +130,15 @@ def _checked(args: argparse.Namespace, model, tokenizer, examples, device: str):
     from ..compare.data import Subject
     from ..compare.methods import METHODS
     from ..compare.progress import stages
-    from ..compare.run import grid
+    from ..compare.rates import grid
+    from ..tasks.own import Parts, Text
     from ..tasks.score import token_losses
-    from ..tasks.text import Text
 
     held = examples[4::5]
     seen = [example for at, example in enumerate(examples) if at % 5 != 4]
     steps = max(20, min(200, 10 * len(seen) // 8))
     rows, unseen = [example.row for example in seen], [example.row for example in held]
-    task = Text(args.data, "", rows, unseen, unseen, tokenizer.pad, args.seed)
-    task.constant_rate = True
+    task = Text(Parts(args.data, "", seen, held, held), tokenizer.pad, args.seed, constant_rate=True)
     adapter = Adapter(8)
     rate = grid(METHODS["lora"], model.get_input_embeddings().embedding_dim, adapter, 1)[0]
     subject = Subject(args.model, model, tokenizer, None, 8, args.length, False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._screen import one_line
 from ..tasks.rows import Batch, Row, orders
 from ..tasks.task import Example
 from ..tasks.tokens import ByteTokenizer, PretrainedTokenizer
@@ -116,14 +117,6 @@ def pretrained(name: str, dtype: str):
         raise ValueError(f"--model {name}: {odd[0]}{more} NaN or infinity")
     model.config.use_cache = False
     return model, tokenizer, tuple(sorted(info["missing_keys"]))
-
-
-def one_line(error: BaseException, longest: int = 400) -> str:
-    """What an exception says; its type too where the message does not speak for itself."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= longest else text[:longest] + " …"
-    plain = isinstance(error, (ValueError, TypeError, OSError, ImportError)) and text
-    return text if plain else f"{type(error).__name__}: {text}"
 
 
 def topics_text() -> bytes:

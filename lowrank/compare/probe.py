@@ -172,7 +172,7 @@ def calibrations(tokenizer, length: int, seed: int, count: int) -> dict[str, lis
     made = {}
     for name, examples in (
         ("format", lambda: Format(tokenizer, length, seed).examples()),
-        ("facts", lambda: Knowledge(tokenizer, length, seed).unseen()),
+        ("facts", lambda: Knowledge(tokenizer, length, seed).examples()),
         ("style", lambda: Style(tokenizer, seed).examples()),
     ):
         with contextlib.suppress(ValueError):  # a row is longer than the length

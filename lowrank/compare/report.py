@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import _screen
 from ..checkpoints import publish
-from .run import Comparison
+from .comparison import Comparison
 from .settings import REPORTS
 from .summary import summarize
 from .verdict import answer, details, megabytes, paste, took, value
@@ -28,38 +28,41 @@ MEASURES = {  # in the order of columns
 }
 
 
-def _over_seeds(values: dict | None, digits: int = 3, sign: str = "") -> str:
+def _over_seeds(values: dict | None, digits: int = 3, sign: str = "", ranges: bool = True) -> str:
     if values is None or math.isnan(values["mean"]):
         return "–"
     text, low, high = (f"{values[key]:{sign}.{digits}f}" for key in ("mean", "least", "most"))
-    return text if low == high else f"{text} [{low}…{high}]"
+    return text if low == high or not ranges else f"{text} [{low}…{high}]"
 
 
 def tables(result: dict) -> list[Rows]:
-    """What was learnt and forgotten, a table per task; where targets were met; cost; every rate tried."""
-    out = []
-    for name, task in result["tasks"].items():
-        out += [_effect(name, task, result), _targets(name, task), _rates(name, task)]
-    return [table for table in [*out[0::3], *out[1::3], _cost(result), *out[2::3]] if table[2]]
+    """What was learnt, where targets were met, what was forgotten, a table each per task; cost; every rate tried."""
+    kinds = (_learnt, _targets, _forgotten)
+    of_tasks = [kind(name, task, result) for kind in kinds for name, task in result["tasks"].items()]
+    rates = [_rates(name, task) for name, task in result["tasks"].items()]
+    return [table for table in [*of_tasks, _cost(result), *rates] if table[2]]
 
 
-def _effect(name: str, task: dict, result: dict) -> Rows:
+def _learnt(name: str, task: dict, result: dict) -> Rows:
+    """Of seeds, the range of what is learnt alone: the columns have to fit a page."""
     shown = [key for key in MEASURES if key in task["base"]]
-    items = "items" in task["base"]
-    columns = ["method", "rate", *(MEASURES[key] for key in shown), "general Δ", *(["known kept"] if items else [])]
-    columns += ["formats, nats"] if result["forgetting"]["diverse"] else []
-    before = ["before", "", *(_number(task["base"][key]) for key in shown), f"({task['base']['general']:.3f})"]
-    before += [f"{task['base']['items']:.2f}"] if items else []
-    before += [_entropy(result["forgetting"]["diversity"])] if result["forgetting"]["diverse"] else []
-    rows = [before]
+    rows = [["before", *(_number(task["base"][key]) for key in shown)]]
     for method, m in task["methods"].items():
-        row = [method, f"{m['learning_rate']:g}", *(_over_seeds(m["after"][key]) for key in shown)]
-        row += [_over_seeds(m["forgot"], sign="+")]
-        row += [_over_seeds(m["after"]["items"], 2)] if items else []
-        if result["forgetting"]["diverse"]:
-            row.append(_entropy(m["diversity"]))
-        rows.append(row)
-    return f"{name}: after {task['steps']} steps at the picked rate", columns, rows
+        rows.append([method, *(_over_seeds(m["after"][key], ranges=key == task["learnt"]) for key in shown)])
+    title = f"{name}: learnt after {task['steps']} steps at the picked rate"
+    return title, ["method", *(MEASURES[key] for key in shown)], rows
+
+
+def _forgotten(name: str, task: dict, result: dict) -> Rows:
+    items, diverse = "items" in task["base"], result["forgetting"]["diverse"]
+    columns = ["method", "general Δ", *["known kept"] * items, *["formats, nats"] * diverse]
+    before = ["before", f"({task['base']['general']:.3f})", *[f"{task['base'].get('items', 0):.2f}"] * items]
+    rows = [[*before, *[_entropy(result["forgetting"]["diversity"])] * diverse]]
+    for method, m in task["methods"].items():
+        row = [method, _over_seeds(m["forgot"], sign="+")]
+        row += [_over_seeds(m["after"].get("items"), 2)] * items
+        rows.append([*row, *[_entropy(m["diversity"])] * diverse])
+    return f"{name}: forgotten after {task['steps']} steps at the picked rate", columns, rows
 
 
 def _number(value: float) -> str:
@@ -70,23 +73,18 @@ def _entropy(nats: list[float] | None) -> str:
     return f"{abs(nats[0]):.2f} ± {nats[1]:.2f}" if nats else "–"
 
 
-def _targets(name: str, task: dict) -> Rows:
-    columns, rows = ["method"], []
-    for target in task["targets"]:
-        goal = f"loss {target:.3f}" if task["learnt"] == "loss" else value(task, target)
-        columns += [f"{goal}: steps", "s", "general Δ"] if task["constant_rate"] else [f"{goal}: general Δ"]
-    for method, m in task["methods"].items():
-        row = [method]
-        for at in m["at_targets"]:
-            if at["forgot"] is None:
+def _targets(name: str, task: dict, result: dict) -> Rows:
+    rows = []
+    for index, target in enumerate(task["targets"]):
+        for method, m in task["methods"].items():
+            at = m["at_targets"][index]
+            row = [f"loss {target:.3f}" if task["learnt"] == "loss" else value(task, target), method]
+            if task["constant_rate"]:
                 missing = f"not in {task['steps']} steps"
-                row += [missing, "–", "–"] if task["constant_rate"] else [missing]
-            elif task["constant_rate"]:
-                row += [_over_seeds(at["step"], 0), _over_seeds(at["seconds"], 1), _over_seeds(at["forgot"], 2, "+")]
-            else:
-                row += [_over_seeds(at["forgot"], 3, "+")]
-        rows.append(row)
-    return f"{name}: where it was learnt", columns, rows if task["targets"] else []
+                row += [_over_seeds(at["step"], 0) if at["step"] else missing, _over_seeds(at["seconds"], 1)]
+            rows.append([*row, _over_seeds(at["forgot"], 3, "+")])
+    columns = ["target", "method", *(["steps", "s"] if task["constant_rate"] else []), "general Δ"]
+    return f"{name}: where it was learnt", columns, rows
 
 
 def _rates(name: str, task: dict) -> Rows:

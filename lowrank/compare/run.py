@@ -2,106 +2,35 @@
 
 import contextlib
 import copy
-import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import torch
 from torch import nn
 
+from .._screen import one_line
 from ..measure.environment import environment
 from ..tasks.forgetting import Forgetting
-from ..tasks.rows import Row, pad, rows_of
-from ..tasks.score import row_losses, token_losses
+from ..tasks.rows import pad
+from ..tasks.score import token_losses
 from ..tasks.task import Task
 from . import budget, probe, train
 from .agreement import agreement
 from .budget import Budget
+from .checks import check_base, rehearse
+from .comparison import Comparison, Costs, MethodRuns, TaskRuns
 from .costs import latency, merged, weight_changes
-from .data import Subject, general_corpus, load, one_line
-from .methods import Method, method_of
+from .data import Subject, general_corpus, load
+from .methods import method_of
 from .progress import Stages, stages
+from .rates import grid, sweep
 from .records import Records, budget_of, key_of
 from .settings import RUNS, SAVED, Settings
 from .teaching import Teach, teachings
 from .verdict import invented
-
-FULL_RATE = 1.2e-3 * 128  # over the model's width: the centre of full fine-tuning's grid, found on the embedded model
-GRID_FACTOR = 3.0
-EXTENSIONS = 2  # values added beyond an edge that wins before the sweep gives up and flags it
-
-
-@dataclass
-class MethodRuns:
-    """One method in one task.  sweep: a run per rate, with the first seed; more: the picked rate with the other seeds."""
-
-    sweep: list[train.Run] = field(default_factory=list)
-    more: list[train.Run] = field(default_factory=list)
-
-    @property
-    def picked(self) -> train.Run:
-        """The one with the lowest validation loss, which is neither trained nor reported."""
-        return min(self.sweep, key=lambda run: (run.validation, run.rate))
-
-    @property
-    def edge(self) -> bool:
-        rates = [run.rate for run in self.sweep]
-        return len(rates) > 1 and self.picked.rate in (min(rates), max(rates))
-
-    @property
-    def of_seeds(self) -> list[train.Run]:
-        return [self.picked, *self.more]
-
-
-@dataclass
-class TaskRuns:
-    """of_seeds, base: by seed, the task as it redraws it, and what was measured before training."""
-
-    of_seeds: dict[int, Task]
-    plan: train.Plan
-    base: dict[int, train.Point]
-    alone: float = math.nan  # nats per token of its examples that are not trained, before training
-    methods: dict[str, MethodRuns] = field(default_factory=dict)
-
-    @property
-    def task(self) -> Task:
-        return next(iter(self.of_seeds.values()))
-
-
-@dataclass
-class Costs:
-    """What a method costs, from its first run; None where it could not be taken, for the reason in not_measured."""
-
-    latency: dict = field(default_factory=lambda: {"unmerged": None, "merged": None})
-    paths: dict | None = None  # lowrank.stats: which calls ran fused
-    not_measured: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Comparison:
-    """tasks: what has a run.  not_done: {method or "task: method": why it, or the rest of it, could not be done}."""
-
-    settings: Settings
-    subject: Subject
-    environment: dict[str, object]
-    pretraining: dict | None = None
-    forgetting: Forgetting | None = None
-    tasks: dict[str, TaskRuns] = field(default_factory=dict)
-    costs: dict[str, Costs] = field(default_factory=dict)
-    not_done: dict[str, str] = field(default_factory=dict)
-    agreement: dict | None = None
-    probed: dict[str, dict] = field(default_factory=dict)  # by set, what examples in the context give
-    budget: Budget | None = None
-    estimate: float | None = None  # seconds, before the runs began
-    seconds: float = 0.0
-    complete: bool = False
-
-    @property
-    def any_run(self) -> bool:
-        return any(method.sweep for task in self.tasks.values() for method in task.methods.values())
 
 
 def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comparison: None) -> Comparison:
@@ -116,7 +45,7 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
     subject = load(settings)
     device = torch.device(settings.device)
     if not subject.embedded:
-        _check_base(subject, device)
+        check_base(subject, device)
     tasks = teachings(settings, subject)
     comparison = Comparison(settings, subject, environment(device), not_done=rehearse(settings, subject))
     _some_left(comparison)
@@ -137,7 +66,9 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
                 general = general_corpus(shorter, subject.tokenizer, shorter.length)
                 comparison.subject = subject = replace(subject, general=general, length=shorter.length)
                 tasks = teachings(shorter, subject)
-        digests = {name: teach(settings.seed).digest for name, teach in tasks.items()}
+        digests = {name: teach(settings.seed).digest for name, teach in tasks.items()} | {
+            "general": subject.general.digest
+        }
         key = key_of(replace(settings, length=subject.length, batch=subject.batch), subject.model, digests)
         records = Records(settings.out / RUNS, key, settings.resume)
         if comparison.budget:
@@ -152,62 +83,6 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
         _some_left(comparison)
     comparison.seconds, comparison.complete = time.perf_counter() - began, True
     return comparison
-
-
-def _check_base(subject: Subject, device: torch.device) -> None:
-    """Raises ValueError unless the model runs, sees no later token, and has a finite loss on the general text."""
-    what = f"--model {subject.name}: {type(subject.model).__name__}"
-    model = copy.deepcopy(subject.model).to(device)
-    try:
-        loss = row_losses(model, rows_of(subject.general.test), subject.tokenizer.pad).mean()
-        leak = bool(loss.isfinite()) and _looks_ahead(model, subject.general.test[:1].to(device))
-    except Exception as error:  # whatever this model makes a library raise
-        raise ValueError(f"{what} does not run on {device}: {one_line(error)}") from error
-    if leak:
-        raise ValueError(
-            f"{what} sees the tokens it is to predict: its first position's logits depend on later ones; expected a "
-            "causal language model, no encoder"
-        )
-    if not loss.isfinite():
-        raise ValueError(f"{what}: its loss on {subject.general.source} is {float(loss)} before any training")
-
-
-def _looks_ahead(model: nn.Module, block: torch.Tensor) -> bool:
-    """Whether the first position's logits have a gradient at later tokens: in any dtype exactly zero where none is seen."""
-    model.eval()
-    seen: list[torch.Tensor] = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
-        first = model(input_ids=block).logits[:, 0].float()
-    finally:
-        hook.remove()
-    gradient = torch.autograd.grad(first.square().sum(), seen[0])[0]
-    return bool(gradient[:, 1:].any())
-
-
-def rehearse(settings: Settings, subject: Subject) -> dict[str, str]:
-    """{method: why not} of those that fail to prepare a copy of the model without weights, each in all of its phases."""
-    why_not = {}
-    for name in settings.names:
-        try:
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
-                warnings.simplefilter("ignore")
-                model = _without_weights(subject.model)
-                for phase in method_of(name).phases:
-                    model = phase.prepare(model, settings.adapter(name))
-                    if not any(p.requires_grad for p in model.parameters()):
-                        raise ValueError("nothing of the model would train")
-        except Exception as error:  # whatever this model makes a library raise
-            why_not[name] = one_line(error)
-    return why_not
-
-
-def _without_weights(model: nn.Module) -> nn.Module:
-    """A deep copy with parameters and buffers on the meta device; a plain one where their class has no place there."""
-    with contextlib.suppress(Exception):
-        memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-        return copy.deepcopy(model, memo | {id(b): b.to("meta") for b in model.buffers()})
-    return copy.deepcopy(model)
 
 
 @contextlib.contextmanager
@@ -306,28 +181,6 @@ def _step_tokens(task: Task, batch: int) -> int:
     return batch * max(len(row.ids) for row in rows)
 
 
-def grid(method: Method, width: int, adapter, count: int = 3) -> list[float]:
-    """Learning rates a factor of three apart, to one significant digit or two; of one, the middle."""
-    centre = method.centre(adapter) * FULL_RATE / width
-    return [float(f"{centre * GRID_FACTOR**power:.1e}") for power in ((-1, 0, 1) if count > 1 else (0,))]
-
-
-def sweep(run_at: Callable[[float], train.Run], rates: list[float], extend: bool = True) -> Iterator[train.Run]:
-    """A run at every rate.  An edge that wins is moved out, at most EXTENSIONS times."""
-    validation: dict[float, float] = {}
-    pending, extensions = list(rates), EXTENSIONS if extend and len(rates) > 1 else 0
-    while pending:
-        run = run_at(pending.pop(0))
-        validation[run.rate] = run.validation
-        yield run
-        best = min(validation, key=lambda rate: (validation[rate], rate))
-        if not pending and extensions and math.isfinite(validation[best]):
-            if best == max(validation):
-                pending, extensions = [float(f"{best * GRID_FACTOR:.1e}")], extensions - 1
-            elif best == min(validation):
-                pending, extensions = [float(f"{best / GRID_FACTOR:.1e}")], extensions - 1
-
-
 class _Work:
     """All runs of one comparison, task by task and method by method."""
 
@@ -380,7 +233,7 @@ class _Work:
         sets = probe.calibrations(self.subject.tokenizer, room, self.settings.seed, probe.EXAMPLES)
         if self.settings.data is not None:
             for name, runs in self.comparison.tasks.items():
-                sets[name] = runs.task.unseen()[: probe.EXAMPLES]
+                sets[name] = runs.task.examples()[: probe.EXAMPLES]
         with self.screen.stage("examples in the context", len(sets)) as stage:
             self.comparison.probed, why_not = probe.probe(
                 model, self.subject.tokenizer, sets, seed=self.settings.seed, tick=lambda name: stage.tick()
@@ -396,7 +249,6 @@ class _Work:
         if self.comparison.budget:
             chosen = self.comparison.budget
             plans = "; ".join(f"{name}: {runs.plan.steps} steps" for name, runs in self.comparison.tasks.items())
-            self.comparison.estimate = chosen.seconds
             rates = "three rates" if chosen.rates > 1 else "one rate"
             self.screen.line(
                 f"about {budget.words(chosen.seconds)}: {plans}; {rates} a method, sequences of {chosen.length} tokens"
@@ -480,7 +332,7 @@ class _Work:
 
         if method != "full":
             costs.paths = lowrank.stats(model)
-        rows: list[Row] = next(task.batches(self.subject.batch, 1))
+        rows = next(task.batches(self.subject.batch, 1))
         shortest = min(len(row.ids) for row in rows)
         batch = torch.tensor([row.ids[:shortest] for row in rows], device=self.device)
         for key, measured in (("unmerged", lambda: model), ("merged", lambda: merged(model))):

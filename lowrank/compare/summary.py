@@ -4,13 +4,11 @@ import math
 from collections.abc import Iterable
 
 from ..tasks.task import Task
+from .comparison import Comparison, MethodRuns, TaskRuns
 from .methods import method_of
 from .probe import finding
-from .run import Comparison, MethodRuns, TaskRuns
-from .statistics import FALLS, Crossing, crossing, ends, finite, leaders, noise
+from .statistics import FALLS, SHARES, Crossing, crossing, ends, finite, leaders, noise
 from .train import Point, Run
-
-SHARES = (0.5, 0.9)  # of the largest gain in loss: the targets of a task that has none of its own
 
 
 def spread(values: Iterable[float]) -> dict[str, float] | None:
@@ -59,7 +57,7 @@ def summarize(comparison: Comparison) -> dict:
             "seed": settings.seed,
             "seeds": settings.seeds,
             "minutes": settings.minutes,
-            "estimated_seconds": comparison.estimate,
+            "estimated_seconds": comparison.budget and comparison.budget.seconds,
         },
         "memory_measure": "CUDA allocator peak" if settings.device != "cpu" else "counted bytes",
         "forgetting": {
@@ -218,8 +216,3 @@ def _rate(run: Run, learnt: str, targets: list[float]) -> dict:
 
 def _means(point: Point) -> dict[str, float]:
     return {name: point.mean(name) for name in point.measures}
-
-
-def gains(task: dict) -> bool:
-    """Whether what is learnt is read upwards."""
-    return task["learnt"] != FALLS

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from ..tasks import examples as own_examples
 from ..tasks.format import Format
 from ..tasks.knowledge import Knowledge
-from ..tasks.own import OwnFormat, OwnKnowledge
+from ..tasks.own import OwnFormat, OwnKnowledge, Parts, Text
 from ..tasks.rows import rows_of
-from ..tasks.task import Task
-from ..tasks.text import Text
+from ..tasks.task import Example, Task
 from ..tasks.validity import accepts_some, validator
 from .data import Subject, corpus, library_text
 from .settings import Settings, is_examples
@@ -33,8 +32,10 @@ def teachings(settings: Settings, subject: Subject) -> dict[str, Teach]:
             own = corpus(
                 settings.data, "standard library source", library_text, tokenizer, length, settings.eval_sequences
             )
-            parts = [rows_of(part) for part in (own.train, own.validation, own.test)]
-            chosen[name] = lambda seed, own=own, parts=parts: Text(own.source, own.digest, *parts, tokenizer.pad, seed)
+            prefix = len(tokenizer.prefix)
+            blocks = ([Example(row, prefix) for row in rows_of(b)] for b in (own.train, own.validation, own.test))
+            parts = Parts(own.source, own.digest, *blocks)
+            chosen[name] = lambda seed, parts=parts: Text(parts, tokenizer.pad, seed)
         else:
             kind = Knowledge if name == "knowledge" else Format
             chosen[name] = lambda seed, kind=kind: kind(tokenizer, length, seed)
@@ -46,7 +47,7 @@ def _of_examples(settings: Settings, subject: Subject) -> dict[str, Teach]:
     tokenizer, length = subject.tokenizer, subject.length
     read = own_examples.read(settings.data, tokenizer, length, settings.loss or "all")
     train, validation, test = own_examples.split(read, settings.seed)
-    test = test[: settings.eval_sequences]
+    most = settings.eval_sequences
     questions = own_examples.read_questions(settings.test, tokenizer, length) if settings.test else []
     own_examples.overlap(read.examples, questions)
     valid = validator(settings.valid) if settings.valid else None
@@ -55,15 +56,14 @@ def _of_examples(settings: Settings, subject: Subject) -> dict[str, Teach]:
     digest = read.digest
     if settings.test:
         digest += "+" + hashlib.sha256(settings.test.read_bytes()).hexdigest()[:12]
-    left_out = f", {read.left_out} more too long" if read.left_out else ""
-    common, pad = (f"{read.source}, {len(read.examples)} examples{left_out}", digest), tokenizer.pad
-    rows = [[example.row for example in part] for part in (train, validation, test)]
+    source = f"{read.source}, {len(read.examples)} examples"
+    source += f", {read.left_out} more too long" if read.left_out else ""
+    source += f", {min(most, len(questions))} of {len(questions)} questions" if questions else ""
+    parts, pad = Parts(source, digest, train, validation[:most], test[:most]), tokenizer.pad
     make: dict[str, Teach] = {
-        "text": lambda seed: Text(*common, *rows, pad, seed),
-        "knowledge": lambda seed: OwnKnowledge(
-            *common, train, validation, questions, pad, seed, settings.eval_sequences
-        ),
-        "format": lambda seed: OwnFormat(*common, train, validation, test, valid, tokenizer, seed),
+        "text": lambda seed: Text(parts, pad, seed),
+        "knowledge": lambda seed: OwnKnowledge(parts, pad, seed, questions[:most], most),
+        "format": lambda seed: OwnFormat(parts, tokenizer, seed, valid),
     }
     chosen = {name: make[name] for name in settings.tasks}
     for teach in chosen.values():

@@ -2,6 +2,7 @@
 
 from .budget import words as duration
 from .probe import Trained, held
+from .statistics import SHARES
 from .train import WARM_UP, WARM_UP_STEPS
 
 TAUGHT = {"knowledge": "Knowledge", "format": "Format", "text": "Text"}
@@ -49,11 +50,8 @@ def goal(task: dict, target: float) -> str:
     """ "95 % of the facts recalled", or a loss and the share of the largest gain that it stands for."""
     if task["learnt"] != "loss":
         return f"{target:.0%} {LEARNT[task['learnt']]}"
-    start = task["base"]["loss"]
-    gains = [start - m["after"]["loss"]["mean"] for m in task["methods"].values()]
-    first = task["targets"].index(target)
-    share = (0.5, 0.9)[first]
-    return f"a loss of {target:.3f} ({share:.0%} of the largest gain)" if gains else f"a loss of {target:.3f}"
+    share = SHARES[task["targets"].index(target)]
+    return f"a loss of {target:.3f} ({share:.0%} of the largest gain)"
 
 
 def value(task: dict, number: float) -> str:

@@ -44,4 +44,5 @@ def example(
         first, last = (len(head) + shared(tokenizer.encode(text[:at]), ids) for at in (begin, end))
         content[first:last] = [True] * (last - first)
     row = Row.of(head, ids) if prompt else Row((*head, *ids), (*head, *ids))
-    return Example(row, len(tokenizer.prefix), prompt, text, tuple(content))
+    begins = tuple(head[: len(tokenizer.prefix)]) == tokenizer.prefix  # a template may begin otherwise
+    return Example(row, len(tokenizer.prefix) if begins else 0, prompt, text, tuple(content))

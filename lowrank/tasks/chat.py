@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from .._screen import one_line
 from .tokens import shared
 
 
@@ -69,9 +70,3 @@ class Chat:
             end = self.end(message)
             return [begin <= at < end for at in range(len(self.ids))]
         return [mark and at >= begin for at, mark in enumerate(self.marks)]
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says; its type too where the message does not speak for itself."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, (ValueError, TypeError)) and text else f"{type(error).__name__}: {text}"

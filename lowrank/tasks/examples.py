@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .chat import Chat, one_line
+from .._screen import one_line
+from .chat import Chat
 from .rows import IGNORED, Row
 from .score import Question
 from .task import Example

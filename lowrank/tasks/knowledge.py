@@ -81,6 +81,9 @@ class Knowledge:
         others = [person for person in _people(people + len(own), draw) if person["n"] not in own]
         return [self._told(person, draw)[0] for person in others[:people]]
 
+    def examples(self) -> list[Example]:
+        return self.unseen()
+
     def batches(self, size: int, steps: int) -> Iterator[list[Row]]:
         draw, waiting = random.Random(self.seed), []
         for _ in range(steps):

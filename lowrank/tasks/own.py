@@ -1,6 +1,7 @@
-"""Knowledge and format in the user's own examples: their questions, their validator."""
+"""Tasks of given examples: a text or a wording, knowledge, a format; trained, validated and tested on apart."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,60 @@ from .score import Question, answers, generate, row_losses
 from .task import Example
 
 
-class OwnKnowledge:
-    """Examples that say it, and questions that ask for it: of a file that is never trained on, or the examples' own prompts.
+@dataclass(frozen=True)
+class Parts:
+    """Examples by what is done with them.  source, digest: of the data, for the report."""
+
+    source: str
+    digest: str
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
+
+
+class Own:
+    """What the tasks of given examples share.  seed: of the order alone."""
+
+    def __init__(self, parts: Parts, pad_id: int, seed: int):
+        self.source, self.digest, self.parts = parts.source, parts.digest, parts
+        self.pad_id, self.seed = pad_id, seed
+        self._rows = [example.row for example in parts.train]
+
+    def batches(self, size: int, steps: int) -> Iterator[list[Row]]:
+        for indices in orders(len(self._rows), size, steps, self.seed):
+            yield [self._rows[i] for i in indices]
+
+    def trained(self) -> Sequence[Row]:
+        return self._rows
+
+    def unseen(self) -> Sequence[Example]:
+        return self.parts.validation
+
+    def examples(self) -> list[Example]:
+        return [*self.parts.validation, *self.parts.train]
+
+    def validate(self, model: nn.Module) -> float:
+        return float(self._losses(model, self.parts.validation).mean())
+
+    def _losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        return row_losses(model, [example.row for example in examples], self.pad_id)
+
+
+class Text(Own):
+    """A domain of text, or examples whose wording shall be learnt.  measure: "loss", nats per token of each test row."""
+
+    name, learnt, targets, apart = "text", "loss", (), "loss"
+
+    def __init__(self, parts: Parts, pad_id: int, seed: int, constant_rate: bool = False):
+        super().__init__(parts, pad_id, seed)
+        self.constant_rate = constant_rate
+
+    def measure(self, model: nn.Module) -> dict[str, Tensor]:
+        return {"loss": self._losses(model, self.parts.test)}
+
+
+class OwnKnowledge(Own):
+    """Examples that say it, and questions that ask for it: never trained on, or the examples' own prompts, ``most`` of them.
 
     measures, one entry per question: "asked_exact" (0 or 1) and "asked_nats" of the whole answer, where questions were given;
     "trained_exact" and "trained_nats" of the trained examples' own prompts, where they have any.
@@ -19,41 +72,16 @@ class OwnKnowledge:
 
     name, constant_rate, targets = "knowledge", True, (0.5, 0.95)
 
-    def __init__(
-        self,
-        source: str,
-        digest: str,
-        train: Sequence[Example],
-        validation: Sequence[Example],
-        questions: Sequence[Question],
-        pad_id: int,
-        seed: int,
-        most: int,
-    ):
-        self.source, self.digest, self.pad_id, self.seed = source, digest, pad_id, seed
-        self._rows, self._unseen = [example.row for example in train], validation
-        self._validation = [example.row for example in validation]
-        asked = [asked_of(example) for example in train if example.answer[1]]
-        self._questions = {"asked": list(questions), "trained": asked[:most]}
+    def __init__(self, parts: Parts, pad_id: int, seed: int, questions: Sequence[Question], most: int):
+        super().__init__(parts, pad_id, seed)
+        own = [asked_of(example) for example in parts.train if example.answer[1]]
+        self._questions = {"asked": questions, "trained": own[:most]}
         kind = "asked" if questions else "trained"
         if not self._questions[kind]:
             raise ValueError(
-                f"{source}: texts without prompts cannot be asked for what they taught; expected --test FILE.jsonl"
+                f"{parts.source}: texts without prompts cannot be asked for what they taught; expected --test FILE.jsonl"
             )
         self.learnt, self.apart = f"{kind}_exact", f"{kind}_nats"
-
-    def batches(self, size: int, steps: int) -> Iterator[list[Row]]:
-        for indices in orders(len(self._rows), size, steps, self.seed):
-            yield [self._rows[i] for i in indices]
-
-    def trained(self) -> list[Row]:
-        return self._rows
-
-    def unseen(self) -> Sequence[Example]:
-        return self._unseen
-
-    def validate(self, model: nn.Module) -> float:
-        return float(row_losses(model, self._validation, self.pad_id).mean())
 
     def measure(self, model: nn.Module) -> dict[str, Tensor]:
         measures = {}
@@ -64,52 +92,29 @@ class OwnKnowledge:
         return measures
 
 
-class OwnFormat:
+class OwnFormat(Own):
     """Examples whose form shall be learnt.  measures: "loss" of each held-out example, nats per token, and, given a validator,
     "valid" of each of their prompts: whether the model's own greedy answer passes (0 or 1)."""
 
-    name, constant_rate = "format", True
+    name, constant_rate, apart = "format", True, "loss"
 
-    def __init__(
-        self,
-        source: str,
-        digest: str,
-        train: Sequence[Example],
-        validation: Sequence[Example],
-        test: Sequence[Example],
-        valid: Callable[[str], bool] | None,
-        tokenizer,
-        seed: int,
-    ):
-        self.source, self.digest, self.seed, self.pad_id = source, digest, seed, tokenizer.pad
-        self._rows, self._unseen = [example.row for example in train], validation
-        self._validation = [example.row for example in validation]
-        self._test, self._valid, self._tokenizer = test, valid, tokenizer
-        self.learnt, self.apart = ("valid" if valid else "loss"), "loss"
-        self.targets = (0.8,) if valid else ()
-        self._asked = [asked_of(example).prompt for example in test if example.answer[1]]
-        if valid and not self._asked:
-            raise ValueError(f"{source}: texts without prompts have no answers that could be valid; expected prompts")
-        self._ends = _ends([asked_of(example).answer for example in train if example.answer[1]], tokenizer)
-        self._new_tokens = max((len(asked_of(example).answer) for example in (*train, *test)), default=0) + 8
-
-    def batches(self, size: int, steps: int) -> Iterator[list[Row]]:
-        for indices in orders(len(self._rows), size, steps, self.seed):
-            yield [self._rows[i] for i in indices]
-
-    def trained(self) -> list[Row]:
-        return self._rows
-
-    def unseen(self) -> Sequence[Example]:
-        return self._unseen
-
-    def validate(self, model: nn.Module) -> float:
-        return float(row_losses(model, self._validation, self.pad_id).mean())
+    def __init__(self, parts: Parts, tokenizer, seed: int, valid: Callable[[str], bool] | None):
+        super().__init__(parts, tokenizer.pad, seed)
+        self._valid, self._tokenizer = valid, tokenizer
+        self.learnt, self.targets = ("valid", (0.8,)) if valid else ("loss", ())
+        asked = [asked_of(example) for example in (*parts.train, *parts.test) if example.answer[1]]
+        self._prompts = [asked_of(example).prompt for example in parts.test if example.answer[1]]
+        if valid and not self._prompts:
+            raise ValueError(
+                f"{parts.source}: texts without prompts have no answers that could be valid; expected prompts"
+            )
+        self._ends = _ends([question.answer for question in asked], tokenizer)
+        self._new_tokens = max((len(question.answer) for question in asked), default=0) + 8
 
     def measure(self, model: nn.Module) -> dict[str, Tensor]:
-        measures = {"loss": row_losses(model, [example.row for example in self._test], self.pad_id)}
+        measures = {"loss": self._losses(model, self.parts.test)}
         if self._valid:
-            made = generate(model, self._asked, self._new_tokens, eos=self._ends, pad_id=self.pad_id)
+            made = generate(model, self._prompts, self._new_tokens, eos=self._ends, pad_id=self.pad_id)
             passed = [float(self._valid(self._tokenizer.decode(ids))) for ids in made]
             measures["valid"] = torch.tensor(passed, dtype=torch.float64)
         return measures

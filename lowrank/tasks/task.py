@@ -55,6 +55,9 @@ class Task(Protocol):
     def unseen(self) -> Sequence[Example]:
         """Of the same kind, and never trained on."""
 
+    def examples(self) -> Sequence[Example]:
+        """To show in a context before anything trains: what is trained, or of its kind."""
+
     def validate(self, model: nn.Module) -> float:
         """Mean nats per token of what is neither trained nor reported."""
 

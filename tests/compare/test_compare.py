@@ -292,6 +292,16 @@ def test_runs_of_something_else_are_not_resumed(parse, texts, tmp_path, options,
         tiny_run(parse, texts, tmp_path, "--methods", "full", "--resume", *options)
 
 
+def test_another_general_text_is_another_comparison(parse, texts, tmp_path, monkeypatch):
+    """Of a model that does not depend on it: the embedded one is pretrained on it."""
+    from lowrank.compare import records
+
+    monkeypatch.setattr(records, "model_digest", lambda model: "one model")
+    assert tiny_run(parse, texts, tmp_path, "--methods", "full") == 0
+    with pytest.raises(ValueError, match="holds runs of another data: "):
+        tiny_run(parse, texts, tmp_path, "--methods", "full", "--resume", "--general-data", texts / "new.txt")
+
+
 def test_nothing_to_resume(parse, texts, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no runs; expected the --out of an earlier run"):
         tiny_run(parse, texts, tmp_path, "--methods", "full", "--resume")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lowrank.compare import budget, summary
+from lowrank.compare.comparison import MethodRuns, TaskRuns
 from lowrank.compare.costs import Memory
-from lowrank.compare.run import MethodRuns, TaskRuns, grid, sweep
+from lowrank.compare.rates import grid, sweep
 from lowrank.compare.settings import Embedded, Settings
 from lowrank.compare.statistics import crossing, ends, leaders, separated
 from lowrank.compare.train import Plan, Point, Run
@@ -137,7 +138,7 @@ def result(task="knowledge", settings=None, embedded=True, **methods: list[Run])
         name="toy", embedded=embedded, invented=(), model=model, general=general, batch=8, length=128
     )
     comparison = SimpleNamespace(
-        settings=settings, subject=subject, seconds=1.0, complete=True, not_done={}, environment={}, estimate=None,
+        settings=settings, subject=subject, seconds=1.0, complete=True, not_done={}, environment={}, budget=None,
         pretraining={"steps": 800, "seconds": 55.0}, tasks={task: runs}, costs={}, agreement=None, probed={},
         forgetting=SimpleNamespace(known=3, nothing_to_forget=True, before=(0.1, 0.01), diverse=False),
     )  # fmt: skip
@@ -199,6 +200,33 @@ def test_a_loss_that_misses_the_target_by_less_than_the_noise_took_no_full_train
         lora = run((3.0, 2.0), (loss, 2.4))
         lora.points[-1].measures["loss"] = loss + NOISE.flip(0)  # another order of difficulty: a noisy difference
         assert said in answer(result("text", full=full, lora=[lora]))[-1]
+
+
+def test_tables_of_several_seeds_fit_a_page():
+    """With the measures, seeds and names of a real comparison."""
+    from lowrank.compare.report import MEASURES, tables
+
+    def wide(seed):
+        made = recall(
+            (0.0, 2.0), (0.6, 2.2 + seed), (1.0 - seed / 50, 12.6 + seed), rate=3.3e-4, seed=seed, memory=10**10
+        )
+        for point in made.points:
+            point.measures.update(
+                {key: 10.0 + seed + NOISE for key in MEASURES if key.startswith(("cloze", "question"))}
+            )
+            point.measures["items"] = 0.5 + seed / 50 + NOISE
+        return made
+
+    made = result(**{"lora-attention:64": [wide(0), wide(1), wide(2)], "full": [wide(0), wide(1), wide(2)]})
+    made["forgetting"] |= {"diverse": True, "diversity": [0.75, 0.06]}
+    shown = tables(made)
+    assert [title.split(" after")[0] for title, *_ in shown[:3]] == [
+        "knowledge: learnt", "knowledge: where it was learnt", "knowledge: forgotten",
+    ]  # fmt: skip
+    for title, columns, rows in shown:
+        assert {len(row) for row in rows} == {len(columns)}, title
+        assert sum(max(map(len, column)) + 3 for column in zip(columns, *rows, strict=True)) <= 100, title
+    assert "0.980 [0.960…1.000]" in shown[0][2][1]
 
 
 def test_no_winner_inside_the_spread_and_forgetting_over_every_rate():
