@@ -130,8 +130,12 @@ def _cost(result: dict) -> Rows:
                 *("–" if forward[key] is None else f"{forward[key] * 1e3:.1f}" for key in ("unmerged", "merged")),
             ]
         )
-    columns = ["method", "trainable", "memory", "checkpoint", f"ms/step ({' / '.join(result['tasks'])})"]
-    return "Cost", [*columns, "forward ms", "merged ms"], rows
+    columns = ["method", "trainable", "memory", "checkpoint", "step", "forward", "merged"]
+    return (
+        f"Cost; ms of a training step ({' / '.join(result['tasks'])}) and of a forward, unmerged and merged",
+        columns,
+        rows,
+    )
 
 
 def show(comparison: Comparison, console=None) -> None:
