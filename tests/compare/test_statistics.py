@@ -130,7 +130,7 @@ def result(task="knowledge", settings=None, embedded=True, **methods: list[Run])
         name: MethodRuns([r for r in runs if r.seed == 0], [r for r in runs if r.seed])
         for name, runs in methods.items()
     }
-    runs = TaskRuns({0: kind}, Plan(20, 8, 2), base, methods=done)
+    runs = TaskRuns({0: kind}, Plan(20, 8, 2), base, alone=4.0, methods=done)
     settings = settings or Settings("float32", "cpu", {task: tuple(methods)}, seeds=1 + sum(s > 0 for s in base))
     model = SimpleNamespace(parameters=lambda: [torch.zeros(840_000)], config=SimpleNamespace(to_dict=dict))
     general = SimpleNamespace(source="prose", digest="1", test=range(64))
@@ -200,6 +200,16 @@ def test_a_loss_that_misses_the_target_by_less_than_the_noise_took_no_full_train
         lora = run((3.0, 2.0), (loss, 2.4))
         lora.points[-1].measures["loss"] = loss + NOISE.flip(0)  # another order of difficulty: a noisy difference
         assert said in answer(result("text", full=full, lora=[lora]))[-1]
+
+
+def test_what_training_gave_to_others_and_to_what_was_trained():
+    full = recall((0.0, 2.0), (0.6, 2.2), (1.0, 2.6))
+    full.shown = (1.0, 0.5)
+    text = " ".join(details(result(full=[full])))
+    assert (
+        "full: after training, 3.00 nats per token in general and 0.50 on trained examples alone, a share of 0.86."
+        in text
+    )
 
 
 def test_tables_of_several_seeds_fit_a_page():

@@ -56,12 +56,12 @@ def write(path, lines):
 
 @pytest.fixture
 def data(tmp_path):
-    lines = [{"prompt": f"Number {i}?", "completion": json.dumps({"n": i})} for i in range(40)]
+    lines = [{"prompt": f"Number {i}?", "completion": json.dumps({"n": i})} for i in range(120)]
     return write(tmp_path / "data.jsonl", [*lines, {"prompt": "Long?", "completion": "x" * 400}])
 
 
 def test_examples_questions_and_a_validator(parse, model, data, tmp_path):
-    test = write(tmp_path / "test.jsonl", [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(5)])
+    test = write(tmp_path / "test.jsonl", [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(12)])
     options = ("--model", model, "--data", data, "--test", test, "--valid", "json", "--out", tmp_path / "out")
     assert compare.main(parse(*QUICK, *RATES, *options)) == 0
     result = json.loads((tmp_path / "out" / "compare.json").read_text())
@@ -69,8 +69,9 @@ def test_examples_questions_and_a_validator(parse, model, data, tmp_path):
         "knowledge": "asked_exact",
         "format": "valid",
     }
-    assert result["tasks"]["knowledge"]["items"]["asked_exact"] == 5
-    assert "40 examples, 1 more too long" in result["tasks"]["format"]["source"]
+    assert result["tasks"]["knowledge"]["items"]["asked_exact"] == 8  # --eval-sequences
+    assert result["tasks"]["format"]["items"] | {"loss": 8, "valid": 8} == result["tasks"]["format"]["items"]
+    assert "120 examples, 1 more too long, 8 of 12 questions" in result["tasks"]["format"]["source"]
     assert set(result["probe"]["sets"]) >= {"knowledge", "format"}  # the generated ones need more positions
 
 
