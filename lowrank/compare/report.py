@@ -82,7 +82,9 @@ def _targets(name: str, task: dict, result: dict) -> Rows:
             if task["constant_rate"]:
                 missing = f"not in {task['steps']} steps"
                 row += [_over_seeds(at["step"], 0) if at["step"] else missing, _over_seeds(at["seconds"], 1)]
-            rows.append([*row, _over_seeds(at["forgot"], 3, "+")])
+            rows.append(
+                [*row, _over_seeds(at["forgot"], 3, "+") if at["forgot"] else "–" if len(row) > 2 else "not reached"]
+            )
     columns = ["target", "method", *(["steps", "s"] if task["constant_rate"] else []), "general Δ"]
     return f"{name}: where it was learnt", columns, rows
 
