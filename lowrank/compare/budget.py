@@ -78,9 +78,11 @@ def fitted(
     settings: Settings,
     length: int,
     minutes: float,
+    ahead: float = 0.0,
     fixed: bool = False,
 ) -> Budget:
-    """The first of the candidates that takes no longer than so many minutes.  fixed: the length stays.
+    """The first of the candidates that takes no longer than so many minutes.  ahead: seconds that are gone or that nothing
+    shortens; fixed: the length stays.
 
     Raises: ValueError where even the least does not fit, naming the methods that would.
     """
@@ -93,7 +95,7 @@ def fitted(
             for task, name in chosen
         }
         few = {task: min(evaluations[task], steps[task]) for task, _ in chosen}
-        taken = seconds(chosen, steps, few, tried, settings.seeds, length_ / length)
+        taken = ahead + seconds(chosen, steps, few, tried, settings.seeds, length_ / length)
         return Budget(length_, share, rates, taken)
 
     least = None
@@ -101,16 +103,17 @@ def fitted(
         least = budget(costs, *candidate)
         if least.seconds <= 60 * minutes:
             return least
-    fit, spent = [], 0.0
+    fit, spent = [], ahead
     alone = {name: {key: cost for key, cost in costs.items() if key[1] == name} for _, name in costs}
     smallest = (least.length, least.share, least.rates)
     for name, own in sorted(alone.items(), key=lambda item: budget(item[1], *smallest).seconds):
-        spent += budget(own, *smallest).seconds
+        spent += budget(own, *smallest).seconds - ahead
         if spent <= 60 * minutes:
             fit.append(name)
     would = f"--methods {','.join(fit)} would fit" if fit else "no method alone would fit"
     raise ValueError(
-        f"--minutes {minutes:g}: {LEAST_STEPS} steps of each method take {least.seconds / 60:.1f} minutes; {would}"
+        f"--minutes {minutes:g}: {LEAST_STEPS} steps of each method, and what is around them, take "
+        f"{least.seconds / 60:.1f} minutes; {would}"
     )
 
 

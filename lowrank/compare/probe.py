@@ -28,6 +28,7 @@ from ..tasks.task import Example
 
 CONTEXTS = (1, 3, 7)  # other examples
 DRAWS = 3  # contexts of each example
+TIMES = 1 + sum(k + 1 for k in (*CONTEXTS, max(CONTEXTS)))  # an example's tokens, in one draw of all its contexts
 EXAMPLES = 40
 LEAST = 24  # examples: fewer carry no verdict
 FOLLOWS = 0.5  # share of the generated format: a model below it does not follow examples

@@ -58,9 +58,14 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
             screen.line(invented(subject.name, subject.invented))
         for name, why in comparison.not_done.items():
             screen.line(_not_done(name, why))
+        if "lora" in {name.partition(":")[0] for name in settings.names} - comparison.not_done.keys():
+            with _or_why_not(comparison, "agreement", screen):
+                task = next(iter(tasks.values()))(settings.seed)
+                batch = pad(next(task.batches(min(subject.batch, 4), 1)), subject.tokenizer.pad)
+                comparison.agreement = agreement(subject.model, batch, settings.adapter("lora"), device, settings.seed)
         if settings.minutes is not None:
             kept = budget_of(settings.out / RUNS) if settings.resume else None
-            comparison.budget = Budget(**kept) if kept else _fitted(comparison, tasks, device, screen)
+            comparison.budget = Budget(**kept) if kept else _fitted(comparison, tasks, device, screen, began)
             if comparison.budget.length != subject.length:
                 shorter = replace(settings, length=comparison.budget.length)
                 general = general_corpus(shorter, subject.tokenizer, shorter.length)
@@ -74,11 +79,6 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
         if comparison.budget:
             records.save_budget(asdict(comparison.budget))
         work = _Work(comparison, tasks, records, device, screen, began, save)
-        if "lora" in {name.partition(":")[0] for name in settings.names} - comparison.not_done.keys():
-            with _or_why_not(comparison, "agreement", screen):
-                comparison.agreement = agreement(
-                    subject.model, work.agreed_batch(), settings.adapter("lora"), device, settings.seed
-                )
         work.do()
         _some_left(comparison)
     comparison.seconds, comparison.complete = time.perf_counter() - began, True
@@ -120,43 +120,76 @@ def _pretrain(settings: Settings, subject: Subject, device: torch.device, screen
     }
 
 
-def _fitted(comparison: Comparison, tasks: dict[str, Teach], device: torch.device, screen: Stages) -> Budget:
+def _fitted(
+    comparison: Comparison, tasks: dict[str, Teach], device: torch.device, screen: Stages, began: float
+) -> Budget:
     """Times two steps of every method in every task, and one evaluation, and chooses what fits."""
     settings, subject = comparison.settings, comparison.subject
     base = copy.deepcopy(subject.model).to(device)
     forgetting = Forgetting(subject.tokenizer, subject.general.test, base)
-    costs, evaluations = {}, {}
+    costs, evaluations, ahead = {}, {}, _context_seconds(settings, subject, base, tasks)
     with screen.stage("time two steps of each method", sum(map(len, settings.methods.values()))) as stage:
+        start = time.perf_counter()
+        if forgetting.diverse:
+            forgetting.diversity(base, settings.seed)
+        diversity = time.perf_counter() - start
         for name, teach in tasks.items():
             task = teach(settings.seed)
             start = time.perf_counter()
             tokens = _tokens(base, lambda task=task: {**forgetting.measure(base), **task.measure(base)})
-            evaluation = time.perf_counter() - start
-            start = time.perf_counter()
-            if forgetting.diverse:
-                forgetting.diversity(base, settings.seed)
-            end = evaluation + time.perf_counter() - start
+            alone = time.perf_counter() - start
+            ahead += settings.seeds * alone
             steps = settings.steps_of(name)
             evaluations[name] = budget.points(steps, _step_tokens(task, subject.batch), tokens)
             for method in settings.methods[name]:
                 if method in comparison.not_done:
                     continue
                 with _or_why_not(comparison, method, screen):
-                    run = train.train(
-                        subject,
-                        task,
-                        method_of(method),
-                        1e-6,
-                        settings.seed,
-                        train.Plan(4, subject.batch, 1, settings.replay),
-                        adapter=settings.adapter(method),
-                        device=device,
-                        measure=lambda model: {},
-                        in_place=settings.in_place,
-                    )
-                    costs[name, method] = budget.Cost(run.seconds[-1], evaluation, end)
+                    costs[name, method] = _cost(settings, subject, task, method, device, forgetting, diversity / alone)
                 stage.tick()
-    return budget.fitted(costs, evaluations, settings, subject.length, settings.minutes, fixed=subject.embedded)
+    ahead += time.perf_counter() - began
+    return budget.fitted(costs, evaluations, settings, subject.length, settings.minutes, ahead, fixed=subject.embedded)
+
+
+def _cost(settings: Settings, subject: Subject, task: Task, method: str, device, forgetting: Forgetting, texts: float):
+    """texts: how many evaluations take as long as the diversity of the base's texts."""
+    evaluation = 0.0
+
+    def measure(model: nn.Module) -> train.Measures:
+        nonlocal evaluation
+        start = time.perf_counter()
+        measured = {**forgetting.measure(model), **task.measure(model)}
+        evaluation = time.perf_counter() - start
+        return measured
+
+    plan, start = train.Plan(4, subject.batch, 1, settings.replay), time.perf_counter()
+    run = train.train(
+        subject,
+        task,
+        method_of(method),
+        1e-6,
+        settings.seed,
+        plan,
+        adapter=settings.adapter(method),
+        device=device,
+        measure=measure,
+        in_place=settings.in_place,
+    )
+    around = time.perf_counter() - start - sum(run.seconds) - evaluation  # the copy, the adapter and the validation
+    return budget.Cost(run.seconds[-1], evaluation, max(around, 0.0) + texts * evaluation)
+
+
+def _context_seconds(settings: Settings, subject: Subject, base: nn.Module, tasks: dict[str, Teach]) -> float:
+    """Of examples in the context, from one batch's tokens per second."""
+    if subject.embedded:
+        return 0.0
+    sets = probe.calibrations(subject.tokenizer, probe.positions(base), settings.seed, probe.EXAMPLES)
+    if settings.data is not None:
+        sets |= {name: teach(settings.seed).examples()[: probe.EXAMPLES] for name, teach in tasks.items()}
+    rows = [example.row for examples in sets.values() for example in examples]
+    start = time.perf_counter()
+    token_losses(base, rows, subject.tokenizer.pad)
+    return (time.perf_counter() - start) * probe.TIMES
 
 
 def _tokens(model: nn.Module, work: Callable[[], object]) -> int:
@@ -188,10 +221,6 @@ class _Work:
         self.comparison, self.settings, self.subject = comparison, comparison.settings, comparison.subject
         self.tasks, self.records, self.device, self.screen = tasks, records, device, screen
         self.began, self.save = began, save
-
-    def agreed_batch(self):
-        task = next(iter(self.tasks.values()))(self.settings.seed)
-        return pad(next(task.batches(min(self.subject.batch, 4), 1)), self.subject.tokenizer.pad)
 
     def do(self) -> None:
         self._bases()

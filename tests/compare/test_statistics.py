@@ -271,6 +271,9 @@ COSTS = {
 }
 
 
+SETTINGS = Settings("float32", "cpu", model="a")
+
+
 def fitted(minutes, **options):
     return budget.fitted(
         COSTS, {"text": 1, "knowledge": 5}, Settings("float32", "cpu", model="a", **options), 256, minutes
@@ -291,9 +294,18 @@ def test_a_budget_takes_the_best_that_fits():
     assert fitted(5).rates == 1
 
 
+def test_what_is_ahead_counts():
+    whole = fitted(1e6)
+    late = budget.fitted(COSTS, {"text": 1, "knowledge": 5}, SETTINGS, 256, whole.seconds / 60, ahead=60.0)
+    assert late.seconds <= whole.seconds
+    assert late.share < 1
+    with pytest.raises(ValueError, match="no method alone would fit"):
+        budget.fitted(COSTS, {"text": 1, "knowledge": 5}, SETTINGS, 256, 10, ahead=600.0)
+
+
 def test_a_budget_that_nothing_fits_names_what_would():
     with pytest.raises(
-        ValueError, match=r"--minutes 0\.3: 6 steps of each method take .* minutes; --methods lora would fit"
+        ValueError, match=r"--minutes 0\.3: 6 steps of each method, .* minutes; --methods lora would fit"
     ):
         fitted(0.3)
     with pytest.raises(ValueError, match="no method alone would fit"):
