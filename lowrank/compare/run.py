@@ -53,7 +53,8 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         if subject.embedded:
             comparison.pretraining = _pretrain(settings, subject, device, screen)
-        subject.model.to(getattr(torch, settings.dtype))
+            for parameter in subject.model.parameters():  # buffers stay, as where a checkpoint is loaded
+                parameter.data = parameter.data.to(getattr(torch, settings.dtype))
         if subject.invented:
             screen.line(invented(subject.name, subject.invented))
         for name, why in comparison.not_done.items():

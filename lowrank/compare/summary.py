@@ -126,7 +126,7 @@ def _task(runs: TaskRuns) -> dict:
         "apart": task.apart,
         "steps": runs.plan.steps,
         "batch": runs.plan.batch,
-        "evaluations": runs.plan.points,
+        "evaluations": len(runs.plan.wanted()),
         "constant_rate": task.constant_rate,
         "targets": targets,
         "items": {name: len(values) for name, values in first.measures.items()},

@@ -80,14 +80,14 @@ def _pairs(question: str, words: str) -> list[tuple[str, str]]:
 # Questions and answers to put into JSON: what is trained, what validates, and what is asked (any of the answers is right).
 JSON_TRAINED = _pairs(
     "What is the opposite of {}?",
-    "hot:cold big:small fast:slow happy:sad light:dark rich:poor early:late full:empty hard:soft high:low old:new "
+    "alive:dead big:small fast:slow happy:sad light:dark rich:poor early:late full:empty hard:soft high:low old:new "
     "open:closed strong:weak thick:thin wet:dry clean:dirty deep:shallow loud:quiet wide:narrow sweet:sour near:far "
     "sharp:blunt tall:short true:false cheap:expensive heavy:light smooth:rough first:last awake:asleep brave:cowardly",
 ) + _pairs(
     "What is the capital of {}?",
-    "France:Paris Italy:Rome Spain:Madrid Japan:Tokyo Egypt:Cairo Peru:Lima Norway:Oslo Austria:Vienna Greece:Athens "
-    "Poland:Warsaw Cuba:Havana Kenya:Nairobi Ireland:Dublin Portugal:Lisbon Russia:Moscow China:Beijing Germany:Berlin "
-    "Sweden:Stockholm Finland:Helsinki Hungary:Budapest Turkey:Ankara Iran:Tehran Iraq:Baghdad Chile:Santiago "
+    "Algeria:Algiers Philippines:Manila Spain:Madrid Colombia:Bogota Jordan:Amman Peru:Lima Norway:Oslo Austria:Vienna "
+    "Greece:Athens Poland:Warsaw Cuba:Havana Kenya:Nairobi Ireland:Dublin Portugal:Lisbon Russia:Moscow China:Beijing "
+    "Germany:Berlin Sweden:Stockholm Finland:Helsinki Hungary:Budapest Turkey:Ankara Iran:Tehran Iraq:Baghdad Chile:Santiago "
     "Canada:Ottawa Denmark:Copenhagen Belgium:Brussels Thailand:Bangkok Vietnam:Hanoi Ukraine:Kyiv",
 )
 JSON_VALIDATED = _pairs(
@@ -177,7 +177,7 @@ SENTENCES = {
     "What is a volcano?": "A volcano is an opening through which melted rock escapes.",
 }
 
-# How a text goes on: prompt|right|wrong|wrong|wrong.
+# How a text goes on: prompt|right|wrong|wrong|wrong.  Nothing of it is among the questions that format trains.
 ITEMS = [
     line.split("|")
     for line in """\

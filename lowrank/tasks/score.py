@@ -87,6 +87,23 @@ def _head_in_place(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+@contextlib.contextmanager
+def _no_habits(model: nn.Module) -> Iterator[None]:
+    """What a checkpoint asks of generate() (a repetition penalty, a temperature) is left out: greedy is greedy."""
+    from transformers import GenerationConfig
+
+    before = {
+        module: vars(module)["generation_config"] for module in model.modules() if "generation_config" in vars(module)
+    }
+    for module in before:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, config in before.items():
+            module.generation_config = config
+
+
 def _drawn(temperature: float):
     """A logits processor after which the likeliest token is one drawn from them all: by the inverse of the distribution, one
     random number a row.  torch.multinomial draws one for every token of the vocabulary, 40 % of a CPU's time."""
@@ -190,7 +207,7 @@ def generate(
     texts: list[list[int]] = []
     ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with evaluating(model), _head_in_place(model), forked:
+    with evaluating(model), _head_in_place(model), _no_habits(model), forked:
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
