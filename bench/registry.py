@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import dora
+import experts
 import llama_layer
 import logprob
 import peers
@@ -239,6 +240,27 @@ def _llama_calls(p, inputs, options) -> Calls:
     return _by_pass(methods, [t.dY for t in inputs])
 
 
+# A mixture of experts.
+
+
+def _experts(name: str, count: int, layers: int = 1) -> Benchmark:
+    def calls(p, inputs, options) -> Calls:
+        methods, absent = experts.methods(p, inputs)
+        options.add(absent)
+        return _by_pass(methods, [one.dY for one in inputs])
+
+    make = experts.inputs if layers == 1 else experts.model_inputs
+    return Benchmark(
+        name,
+        lambda p: make(p, count),
+        calls,
+        lambda p, mode: experts.bytes_of(p, mode, count, layers),
+        lambda p, mode: experts.flops(p, mode, count, layers),
+        "frozen",
+        EXPERTS,
+    )
+
+
 # SVF.
 
 
@@ -296,6 +318,7 @@ HEAD = (
     "tests/kernels/test_logprob.py",
     "tests/kernels/test_logits.py",
 )
+EXPERTS = ("tests/ops/test_experts.py", "tests/ops/test_experts_layer.py", "tests/integrations/test_experts.py")
 KERNELS = tuple(f"tests/kernels/test_{name}.py" for name in _THIN_BYTES)
 
 
@@ -335,6 +358,9 @@ REGISTRY = {
             OPS + KERNELS + ("tests/integrations/test_peft.py",),
             (0.0, 0.1),
         ),
+        _experts("experts", 128),
+        _experts("experts_64", 64),
+        _experts("experts_model", 128, experts.LAYERS),
         Benchmark("svf_linear", svf.inputs, _svf_calls, svf.bytes_of, svf.flops, "frozen", SVF),
         Benchmark(
             "svf_dy",

@@ -56,12 +56,12 @@ def test_times(benchmark, name, p):
         assert 0 < floor_us(REGISTRY[name], problem, mode, 1e9, 1e12) < math.inf
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "small", "llama_layer", "dora_linear"])
+@pytest.mark.parametrize("name", ["lora_linear", "small", "llama_layer", "dora_linear", "experts", "experts_model"])
 def test_providers_compute_the_same(name):
     pytest.importorskip("peft")
     _, _, outputs = run(name)
     for mode, of in outputs.items():
-        adapted = {n: out for n, out in of.items() if n != "frozen" and not n.startswith("lora-")}
+        adapted = {n: out for n, out in of.items() if not n.startswith(("frozen", "lora-"))}
         assert len(adapted) > 1
         first = next(iter(adapted.values()))
         for n, out in adapted.items():

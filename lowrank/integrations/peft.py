@@ -20,7 +20,9 @@ from .peft_layer import BASE_DROPOUT, GROUP, fused
 try:
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear as PeftLinear
-    from peft.tuners.lora.layer import dispatch_default
+    from peft.tuners.lora.layer import ParamWrapper, dispatch_default
+
+    from . import peft_experts
 except ImportError as error:
     raise ImportError("this needs PEFT: pip install 'lowrank-kernels[peft]'") from error
 
@@ -78,7 +80,7 @@ def patch(
         for cls in _covered():
             if cls not in _originals:
                 _originals[cls] = cls.forward
-                cls.forward = fused(cls.forward, dora_base_dropout)
+                cls.forward = _fused(cls, cls.forward, dora_base_dropout)
         return None
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -116,7 +118,8 @@ def swap_layers(
         layer.__dict__[TORCH_MASKS] = dropout_stream == "torch"
         if layer in copied:
             layer.__dict__.pop(CHANGED, None)
-    for group, between in _siblings.find(model, set(layers).__contains__) if siblings else ():
+    linears = {layer for layer in layers if not isinstance(layer, ParamWrapper)}
+    for group, between in _siblings.find(model, linears.__contains__) if siblings else ():
         together = _siblings.Siblings([*group, *between], shared_mask)
         for layer in group:
             layer.__dict__[GROUP] = together
@@ -212,8 +215,12 @@ _originals: dict[type[nn.Module], Callable[..., Any]] = {}
 _twins: dict[type[nn.Module], type[nn.Module]] = {}
 
 
+def _fused(cls: type[nn.Module], original: Callable[..., Any], dora_base_dropout: bool = True) -> Callable[..., Any]:
+    return peft_experts.fused(original) if cls is ParamWrapper else fused(original, dora_base_dropout)
+
+
 def _covered() -> list[type[nn.Module]]:
-    classes: list[type[nn.Module]] = [PeftLinear]
+    classes: list[type[nn.Module]] = [PeftLinear, ParamWrapper]
     if importlib.util.find_spec("bitsandbytes") is not None:  # PEFT imports it too, at the first get_peft_model
         from peft.tuners.lora import bnb
 
@@ -224,7 +231,7 @@ def _covered() -> list[type[nn.Module]]:
 def _twin(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a PEFT layer class whose forward is ours.  It keeps the name, which reprs and checks rely on."""
     if cls not in _twins:
-        forward = fused(_originals.get(cls, cls.forward))
+        forward = _fused(cls, _originals.get(cls, cls.forward))
         twin = type(cls.__name__, (cls,), {"forward": forward, "__module__": __name__, "__reduce_ex__": _reduce})
         _twins[cls] = twin
     return _twins[cls]

@@ -3,6 +3,7 @@
 from .combine import combine_logits
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear
+from .experts import experts_linear
 from .fold import Receipt, fold_, unfold_
 from .head import Head
 from .kl import kl_to
@@ -17,6 +18,7 @@ __all__ = [
     "Receipt",
     "combine_logits",
     "dora_linear",
+    "experts_linear",
     "fold_",
     "kl_to",
     "linear_cross_entropy",
