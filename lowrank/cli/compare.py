@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..compare.settings import METHODS, RANKED, TASKS, Embedded, from_arguments
+from ..compare.settings import METHODS, RANKED, RUNS, TASKS, Embedded, from_arguments
 from ._malloc import keep_freed_memory
 
 SUMMARY = "Teach one model by several methods: what each learns, costs and forgets, measured."
@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seq", "--max-length", type=int, dest="length", help="tokens of a sequence at most (default: 256)")
     add("--batch", type=int, help="sequences a step (default: 8)")
     add("--eval-sequences", type=int, default=64, help="held-out ones that are evaluated (default: %(default)s)")
+    add(
+        "--people",
+        type=int,
+        default=10,
+        help="invented, three facts each, of the generated knowledge (default: %(default)s)",
+    )
+    add("--pairs", type=int, default=60, help="answers that the generated format is trained on (default: %(default)s)")
     add = parser.add_argument_group("results").add_argument
     add("--out", default="lowrank-compare", help="directory of the reports (default: %(default)s)")
     add("--resume", action="store_true", help="go on where an earlier run with the same --out ended")
@@ -81,10 +88,10 @@ def main(args: argparse.Namespace, embedded: Embedded | None = None) -> int:
     try:
         comparison = run.compare(settings, save)
     except KeyboardInterrupt:
-        if finished:
-            done = f"{finished} method{'s' if finished > 1 else ''}"
+        if any((settings.out / RUNS).glob("*-*-*.json")):
+            done = f", {finished} method{'s' if finished > 1 else ''}" if finished else ""
             raise KeyboardInterrupt(
-                f"{settings.out} holds what was finished, {done}; --resume goes on from there"
+                f"{settings.out} holds what was finished{done}; --resume goes on from there"
             ) from None
         raise
     try:

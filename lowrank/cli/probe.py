@@ -8,6 +8,8 @@ from pathlib import Path
 from ..compare.settings import LOSSES, Adapter, device_of, dtype_of, is_examples, readable
 from ._malloc import keep_freed_memory
 
+LEAST_CHECKED = 10  # examples: of every five, one is held out
+
 SUMMARY = "How much of your examples does the model already give when shown a few: behaviour or knowledge? No training."
 
 
@@ -66,6 +68,7 @@ def probed(args: argparse.Namespace, device: str, dtype: str) -> dict:
     import torch
 
     from ..compare import probe
+    from ..compare.checks import check_asked
     from ..compare.data import pretrained
     from ..compare.progress import stages
     from ..measure.environment import environment
@@ -76,8 +79,17 @@ def probed(args: argparse.Namespace, device: str, dtype: str) -> dict:
     examples = []
     if args.data:
         examples, left_out = _examples(args, tokenizer)
-        sets["yours"] = random.Random(args.seed).sample(examples, min(args.examples, len(examples)))
+        alone = probe.distinct(examples)
+        if len(alone) < 2:
+            raise ValueError(f"--data {args.data}: expected at least two different examples, got {len(alone)}")
+        if args.check and len(alone) < LEAST_CHECKED:
+            raise ValueError(f"--check: expected at least {LEAST_CHECKED} different examples, got {len(alone)}")
+        sets["yours"] = random.Random(args.seed).sample(alone, min(args.examples, len(alone)))
     sets |= probe.calibrations(tokenizer, probe.positions(model), args.seed, args.examples)
+    rows = [example.row for chosen in sets.values() for example in chosen]
+    if not rows:
+        raise ValueError(f"--model {args.model}: nothing can be asked of it, and there is no --data")
+    check_asked(f"--model {args.model}: {type(model).__name__}", model, tokenizer, rows)
     with stages() as screen, screen.stage("examples in the context", len(sets)) as stage:
         done, why_not = probe.probe(
             model, tokenizer, sets, draws={"yours": args.draws}, seed=args.seed, tick=lambda name: stage.tick()
@@ -110,12 +122,12 @@ def probed(args: argparse.Namespace, device: str, dtype: str) -> dict:
 
 def _examples(args: argparse.Namespace, tokenizer):
     """(examples, how many were too long)."""
-    from ..compare.data import blocks
+    from ..compare.data import PASSAGE, blocks
     from ..tasks import examples as reader
 
     path = Path(args.data)
     if not is_examples(path):
-        return blocks(path, tokenizer, min(args.length, 64)), 0
+        return blocks(path, tokenizer, min(args.length, PASSAGE)), 0
     read = reader.read(path, tokenizer, args.length, args.loss)
     if args.test:
         reader.overlap(read.examples, reader.read_questions(Path(args.test), tokenizer, args.length))
@@ -134,8 +146,11 @@ def _checked(args: argparse.Namespace, model, tokenizer, examples, device: str):
     from ..tasks.own import Parts, Text
     from ..tasks.score import token_losses
 
-    held = examples[4::5]
-    seen = [example for at, example in enumerate(examples) if at % 5 != 4]
+    groups: dict = {}
+    for example in examples:  # equal prompts on one side
+        groups.setdefault(example.prompt or example.row.ids, []).append(example)
+    held = [example for group in list(groups.values())[4::5] for example in group]
+    seen = [example for at, group in enumerate(groups.values()) if at % 5 != 4 for example in group]
     steps = max(20, min(200, 10 * len(seen) // 8))
     rows, unseen = [example.row for example in seen], [example.row for example in held]
     task = Text(Parts(args.data, "", seen, held, held), tokenizer.pad, args.seed, constant_rate=True)

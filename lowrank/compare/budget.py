@@ -1,6 +1,6 @@
 """How long a comparison takes, and what of it fits into so many minutes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .settings import Settings
@@ -61,11 +61,17 @@ def seconds(
     return total
 
 
-def candidates(length: int, given: bool) -> Iterator[tuple[int, float, int]]:
-    """(length, share of the steps, rates), from the best to what is still worth reading.  given: the length stays."""
-    shorter = [length]
-    while not given and shorter[-1] // 2 >= SHORTEST:
-        shorter.append(shorter[-1] // 2)
+def halves(length: int) -> list[int]:
+    """The length and what may come of halving it."""
+    lengths = [length]
+    while lengths[-1] // 2 >= SHORTEST:
+        lengths.append(lengths[-1] // 2)
+    return lengths
+
+
+def candidates(shorter: Sequence[int]) -> Iterator[tuple[int, float, int]]:
+    """(length, share of the steps, rates), from the best to what is still worth reading.  shorter: the lengths, falling."""
+    length = shorter[0]
     yield from ((length, share, 3) for share in (1.0, 0.75, 0.5))
     yield from ((short, 0.5, 3) for short in shorter[1:])
     yield from ((shorter[-1], share, 3) for share in (0.35, 0.25))
@@ -76,13 +82,12 @@ def fitted(
     costs: dict[tuple[str, str], Cost],
     evaluations: dict[str, int],
     settings: Settings,
-    length: int,
+    lengths: Sequence[int],
     minutes: float,
     ahead: float = 0.0,
-    fixed: bool = False,
 ) -> Budget:
     """The first of the candidates that takes no longer than so many minutes.  ahead: seconds that are gone or that nothing
-    shortens; fixed: the length stays.
+    shortens; lengths: that sequences may have, the first of them what the costs were measured at.
 
     Raises: ValueError where even the least does not fit, naming the methods that would.
     """
@@ -95,11 +100,11 @@ def fitted(
             for task, name in chosen
         }
         few = {task: min(evaluations[task], steps[task]) for task, _ in chosen}
-        taken = ahead + seconds(chosen, steps, few, tried, settings.seeds, length_ / length)
+        taken = ahead + seconds(chosen, steps, few, tried, settings.seeds, length_ / lengths[0])
         return Budget(length_, share, rates, taken)
 
     least = None
-    for candidate in candidates(length, fixed or settings.length is not None):
+    for candidate in candidates(lengths):
         least = budget(costs, *candidate)
         if least.seconds <= 60 * minutes:
             return least

@@ -3,12 +3,13 @@
 import contextlib
 import copy
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from .._screen import one_line
-from ..tasks.rows import rows_of
+from ..tasks.rows import Row, rows_of
 from ..tasks.score import row_losses
 from .data import Subject
 from .methods import method_of
@@ -31,6 +32,21 @@ def check_base(subject: Subject, device: torch.device) -> None:
         )
     if not loss.isfinite():
         raise ValueError(f"{what}: its loss on {subject.general.source} is {float(loss)} before any training")
+
+
+def check_asked(what: str, model: nn.Module, tokenizer, rows: Sequence[Row]) -> None:
+    """Raises ValueError unless every token of the rows, and the padding, has an embedding, and the model sees none ahead."""
+    count = model.get_input_embeddings().num_embeddings
+    used = {i for row in rows for i in row.ids} | {tokenizer.pad} | ({tokenizer.eos} - {None})
+    if max(used) >= count:
+        raise ValueError(f"{what}: its tokenizer gives token {max(used)}, its embedding has only {count} rows")
+    longest = max(rows, key=lambda row: len(row.ids))
+    try:
+        leak = _looks_ahead(model, torch.tensor([longest.ids], device=next(model.parameters()).device))
+    except Exception as error:  # whatever this model makes a library raise
+        raise ValueError(f"{what} does not run: {one_line(error)}") from error
+    if leak:
+        raise ValueError(f"{what} sees the tokens it is to predict; expected a causal language model, no encoder")
 
 
 def _looks_ahead(model: nn.Module, block: torch.Tensor) -> bool:

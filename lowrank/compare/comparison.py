@@ -77,4 +77,5 @@ class Comparison:
 
     @property
     def any_run(self) -> bool:
-        return any(method.sweep for task in self.tasks.values() for method in task.methods.values())
+        runs = (run for task in self.tasks.values() for method in task.methods.values() for run in method.sweep)
+        return any(not run.diverged for run in runs)

@@ -17,6 +17,7 @@ from .settings import Embedded, Settings
 from .smollm2 import fetched
 
 LIBRARY_BYTES = 1_000_000  # of source code: more than any default run reads
+PASSAGE = 64  # tokens of running text that are shown as one example
 LEAST_BLOCKS = 80  # leaves eight sequences to test on, too few for a standard error below that
 
 

@@ -84,7 +84,8 @@ def _learnt(axes, name: str, task: dict, colour: dict[str, str]) -> None:
         axes.axhline(target, color="#888888", lw=0.8, ls=":", zorder=0)
     if learnt == "loss":
         axes.invert_yaxis()
-    axes.set(title=f"{title}: learnt against forgotten", ylabel=label if learnt != "loss" else TITLES["text"][1])
+    label = {"loss": TITLES["text"][1], "asked_exact": "held-out questions, exact"}.get(learnt, label)
+    axes.set(title=f"{title}: learnt against forgotten", ylabel=label)
     axes.set_xlabel("forgotten: rise of the general text's loss (nats/token)")
 
 

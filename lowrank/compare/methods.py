@@ -32,6 +32,7 @@ class Method:
     is_lora: bool = (
         False  # at a scale s a step of the factors moves the weight s times as far: its rates are divided by s
     )
+    chooses: Callable[[nn.Module], list[str]] | None = None  # the layers that it adapts, where they are not all
 
     def centre(self, adapter: Adapter) -> float:
         """The middle of its grid, in units of full fine-tuning's rate."""
@@ -69,14 +70,18 @@ def _lora_attention(model: nn.Module, adapter: Adapter) -> nn.Module:
     return lowrank.adapt(model, lora_config(adapter, attention_layers(model)))
 
 
-def _lora_mlp(model: nn.Module, adapter: Adapter) -> nn.Module:
-    import lowrank
-
+def _outside_attention(model: nn.Module) -> list[str]:
     attention = set(attention_layers(model))
     others = [name for name in target_layers(model) if name not in attention]
     if not others:
         raise ValueError(f"{type(model).__name__} has no linear layers but those of attention")
-    return lowrank.adapt(model, lora_config(adapter, others))
+    return others
+
+
+def _lora_mlp(model: nn.Module, adapter: Adapter) -> nn.Module:
+    import lowrank
+
+    return lowrank.adapt(model, lora_config(adapter, _outside_attention(model)))
 
 
 def _peft_lora(model: nn.Module, adapter: Adapter) -> nn.Module:
@@ -85,12 +90,16 @@ def _peft_lora(model: nn.Module, adapter: Adapter) -> nn.Module:
     return peft.get_peft_model(model, lora_config(adapter))
 
 
+def directions(model: nn.Module, adapter: Adapter) -> int:
+    """svf's k: four per rank, no more than the smallest layer has."""
+    return min(4 * adapter.rank, *(min(weight_shape(layer)) for layer in target_layers(model).values()))
+
+
 def _svf(model: nn.Module, adapter: Adapter) -> nn.Module:
     """The largest singular values of every linear layer, four per rank."""
     import lowrank
 
-    k = min(4 * adapter.rank, *(min(weight_shape(layer)) for layer in target_layers(model).values()))
-    return lowrank.adapt(model, lowrank.SVFConfig(k=k))
+    return lowrank.adapt(model, lowrank.SVFConfig(k=directions(model, adapter)))
 
 
 def _svf_full(model: nn.Module, adapter: Adapter) -> nn.Module:
@@ -109,10 +118,18 @@ METHODS = {
     ),
     "lora": Method("lowrank LoRA on all linear layers", 10.0, (Phase(1.0, _lora),), is_lora=True),
     "lora-attention": Method(
-        "lowrank LoRA on the attention's linear layers only", 10.0, (Phase(1.0, _lora_attention),), is_lora=True
+        "lowrank LoRA on the attention's linear layers only",
+        10.0,
+        (Phase(1.0, _lora_attention),),
+        is_lora=True,
+        chooses=attention_layers,
     ),
     "lora-mlp": Method(
-        "lowrank LoRA on all linear layers but the attention's", 10.0, (Phase(1.0, _lora_mlp),), is_lora=True
+        "lowrank LoRA on all linear layers but the attention's",
+        10.0,
+        (Phase(1.0, _lora_mlp),),
+        is_lora=True,
+        chooses=_outside_attention,
     ),
     "peft-lora": Method("PEFT's LoRA on all linear layers", 10.0, (Phase(1.0, _peft_lora),), is_lora=True),
     "full→lora": Method(

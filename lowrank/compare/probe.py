@@ -33,6 +33,7 @@ EXAMPLES = 40
 LEAST = 24  # examples: fewer carry no verdict
 FOLLOWS = 0.5  # share of the generated format: a model below it does not follow examples
 RESAMPLES = 2000
+YOURS = "yours: "  # before the name of a task of given examples
 SETS = {"format": "JSON answers", "facts": "invented people", "style": "answers in capitals"}  # generated
 
 
@@ -63,7 +64,8 @@ class Elicited:
 
     def figures(self, chosen: Tensor | None = None) -> dict[str, Tensor]:
         alone, shown, itself = (self.loss(condition, chosen) for condition in (0, self.most, "self"))
-        return {"elicited": alone - shown, "specific": shown - itself, "share": (alone - shown) / (alone - itself)}
+        gain = alone - itself
+        return {"elicited": alone - shown, "specific": shown - itself, "gain": gain, "share": (alone - shown) / gain}
 
     def summary(self) -> dict:
         """Figures with 95 % intervals, by a bootstrap over examples."""
@@ -190,6 +192,11 @@ def finding(own: dict, generated: dict[str, dict], recall: bool) -> str:
         return f"No verdict: only {own['most']} of {max(CONTEXTS)} examples fit into the model's context."
     if not {"format", "facts", "style"} <= generated.keys():
         return "No verdict: a generated set could not be measured."
+    for whose, of in (("this model", own), ("of the generated format, this model", generated["format"])):
+        if of["intervals"]["gain"][0] <= 0:
+            return (
+                f"No verdict: {whose} gains nothing even from the example itself in its context; it does not read it."
+            )
     if generated["format"]["share"] < FOLLOWS:
         return (
             f"No verdict: even of the generated format, examples in the context give this model a share of "
@@ -244,6 +251,12 @@ def held(forecast: dict | None, trained: Trained) -> str:
         return text
     same = (forecast["share"] >= 0.5) == (trained.share >= 0.5)
     return f"{text}: the forecast of {forecast['share']:.2f} {'held' if same else 'did NOT hold'}"
+
+
+def distinct(examples: Sequence[Example]) -> list[Example]:
+    """One of each prompt, or of each text: a copy in the context would be the example itself."""
+    first = {(example.prompt or example.row.ids): example for example in reversed(examples)}
+    return list(reversed(first.values()))
 
 
 def positions(model: nn.Module) -> int:

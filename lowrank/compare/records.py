@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .costs import Memory
 from .settings import Settings
 from .train import Point, Run
 
-KEY, BUDGET = "key.json", "budget.json"
+KEY, BUDGET, TIME, OLD = "key.json", "budget.json", "time.json", ".before"
 
 
 class Records:
@@ -30,15 +31,22 @@ class Records:
         if resume:
             self._check(key)
         else:
-            for path in folder.glob("*.json"):
-                path.unlink()
+            if (folder / KEY).exists():  # hours of work, and --resume may have been forgotten
+                shutil.rmtree(old := folder.with_name(folder.name + OLD), ignore_errors=True)
+                folder.rename(old)
             folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.glob("*.json")):
+                raise ValueError(f"--out: {folder} holds files that are no runs; expected another directory")
             write_json(folder / KEY, key)
 
     def _check(self, key: dict) -> None:
         try:
             before = json.loads((self.folder / KEY).read_text())
-        except FileNotFoundError:
+            if not isinstance(before, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            raise ValueError(f"--resume: {self.folder / KEY} is damaged: {error}") from error
+        except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(
                 f"--resume: {self.folder} holds no runs; expected the --out of an earlier run"
             ) from None
@@ -58,17 +66,17 @@ class Records:
         """The run, if it is there whole and of so many steps."""
         try:
             record = json.loads(self._path(task, method, rate, seed).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            if (record["rate"], record["steps"]) != (rate, steps):
+                return None
+            points = [
+                Point(p["step"], p["seconds"], {name: _tensor(v) for name, v in p["measures"].items()})
+                for p in record["points"]
+            ]
+            memory = Memory(**record["memory"]) if record["memory"] else None
+            diversity = tuple(record["diversity"]) if record["diversity"] else None
+            return Run(**{**record, "points": points, "memory": memory, "diversity": diversity})
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not whole
             return None
-        if (record["rate"], record["steps"]) != (rate, steps):
-            return None
-        points = [
-            Point(p["step"], p["seconds"], {name: _tensor(v) for name, v in p["measures"].items()})
-            for p in record["points"]
-        ]
-        memory = Memory(**record["memory"]) if record["memory"] else None
-        diversity = tuple(record["diversity"]) if record["diversity"] else None
-        return Run(**{**record, "points": points, "memory": memory, "diversity": diversity})
 
     def save(self, task: str, method: str, run: Run) -> None:
         points = [
@@ -87,6 +95,14 @@ class Records:
     def load_costs(self, method: str) -> dict:
         return read_json(self._costs(method)) or {}
 
+    def save_seconds(self, seconds: float) -> None:
+        write_json(self.folder / TIME, {"seconds": seconds})
+
+    def seconds(self) -> float:
+        """That the runs which are there took."""
+        kept = read_json(self.folder / TIME)
+        return float(kept["seconds"]) if isinstance(kept, dict) and "seconds" in kept else 0.0
+
     def save_budget(self, budget: dict) -> None:
         write_json(self.folder / BUDGET, budget)
 
@@ -96,7 +112,7 @@ def budget_of(folder: Path) -> dict | None:
     return read_json(folder / BUDGET)
 
 
-def key_of(settings: Settings, model: nn.Module, digests: dict[str, str]) -> dict:
+def key_of(settings: Settings, model: nn.Module, tokenizer, digests: dict[str, str]) -> dict:
     """What two runs must share to be of one comparison, by the name a user knows it by."""
     return {
         "lowrank version": __version__,
@@ -116,6 +132,7 @@ def key_of(settings: Settings, model: nn.Module, digests: dict[str, str]) -> dic
         "masters": not settings.in_place,
         "data": digests,
         "model": model_digest(model),
+        "tokenizer": tokenizer_digest(tokenizer),
     }
 
 
@@ -127,6 +144,13 @@ def model_digest(model: nn.Module) -> str:
         sample = flat[:: max(1, flat.numel() // 4096)].double().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """Of its template, and of what it makes of a line of text."""
+    ids = tokenizer.encode('What is the capital of France? {"answer": 1}\n')
+    told = repr((tokenizer.template, list(tokenizer.prefix), tokenizer.eos, tokenizer.pad, ids))
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _tensor(values: list) -> torch.Tensor:

@@ -10,6 +10,7 @@ from ..checkpoints import publish
 from .comparison import Comparison
 from .settings import REPORTS
 from .summary import summarize
+from .train import replayed
 from .verdict import answer, details, megabytes, paste, took, value
 
 Rows = tuple[str, list[str], list[list[str]]]  # title, columns, cells
@@ -116,11 +117,8 @@ def _rates(name: str, task: dict) -> Rows:
 def _cost(result: dict) -> Rows:
     rows = []
     for name, m in result["methods"].items():
-        steps = [
-            f"{1e3 * task['methods'][name]['seconds_per_step']['mean']:.0f}"
-            for task in result["tasks"].values()
-            if name in task["methods"]
-        ]
+        of_tasks = [task["methods"].get(name) for task in result["tasks"].values()]
+        steps = [f"{1e3 * of['seconds_per_step']['mean']:.0f}" if of else "–" for of in of_tasks]
         forward = m["latency"]
         rows.append(
             [
@@ -189,10 +187,17 @@ def measured(result: dict) -> list[str]:
             f"measured at the start and {task['evaluations']} times."
         )
     sentences += [
-        f"{name}: {m['summary']}." + _size(m) + _paths(m["paths"]) + _unmeasured(m)
+        f"{name}: {_summary(m, settings)}." + _size(m) + _paths(m["paths"]) + _unmeasured(m)
         for name, m in result["methods"].items()
     ]
     return sentences + caveats(result)
+
+
+def _summary(method: dict, settings: dict) -> str:
+    """With the layers that --target-modules names."""
+    names = settings["target_modules"] if method["rank"] is not None and not method["layers"] else []
+    text = method["summary"]
+    return text.replace("all linear layers", f"the layers {', '.join(names)}") if names else text
 
 
 def _size(method: dict) -> str:
@@ -224,8 +229,13 @@ def caveats(result: dict) -> list[str]:
         "rate, so that a shorter run is the beginning of a longer one; text: 10 % warm-up and a cosine to zero, read at the "
         "ends of runs alone. The same batches in the same order for every method. LoRA without dropout, its rates divided by "
         "its scale.",
-        "Every method tries equally many rates at the same spacing with the first seed, and more beyond an edge that wins. "
-        "The pick is the lowest loss on a validation that is neither trained nor reported. No figure is a best over rates.",
+        (
+            "The rates of --rates were tried with the first seed. "
+            if settings["rates"]
+            else "Every method tries equally many rates at the same spacing with the first seed, and more beyond an edge that "
+            "wins. "
+        )
+        + "The pick is the lowest loss on a validation that is neither trained nor reported. No figure is a best over rates.",
         "General Δ, forgotten: rise of the loss on general text, in nats per token. At a target: linear between the "
         "evaluations around its first crossing; of text between the ends of the runs at different rates, the start being one.",
         "Changed: share of the weights of all linear layers and experts (the output head included, the embedding not) "
@@ -234,7 +244,9 @@ def caveats(result: dict) -> list[str]:
         "Times are of this machine with whatever else it was running; the first two steps of a phase are not timed.",
     ]
     if settings["replay"]:
-        lines.append(f"{settings['replay']:.0%} of every batch is old text (--replay).")
+        lines.append(
+            f"{replayed(settings['replay'], settings['batch'])} of {settings['batch']} sequences are old text."
+        )
     if "full→lora" in names:
         lines.append(
             "full→lora: its checkpoint is the continued model and the adapter; memory and trainable parameters are those "

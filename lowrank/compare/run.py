@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -16,21 +17,23 @@ from ..measure.environment import environment
 from ..tasks.forgetting import Forgetting
 from ..tasks.rows import pad
 from ..tasks.score import token_losses
-from ..tasks.task import Task
+from ..tasks.task import Example, Task
 from . import budget, probe, train
 from .agreement import agreement
 from .budget import Budget
-from .checks import check_base, rehearse
+from .checks import check_asked, check_base, rehearse
 from .comparison import Comparison, Costs, MethodRuns, TaskRuns
 from .costs import latency, merged, weight_changes
-from .data import Subject, general_corpus, load
+from .data import PASSAGE, Subject, blocks, general_corpus, load
 from .methods import method_of
 from .progress import Stages, stages
 from .rates import grid, sweep
 from .records import Records, budget_of, key_of
-from .settings import RUNS, SAVED, Settings
-from .teaching import Teach, teachings
+from .settings import RUNS, SAVED, Settings, is_examples
+from .teaching import Teach, generated, teachings
 from .verdict import invented
+
+LAST = ".last"  # the run that just ended, until it is known whether it is picked
 
 
 def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comparison: None) -> Comparison:
@@ -47,6 +50,9 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
     if not subject.embedded:
         check_base(subject, device)
     tasks = teachings(settings, subject)
+    if not subject.embedded:
+        firsts = [row for teach in tasks.values() for row in teach(settings.seed).trained()]
+        check_asked(f"--model {subject.name}: {type(subject.model).__name__}", subject.model, subject.tokenizer, firsts)
     comparison = Comparison(settings, subject, environment(device), not_done=rehearse(settings, subject))
     _some_left(comparison)
     with stages() as screen, warnings.catch_warnings():
@@ -66,6 +72,8 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
                 comparison.agreement = agreement(subject.model, batch, settings.adapter("lora"), device, settings.seed)
         if settings.minutes is not None:
             kept = budget_of(settings.out / RUNS) if settings.resume else None
+            if kept:
+                screen.line("the plan of the runs that are there stays, whatever --minutes says now")
             comparison.budget = Budget(**kept) if kept else _fitted(comparison, tasks, device, screen, began)
             if comparison.budget.length != subject.length:
                 shorter = replace(settings, length=comparison.budget.length)
@@ -75,8 +83,10 @@ def compare(settings: Settings, save: Callable[[Comparison], None] = lambda comp
         digests = {name: teach(settings.seed).digest for name, teach in tasks.items()} | {
             "general": subject.general.digest
         }
-        key = key_of(replace(settings, length=subject.length, batch=subject.batch), subject.model, digests)
+        same = replace(settings, length=subject.length, batch=subject.batch)
+        key = key_of(same, subject.model, subject.tokenizer, digests)
         records = Records(settings.out / RUNS, key, settings.resume)
+        began -= records.seconds()
         if comparison.budget:
             records.save_budget(asdict(comparison.budget))
         work = _Work(comparison, tasks, records, device, screen, began, save)
@@ -141,7 +151,8 @@ def _fitted(
             alone = time.perf_counter() - start
             ahead += settings.seeds * alone
             steps = settings.steps_of(name)
-            evaluations[name] = budget.points(steps, _step_tokens(task, subject.batch), tokens)
+            points = budget.points(steps, _step_tokens(task, subject.batch), tokens)
+            evaluations[name] = points if task.constant_rate else 1
             for method in settings.methods[name]:
                 if method in comparison.not_done:
                     continue
@@ -149,7 +160,23 @@ def _fitted(
                     costs[name, method] = _cost(settings, subject, task, method, device, forgetting, diversity / alone)
                 stage.tick()
     ahead += time.perf_counter() - began
-    return budget.fitted(costs, evaluations, settings, subject.length, settings.minutes, ahead, fixed=subject.embedded)
+    return budget.fitted(costs, evaluations, settings, _lengths(settings, subject), settings.minutes, ahead)
+
+
+def _lengths(settings: Settings, subject: Subject) -> list[int]:
+    """What sequences may be shortened to: nothing where a length or examples are given, nor below what a task fits into."""
+    if settings.length is not None or subject.embedded or is_examples(settings.data):
+        return [subject.length]
+    lengths = []
+    for length in budget.halves(subject.length):
+        try:
+            for name in settings.tasks:
+                if name != "text":
+                    generated(name, settings, subject.tokenizer, length, settings.seed)
+        except ValueError:  # a row of it is longer
+            break
+        lengths.append(length)
+    return lengths
 
 
 def _cost(settings: Settings, subject: Subject, task: Task, method: str, device, forgetting: Forgetting, texts: float):
@@ -177,7 +204,8 @@ def _cost(settings: Settings, subject: Subject, task: Task, method: str, device,
         in_place=settings.in_place,
     )
     around = time.perf_counter() - start - sum(run.seconds) - evaluation  # the copy, the adapter and the validation
-    return budget.Cost(run.seconds[-1], evaluation, max(around, 0.0) + texts * evaluation)
+    step = max(run.seconds) * (1 + 1 / train.PROBE if method_of(method).subnetwork else 1)
+    return budget.Cost(step, evaluation, max(around, 0.0) + texts * evaluation)
 
 
 def _context_seconds(settings: Settings, subject: Subject, base: nn.Module, tasks: dict[str, Teach]) -> float:
@@ -186,7 +214,7 @@ def _context_seconds(settings: Settings, subject: Subject, base: nn.Module, task
         return 0.0
     sets = probe.calibrations(subject.tokenizer, probe.positions(base), settings.seed, probe.EXAMPLES)
     if settings.data is not None:
-        sets |= {name: teach(settings.seed).examples()[: probe.EXAMPLES] for name, teach in tasks.items()}
+        sets |= {probe.YOURS + name: teach(settings.seed).examples()[: probe.EXAMPLES] for name, teach in tasks.items()}
     rows = [example.row for examples in sets.values() for example in examples]
     start = time.perf_counter()
     token_losses(base, rows, subject.tokenizer.pad)
@@ -252,7 +280,8 @@ class _Work:
                 points = budget.points(steps, _step_tokens(first, self.subject.batch), tokens)
                 points = points if first.constant_rate else 1  # only the end of a cosine says what it reaches
                 plan = train.Plan(steps, self.subject.batch, points, self.settings.replay)
-                alone = self._nats(model, [example.row for example in first.unseen()[: probe.EXAMPLES]])
+                unseen = [example.row for example in first.unseen()[: probe.EXAMPLES]]
+                alone = self._nats(model, unseen) if unseen else math.nan
                 self.comparison.tasks[name] = TaskRuns(of_seeds, plan, base, alone)
         if not self.subject.embedded:
             self._probe(model)
@@ -263,12 +292,18 @@ class _Work:
         sets = probe.calibrations(self.subject.tokenizer, room, self.settings.seed, probe.EXAMPLES)
         if self.settings.data is not None:
             for name, runs in self.comparison.tasks.items():
-                sets[name] = runs.task.examples()[: probe.EXAMPLES]
+                sets[probe.YOURS + name] = probe.distinct(self._shown(runs.task))[: probe.EXAMPLES]
         with self.screen.stage("examples in the context", len(sets)) as stage:
             self.comparison.probed, why_not = probe.probe(
                 model, self.subject.tokenizer, sets, seed=self.settings.seed, tick=lambda name: stage.tick()
             )
             stage.result = "; ".join(why_not.values())
+
+    def _shown(self, task: Task) -> Sequence[Example]:
+        """Of running text passages, so short that eight fit a context, as ``lowrank probe`` cuts them."""
+        if is_examples(self.settings.data):
+            return task.examples()
+        return blocks(self.settings.data, self.subject.tokenizer, min(self.subject.length, PASSAGE))
 
     def _nats(self, model: nn.Module, rows) -> float:
         """Mean nats per labelled token."""
@@ -280,6 +315,7 @@ class _Work:
             chosen = self.comparison.budget
             plans = "; ".join(f"{name}: {runs.plan.steps} steps" for name, runs in self.comparison.tasks.items())
             rates = "three rates" if chosen.rates > 1 else "one rate"
+            rates = f"{rates} or those given" if self.settings.rates else rates
             self.screen.line(
                 f"about {budget.words(chosen.seconds)}: {plans}; {rates} a method, sequences of {chosen.length} tokens"
             )
@@ -299,6 +335,8 @@ class _Work:
         for run in sweep(lambda rate: self._run(name, runs, method, rate, self.settings.seed), chosen, not rates):
             done.sweep.append(run)
             self._saved(done, name, method, run)
+        if self.settings.save and not done.picked.diverged and not self._folder(name, method).exists():
+            self.comparison.not_done[f"saving {name}: {method}"] = "its run is an earlier one's, which did not --save"
         if done.picked.diverged:
             raise ValueError(f"diverged at every rate: {', '.join(f'{run.rate:g}' for run in done.sweep)}")
         for seed in range(self.settings.seed + 1, self.settings.seed + self.settings.seeds):
@@ -309,6 +347,7 @@ class _Work:
         label = f"{name}: {method} at {rate:g}" + (f", seed {seed}" if self.settings.seeds > 1 else "")
         run = self.records.load(name, method, rate, seed, runs.plan.steps) if self.settings.resume else None
         if run is None:
+            shutil.rmtree(self.settings.out / SAVED / LAST, ignore_errors=True)  # of a run that was interrupted
             with self.screen.stage(label, runs.plan.steps) as stage:
                 run = train.train(
                     self.subject,
@@ -326,6 +365,7 @@ class _Work:
                 )
                 stage.result = self._result(task, run)
             self.records.save(name, method, run)
+            self.records.save_seconds(time.perf_counter() - self.began)
         elif method not in self.comparison.costs:
             self.comparison.costs[method] = Costs(**self.records.load_costs(method))
         run.points.insert(0, runs.base[seed])
@@ -350,12 +390,13 @@ class _Work:
                 run.changes = weight_changes(self.subject.model, model)
             with _noted(costs, "loss on examples"):
                 unseen = [example.row for example in runs.task.unseen()[: probe.EXAMPLES]]
-                run.shown = tuple(self._nats(model, rows) for rows in (unseen, runs.task.trained()[: probe.EXAMPLES]))
+                shown = unseen, runs.task.trained()[: probe.EXAMPLES]
+                run.shown = tuple(self._nats(model, rows) for rows in shown) if unseen else None
             if forgetting.diverse:
                 with _noted(costs, "diversity of formats"):
                     run.diversity = forgetting.diversity(model, run.seed)
-        if self.settings.save:
-            _keep(model, self.settings.out / SAVED / ".last")
+            if self.settings.save:
+                _keep(model, self.settings.out / SAVED / LAST)
 
     def _costs(self, costs: Costs, method: str, task: Task, model: nn.Module) -> None:
         import lowrank
@@ -371,16 +412,18 @@ class _Work:
 
     def _saved(self, done: MethodRuns, name: str, method: str, run: train.Run) -> None:
         """The picked run's files take the place of those of the one picked before."""
-        last = self.settings.out / SAVED / ".last"
+        last, folder = self.settings.out / SAVED / LAST, self._folder(name, method)
         if not last.exists():
             return
         if run is done.picked:
-            folder = self.settings.out / SAVED / name / method.replace("→", "-to-").replace(":", "-r")
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
             last.rename(folder)
         else:
             shutil.rmtree(last)
+
+    def _folder(self, name: str, method: str):
+        return self.settings.out / SAVED / name / method.replace("→", "-to-").replace(":", "-r")
 
 
 def _keep(model: nn.Module, folder) -> None:

@@ -86,6 +86,8 @@ class Settings:
     length: int | None = None
     batch: int | None = None
     eval_sequences: int = 64
+    people: int = 10
+    pairs: int = 60
     minutes: float | None = None
     in_place: bool = False
     seed: int = 0
@@ -159,11 +161,16 @@ def from_arguments(args, embedded: Embedded) -> Settings:
         ("length", 8),
         ("batch", 1),
         ("eval_sequences", 8),
+        ("people", 1),
+        ("pairs", 8),
     )
     for name, least in at_least:
         if (value := getattr(args, name)) is not None and value < least:
             option = {"length": "seq"}.get(name, name.replace("_", "-"))
             raise ValueError(f"--{option} {value}: expected at least {least}")
+    for name, most in (("people", 360), ("pairs", 60)):
+        if getattr(args, name) > most:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at most {most}")
     if args.seed + args.seeds > SEEDS:
         raise ValueError(
             f"--seed {args.seed}: expected at most 2**64 - {args.seeds}, so that every seed is below 2**64"
@@ -174,6 +181,8 @@ def from_arguments(args, embedded: Embedded) -> Settings:
         raise ValueError(
             f"--replay {args.replay}: expected the share of old text in every batch, at least 0 and below 1"
         )
+    if args.replay and args.batch == 1:
+        raise ValueError(f"--replay {args.replay} with --batch 1: expected a batch of at least 2, one of them old text")
     paths = {}
     for name in ("data", "test", "general_data"):
         if (path := getattr(args, name)) is not None:
@@ -186,6 +195,9 @@ def from_arguments(args, embedded: Embedded) -> Settings:
             raise ValueError(f"--{name} is about examples: expected --data FILE.jsonl with it")
     device = device_of(args.device)
     tasks = _tasks(args.task, paths["data"], args.test, args.valid)
+    for name, wants in (("test", "knowledge"), ("valid", "format")):
+        if getattr(args, name) is not None and wants not in tasks:
+            raise ValueError(f"--{name} is asked in the task {wants}: it is not among the tasks ({','.join(tasks)})")
     methods = _methods(args.methods, tasks)
     settings = Settings(
         dtype=dtype_of(args.dtype, device),
@@ -200,6 +212,8 @@ def from_arguments(args, embedded: Embedded) -> Settings:
         length=args.length,
         batch=args.batch,
         eval_sequences=args.eval_sequences,
+        people=args.people,
+        pairs=args.pairs,
         minutes=args.minutes,
         in_place=args.in_place,
         seed=args.seed,
@@ -222,7 +236,7 @@ def from_arguments(args, embedded: Embedded) -> Settings:
 
 def is_examples(path: Path | None) -> bool:
     """Whether a file holds examples, one JSON object a line, and no running text."""
-    return path is not None and path.suffix in (".jsonl", ".json")
+    return path is not None and path.suffix.lower() in (".jsonl", ".json", ".ndjson")
 
 
 def _tasks(text: str | None, data: Path | None, test, valid) -> tuple[str, ...]:
@@ -246,6 +260,8 @@ def _methods(given: list[str] | None, tasks: tuple[str, ...]) -> dict[str, tuple
         task, is_own, names = text.rpartition("=")
         if is_own and task not in TASKS:
             raise ValueError(f"--methods {text!r}: unknown task {task!r}; expected some of {','.join(TASKS)}")
+        if is_own and task not in tasks:
+            raise ValueError(f"--methods {text!r}: {task} is not among the tasks ({','.join(tasks)})")
         chosen[task] = _method_names(text, names)
     return {task: chosen.get(task, chosen.get("", DEFAULT_METHODS[task])) for task in tasks}
 
@@ -260,7 +276,7 @@ def _method_names(text: str, names: str) -> tuple[str, ...]:
         if part and name not in METHODS:
             typed = [next((a for a, full in ALIASES.items() if full == name), name) for name in METHODS]
             raise ValueError(f"--methods {text!r}: unknown method {name!r}; expected all or some of {','.join(typed)}")
-        if colon and (name not in RANKED or not rank.isdigit() or int(rank) < 1):
+        if colon and (name not in RANKED or not (rank.isascii() and rank.isdigit()) or int(rank) < 1):
             raise ValueError(
                 f"--methods {text!r}: {part!r}: expected a method alone, or a LoRA method and its rank, as in lora:64"
             )

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Iterable
 
+import torch
+from torch import Tensor
+
 from ..tasks.task import Task
 from .comparison import Comparison, MethodRuns, TaskRuns
-from .methods import method_of
-from .probe import finding
-from .statistics import FALLS, SHARES, Crossing, crossing, ends, finite, leaders, noise
+from .methods import directions, method_of
+from .probe import YOURS, finding
+from .statistics import FALLS, SHARES, Crossing, crossing, ends, finite, leaders, noise, separated
 from .train import Point, Run
 
 
@@ -52,6 +55,7 @@ def summarize(comparison: Comparison) -> dict:
             "alpha": "rank" if settings.alpha is None else settings.alpha,
             "target_modules": list(settings.target_modules),
             "replay": settings.replay,
+            "rates": {name: list(rates) for name, rates in settings.rates.items()},
             "loss": settings.loss,
             "in_place": settings.in_place,
             "seed": settings.seed,
@@ -63,7 +67,7 @@ def summarize(comparison: Comparison) -> dict:
         "forgetting": {
             "known_items": forgetting.known,
             "nothing_to_forget": forgetting.nothing_to_forget,
-            "diversity": list(forgetting.before),
+            "diversity": forgetting.before and list(forgetting.before),
             "diverse": forgetting.diverse,
         },
         "methods": {name: _costs(name, comparison) for name in settings.names if _first(name, comparison)},
@@ -75,7 +79,7 @@ def summarize(comparison: Comparison) -> dict:
 
 def _forecast(name: str, comparison: Comparison) -> dict:
     """Which set of examples stands for the task, and what may be concluded of it."""
-    own = name if comparison.settings.data is not None else {"knowledge": "facts"}.get(name, name)
+    own = YOURS + name if comparison.settings.data is not None else {"knowledge": "facts"}.get(name, name)
     summary = comparison.probed.get(own)
     recall = name == "knowledge"
     return {"probed": own, "finding": finding(summary, comparison.probed, recall) if summary else None}
@@ -104,6 +108,8 @@ def _costs(name: str, comparison: Comparison) -> dict:
         "summary": method_of(name).summary,
         "rank": adapter.rank if method_of(name).is_lora else None,
         "alpha": adapter.alpha if method_of(name).is_lora else None,
+        "layers": _layers(name, comparison),
+        "directions": directions(comparison.subject.model, adapter) if name == "svf" else None,
         "trainable_parameters": first.trainable,
         "memory": max(memory, key=lambda m: m.total).as_dict(),
         "checkpoint_bytes": first.checkpoint_bytes,
@@ -113,11 +119,19 @@ def _costs(name: str, comparison: Comparison) -> dict:
     }
 
 
+def _layers(name: str, comparison: Comparison) -> str | None:
+    """A LoRA method's target_modules as Python, where it chooses them itself: the last parts of their names."""
+    chosen = method_of(name).chooses
+    if chosen is None:
+        return None
+    return repr(sorted({layer.rpartition(".")[2] for layer in chosen(comparison.subject.model)}))
+
+
 def _task(runs: TaskRuns) -> dict:
     task, begun = runs.task, {name: runs.methods[name] for name in _begun(runs)}
     targets = _targets(runs, begun)
-    apart = {name: [run.points[-1].measures[task.apart] for run in done.of_seeds] for name, done in begun.items()}
-    general = {name: [run.points[-1].measures["general"] for run in done.of_seeds] for name, done in begun.items()}
+    apart = {name: [_end(run, task.apart) for run in done.of_seeds] for name, done in begun.items()}
+    general = {name: [_end(run, "general") for run in done.of_seeds] for name, done in begun.items()}
     first, order = next(iter(runs.base.values())), leaders(apart)
     return {
         "source": task.source,
@@ -131,9 +145,18 @@ def _task(runs: TaskRuns) -> dict:
         "targets": targets,
         "items": {name: len(values) for name, values in first.measures.items()},
         "base": _means(first),
-        "methods": {name: _method(done, runs, targets, begun[order[0]].of_seeds) for name, done in begun.items()},
+        "methods": {
+            name: _method(done, runs, targets, begun[order[0]].of_seeds, general.get("full"))
+            for name, done in begun.items()
+        },
         "leaders": {"learnt": order, "kept": leaders(general)},
     }
+
+
+def _end(run: Run, measure: str) -> Tensor:
+    """[items], infinite of a run that diverged."""
+    values = run.points[-1].measures[measure]
+    return torch.full_like(values, math.inf) if run.diverged else values
 
 
 def _targets(runs: TaskRuns, begun: dict[str, MethodRuns]) -> list[float]:
@@ -146,16 +169,23 @@ def _targets(runs: TaskRuns, begun: dict[str, MethodRuns]) -> list[float]:
     return [start - share * gain for share in SHARES] if gain > 0 else []
 
 
-def _method(done: MethodRuns, runs: TaskRuns, targets: list[float], best: list[Run]) -> dict:
+def _unlike(own: list[Tensor], full: list[Tensor] | None) -> bool | None:
+    """Whether the general text's loss tells a method's picked runs apart from full training's; None without that."""
+    return None if full is None or len(own) != len(full) else separated(own, full)
+
+
+def _method(done: MethodRuns, runs: TaskRuns, targets: list[float], best: list[Run], full: list[Tensor] | None) -> dict:
     task, picked, of_seeds = runs.task, done.picked, [run for run in done.of_seeds if not run.diverged]
     return {
         "learning_rate": picked.rate,
         "edge_of_grid": done.edge,
         "seeds_done": len(done.of_seeds),
+        "seeds_diverged": [run.seed for run in done.of_seeds if run.diverged],
         "seconds_per_step": spread(sum(run.seconds) / len(run.seconds) for run in of_seeds),
         "after": {name: spread(run.points[-1].mean(name) for run in of_seeds) for name in picked.points[-1].measures},
         "forgot": spread(_forgot(run) for run in of_seeds),
-        "at_targets": [_reached(of_seeds, done, runs, target) for target in targets],
+        "at_targets": [_reached(done, runs, target) for target in targets],
+        "kept_unlike": _unlike([_end(run, "general") for run in done.of_seeds], full),
         "short": _short(of_seeds, best, task, targets),
         "changes": picked.changes,
         "diversity": list(picked.diversity) if picked.diversity else None,
@@ -177,12 +207,12 @@ def _forgot(run: Run) -> float:
     return run.points[-1].mean("general") - run.points[0].mean("general")
 
 
-def _reached(of_seeds: list[Run], done: MethodRuns, runs: TaskRuns, target: float) -> dict:
+def _reached(done: MethodRuns, runs: TaskRuns, target: float) -> dict:
     """Where the picked runs meet a target.  With a constant rate a run's own curve says it; of cosines only ends do, so
     there it is the line through the ends of the runs at all rates, with the first seed."""
     task = runs.task
     if task.constant_rate:
-        found = [crossing(run.points, task.learnt, target) for run in of_seeds]
+        found = [None if run.diverged else crossing(run.points, task.learnt, target) for run in done.of_seeds]
     else:
         base = next(iter(runs.base.values()))
         at = crossing(ends(base, done.sweep), task.learnt, target)

@@ -20,9 +20,9 @@ def teachings(settings: Settings, subject: Subject) -> dict[str, Teach]:
     """Every task's factory.  What is wrong with a file raises here, before anything trains, naming file and line."""
     if is_examples(settings.data):
         return _of_examples(settings, subject)
-    if settings.data is not None and (generated := [name for name in settings.tasks if name != "text"]):
+    if settings.data is not None and (others := [name for name in settings.tasks if name != "text"]):
         raise ValueError(
-            f"--task {generated[0]} with --data {settings.data}: running text can only be the task text; expected "
+            f"--task {others[0]} with --data {settings.data}: running text can only be the task text; expected "
             "examples (.jsonl), or no --data for a generated task"
         )
     length, tokenizer = subject.length, subject.tokenizer
@@ -37,10 +37,16 @@ def teachings(settings: Settings, subject: Subject) -> dict[str, Teach]:
             parts = Parts(own.source, own.digest, *blocks)
             chosen[name] = lambda seed, parts=parts: Text(parts, tokenizer.pad, seed)
         else:
-            kind = Knowledge if name == "knowledge" else Format
-            chosen[name] = lambda seed, kind=kind: kind(tokenizer, length, seed)
+            chosen[name] = lambda seed, name=name: generated(name, settings, tokenizer, length, seed)
             chosen[name](settings.seed)  # what does not fit the length is said now
     return chosen
+
+
+def generated(name: str, settings: Settings, tokenizer, length: int, seed: int) -> Task:
+    """Raises: ValueError where a row of it is longer than the length."""
+    if name == "knowledge":
+        return Knowledge(tokenizer, length, seed, settings.people)
+    return Format(tokenizer, length, seed, settings.pairs)
 
 
 def _of_examples(settings: Settings, subject: Subject) -> dict[str, Teach]:
@@ -58,11 +64,11 @@ def _of_examples(settings: Settings, subject: Subject) -> dict[str, Teach]:
         digest += "+" + hashlib.sha256(settings.test.read_bytes()).hexdigest()[:12]
     source = f"{read.source}, {len(read.examples)} examples"
     source += f", {read.left_out} more too long" if read.left_out else ""
-    source += f", {min(most, len(questions))} of {len(questions)} questions" if questions else ""
+    source += f", {len(questions)} questions" if questions else ""
     parts, pad = Parts(source, digest, train, validation[:most], test[:most]), tokenizer.pad
     make: dict[str, Teach] = {
         "text": lambda seed: Text(parts, pad, seed),
-        "knowledge": lambda seed: OwnKnowledge(parts, pad, seed, questions[:most], most),
+        "knowledge": lambda seed: OwnKnowledge(parts, tokenizer, seed, questions, most),
         "format": lambda seed: OwnFormat(parts, tokenizer, seed, valid),
     }
     chosen = {name: make[name] for name in settings.tasks}

@@ -165,13 +165,16 @@ def optimizer_and_schedule(
     return optimizer, get_cosine_schedule_with_warmup(optimizer, max(1, round(WARM_UP * steps)), steps)
 
 
+def replayed(share: float, batch: int) -> int:
+    """Sequences of old text in a batch: at least one where a share is asked for, and never all."""
+    return min(max(round(share * batch), 1), batch - 1) if share else 0
+
+
 def stream_of(task: Task, subject: Subject, plan: Plan, seed: int) -> Iterator[Batch]:
     """The batches of a run: the same for every method.  Old text is cut to the longest of the rows that it comes among."""
-    old = min(round(plan.replay * plan.batch), plan.batch - 1)
-    if plan.replay and not old:
-        old = 1
-    replayed = orders(len(subject.general.train), old, plan.steps, seed) if old else itertools.repeat([])
-    for rows, indices in zip(task.batches(plan.batch - old, plan.steps), replayed, strict=False):
+    old = replayed(plan.replay, plan.batch)
+    order = orders(len(subject.general.train), old, plan.steps, seed) if old else itertools.repeat([])
+    for rows, indices in zip(task.batches(plan.batch - old, plan.steps), order, strict=False):
         longest = max(len(row.ids) for row in rows)
         again = _cut(rows_of(subject.general.train[indices]), longest) if indices else []
         yield pad([*rows, *again], subject.tokenizer.pad)

@@ -154,12 +154,16 @@ def _smallest(name: str, task: dict, result: dict) -> str | None:
             if others
             else f"{name} was learnt by full"
         )
-    text = f"for {name} an adapter was enough ({method})"
+    kind = {
+        "full-masked": "a fifth of the weights was",
+        "full→lora": "a few steps of every weight and then an adapter were",
+    }
+    text = f"for {name} {kind.get(method.partition(':')[0], 'an adapter was')} enough ({method})"
     at = {n: task["methods"][n]["at_targets"][-1] for n in (method, "full") if n in task["methods"]}
     if "full" in at and at["full"]["forgot"]:
         a, b = at[method]["forgot"], at["full"]["forgot"]
         low, high = ((method, a), ("full", b)) if a["mean"] < b["mean"] else (("full", b), (method, a))
-        if low[1]["most"] < high[1]["least"]:
+        if low[1]["most"] < high[1]["least"] and task["methods"][method]["kept_unlike"]:
             text += f", though {low[0]} forgot less" if low[0] == "full" else ", and it forgot less than full"
     return text
 
@@ -184,6 +188,10 @@ def _unfinished(result: dict) -> list[str]:
         for method, m in task["methods"].items():
             if lost := [f"{rate['learning_rate']:g}" for rate in m["rates"] if rate["diverged"]]:
                 sentences.append(f"{name}: {method} diverged at {listed(lost)}.")
+            if lost := m["seeds_diverged"]:
+                sentences.append(
+                    f"{name}: {method} diverged at the picked rate with seed {listed([str(s) for s in lost])}."
+                )
     if not result.get("complete", True):
         sentences.append("Unfinished: what follows is of the runs that were done when this was written.")
     return sentences
@@ -267,8 +275,12 @@ def _kept(result: dict) -> list[str]:
             f"Of the known items the model had {forgetting['known_items']} right before training: nothing to forget here, so "
             "no share of them is reported."
         )
-    nats, error = forgetting["diversity"]
-    if not forgetting["diverse"]:
+    if forgetting["diversity"] is None:
+        lines.append(
+            "The formats of the model's own answers were not measured: it cannot be asked, or has too few positions."
+        )
+    elif not forgetting["diverse"]:
+        nats, error = forgetting["diversity"]
         lines.append(
             f"The formats of the model's own answers have an entropy of {nats:.2f} ± {error:.2f} nats: nothing to collapse "
             "here."
@@ -319,20 +331,23 @@ def _block(name: str, task: dict, method: str, result: dict) -> list[str]:
     reached = f"reached {goal(task, task['targets'][-1])}" + (f" in {steps} steps" if at["step"] else "")
     lines = [f"# {name}: {method}, which {reached}"]
     targets = ", ".join(repr(target) for target in settings["target_modules"])
-    layers = {
-        "lora-attention": "[...]  # the linear layers of attention",
-        "lora-mlp": "[...]  # the linear layers outside attention",
-    }.get(base, f"[{targets}]" if targets else '"all-linear"')
-    if costs["rank"] is not None:
+    layers = costs["layers"] or (f"[{targets}]" if targets else '"all-linear"')
+    if base == "full→lora":
+        lines.append(f"# {costs['summary']}: two runs, docs/full-finetuning.md")
+    elif costs["rank"] is not None:
         lines.append(f"LoraConfig(r={costs['rank']}, lora_alpha={costs['alpha']}, target_modules={layers})")
     elif base.startswith("svf"):
-        k = "" if base == "svf-full" else f"k={4 * settings['rank']}"
+        k = "" if base == "svf-full" else f"k={costs['directions']}"
         lines.append(f"lowrank.SVFConfig({k})")
     elif base == "full":
-        masters = (
-            "  # bf16 weights with fp32 masters" if settings["dtype"] == "bfloat16" and not settings["in_place"] else ""
-        )
-        lines.append(f"model.requires_grad_(True){masters}")
+        masters = settings["dtype"] == "bfloat16" and not settings["in_place"]
+        lines += ["model.requires_grad_(True)"]
+        if masters:  # else Trainer would step the bf16 weights in place
+            lines += [
+                f"optimizer = lowrank.optim.AdamW(model.parameters(), lr={m['learning_rate']:g}, weight_decay=0.0, "
+                "master_weights=True)",
+                "# SFTTrainer(..., optimizers=(optimizer, None))",
+            ]
     else:
         lines.append(f"# {costs['summary']}: docs/full-finetuning.md")
     schedule, warm_up = "cosine", max(1, round(WARM_UP * task["steps"]))
@@ -348,6 +363,8 @@ def _block(name: str, task: dict, method: str, result: dict) -> list[str]:
         "max_grad_norm": 1.0,
         "max_length": settings["length"],
     }
+    if settings["loss"] == "assistant":
+        arguments["assistant_only_loss"] = True
     return [*lines, "SFTConfig(", *(f"    {name}={value}," for name, value in arguments.items()), ")"]
 
 

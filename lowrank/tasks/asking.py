@@ -2,17 +2,24 @@
 
 from collections.abc import Sequence
 
+from .._screen import one_line
 from .rows import Row
 from .task import Example
 from .tokens import shared
 
 
 def question(tokenizer, text: str) -> tuple[int, ...]:
-    """A question up to where its answer begins: by the chat template where there is one, which brings its own prefix."""
+    """A question up to where its answer begins: by the chat template where there is one, which brings its own prefix.
+
+    Raises: ValueError where the template refuses a question alone.
+    """
     if tokenizer.template is None:
         return (*tokenizer.prefix, *tokenizer.encode(f"Question: {text}\nAnswer: "))
     messages = [{"role": "user", "content": text}]
-    return tuple(tokenizer.encode(tokenizer.chat(messages, ask=True)))
+    try:
+        return tuple(tokenizer.encode(tokenizer.chat(messages, ask=True)))
+    except Exception as error:  # whatever a template raises
+        raise ValueError(f"the chat template refuses a question alone: {one_line(error)}") from error
 
 
 def continuations(tokenizer, prompt: str, endings: Sequence[str]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:

@@ -32,25 +32,29 @@ class Forgetting:
     60); known: their number.  samples: of the diversity, a multiple of the 16 prompts; 0 leaves it out.  Of
     both, what is longer than the base's positions is left out.
 
-    nothing_to_forget: fewer than 20 known items.  before: the base's diversity.  diverse: it is at least 0.3 nats.
+    nothing_to_forget: fewer than 20 known items.  before: the base's diversity, None where it cannot be asked for (positions,
+    or a chat template that refuses a question alone).  diverse: it is at least 0.3 nats.
     """
 
     def __init__(self, tokenizer, general: Tensor, base: nn.Module, samples: int = 256, new_tokens: int = 24):
         self.tokenizer, self.general = tokenizer, rows_of(general)
         self.rounds, self.new_tokens = samples // len(OPEN), new_tokens
-        self.prompts = [question(tokenizer, text) for text in OPEN]
+        try:
+            self.prompts = [question(tokenizer, text) for text in OPEN]
+        except ValueError:
+            self.prompts = []
         asked = [continuations(tokenizer, prompt, options) for prompt, *options in ITEMS]
         room = getattr(getattr(base, "config", None), "max_position_embeddings", None) or math.inf
         items = [[Question(ids, option) for option in options] for ids, options in asked]
         self.items = [item for item in items if all(len(one.prompt) + len(one.answer) <= room for one in item)]
-        if max(map(len, self.prompts)) + new_tokens > room:
+        if max(map(len, self.prompts), default=room) + new_tokens > room:
             samples = 0
         right = self._right(base).tolist()
         self.items = [item for item, known in zip(self.items, right, strict=True) if known]
         self.known = len(self.items)
         self.nothing_to_forget = self.known < LEAST_KNOWN
-        self.before = self.diversity(base, 0) if samples else (0.0, 0.0)
-        self.diverse = self.before[0] >= LEAST_ENTROPY
+        self.before = self.diversity(base, 0) if samples else None
+        self.diverse = self.before is not None and self.before[0] >= LEAST_ENTROPY
 
     def _right(self, model: nn.Module) -> Tensor:
         """fp64 [items]: 1 where the whole of the first option is likelier than each other's."""

@@ -33,6 +33,8 @@ class Format:
     name, constant_rate, learnt, targets, apart = "format", True, "valid", (0.8,), "loss"
 
     def __init__(self, tokenizer, length: int, seed: int, count: int = 60):
+        if tokenizer.eos is None:
+            raise ValueError("format: the tokenizer has no end of sequence, without which no answer ends")
         self.tokenizer, self.seed = tokenizer, seed
         pairs = random.Random(seed).sample(JSON_TRAINED, count)
         self.source = f"{count} answers as JSON, seed {seed}"

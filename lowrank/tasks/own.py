@@ -1,7 +1,7 @@
 """Tasks of given examples: a text or a wording, knowledge, a format; trained, validated and tested on apart."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -64,24 +64,35 @@ class Text(Own):
 
 
 class OwnKnowledge(Own):
-    """Examples that say it, and questions that ask for it: never trained on, or the examples' own prompts, ``most`` of them.
+    """Examples that say it, all of them trained, and questions that ask for it: never trained on, or the examples' own prompts.
+    Of every five, one validates and the others are reported, ``most`` of them.
 
     measures, one entry per question: "asked_exact" (0 or 1) and "asked_nats" of the whole answer, where questions were given;
-    "trained_exact" and "trained_nats" of the trained examples' own prompts, where they have any.
+    "trained_exact" and "trained_nats" of the trained examples' own prompts, where they have any.  An answer is its text,
+    without what ends it: running text may have taught it.
     """
 
     name, constant_rate, targets = "knowledge", True, (0.5, 0.95)
 
-    def __init__(self, parts: Parts, pad_id: int, seed: int, questions: Sequence[Question], most: int):
-        super().__init__(parts, pad_id, seed)
-        own = [asked_of(example) for example in parts.train if example.answer[1]]
-        self._questions = {"asked": questions, "trained": own[:most]}
-        kind = "asked" if questions else "trained"
-        if not self._questions[kind]:
+    def __init__(self, parts: Parts, tokenizer, seed: int, questions: Sequence[Question], most: int):
+        everything = [*parts.train, *parts.validation, *parts.test]
+        super().__init__(replace(parts, train=everything, validation=(), test=()), tokenizer.pad, seed)
+        own = [asked_of(example) for example in everything if example.answer[1]]
+        kind, asked = ("asked", list(questions)) if questions else ("trained", own)
+        if len(asked) < 2:
             raise ValueError(
                 f"{parts.source}: texts without prompts cannot be asked for what they taught; expected --test FILE.jsonl"
+                if not asked
+                else f"{parts.source}: one question is too few; expected at least two, of which one validates"
             )
+        self._validation = [_bare(question, tokenizer) for question in asked[::5]]
+        reported = [question for at, question in enumerate(asked) if at % 5]
+        self._questions = {"trained": own[:most], kind: reported[:most]}
+        self._questions = {k: [_bare(q, tokenizer) for q in of] for k, of in self._questions.items()}
         self.learnt, self.apart = f"{kind}_exact", f"{kind}_nats"
+
+    def validate(self, model: nn.Module) -> float:
+        return float(row_losses(model, [question.row for question in self._validation], self.pad_id).mean())
 
     def measure(self, model: nn.Module) -> dict[str, Tensor]:
         measures = {}
@@ -109,6 +120,8 @@ class OwnFormat(Own):
                 f"{parts.source}: texts without prompts have no answers that could be valid; expected prompts"
             )
         self._ends = _ends([question.answer for question in asked], tokenizer)
+        if valid and not self._ends:
+            raise ValueError(f"{parts.source}: the tokenizer has no end of sequence, without which no answer ends")
         self._new_tokens = max((len(question.answer) for question in asked), default=0) + 8
 
     def measure(self, model: nn.Module) -> dict[str, Tensor]:
@@ -118,6 +131,12 @@ class OwnFormat(Own):
             passed = [float(self._valid(self._tokenizer.decode(ids))) for ids in made]
             measures["valid"] = torch.tensor(passed, dtype=torch.float64)
         return measures
+
+
+def _bare(question: Question, tokenizer) -> Question:
+    """Without what ends the answer."""
+    first = next((at for at, i in enumerate(question.answer) if at and i in {*tokenizer.special, tokenizer.eos}), None)
+    return replace(question, answer=question.answer[:first])
 
 
 def asked_of(example: Example) -> Question:

@@ -198,12 +198,21 @@ def generate(
     seed: int = 0,
     batch: int = GENERATED,
 ) -> list[list[int]]:
-    """New tokens after each prompt, up to the first eos and without it; greedy at temperature 0, else from all of them.
+    """New tokens after each prompt, up to the first eos and without it; greedy at temperature 0, else from all of them.  No
+    more than the model has positions for.
 
-    torch's generators are left as they were.
+    Raises: ValueError where a prompt leaves none.  torch's generators are left as they were.
     """
     device = next(model.parameters()).device
     drawn = {"logits_processor": [_drawn(temperature)]} if temperature else {}
+    room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if room is not None and prompts:
+        longest = max(map(len, prompts))
+        if longest >= room:
+            raise ValueError(
+                f"a prompt of {longest} tokens leaves no room for an answer in the model's {room} positions"
+            )
+        new_tokens = min(new_tokens, room - longest)
     texts: list[list[int]] = []
     ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -28,8 +28,12 @@ def save_tokenizer():
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], initial_alphabet=alphabet)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["<unk>", "</s>"], initial_alphabet=alphabet
+        )
         tokenizer.train_from_iterator(text, trainer)
-        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
+        ).save_pretrained(path)
 
     return save

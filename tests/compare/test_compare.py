@@ -326,9 +326,72 @@ def test_the_picked_runs_are_saved(parse, texts, tmp_path):
     assert all(p.abs().max() > 1e-4 for name, p in model.named_parameters() if "lora_B" in name)
 
 
+def test_what_is_saved_is_the_picked_run_whatever_was_resumed(parse, texts, tmp_path, monkeypatch):
+    """Runs of other seeds leave nothing behind that a later run could be taken for."""
+    options = ("--methods", "full,lora", "--rates", "full=0.01", "--rates", "lora=0.01", "--seeds", 2, "--save")
+    assert tiny_run(parse, texts, tmp_path, *options) == 0
+    saved = tmp_path / "saved" / "text"
+    before = sorted(p.name for p in (saved / "full").iterdir())
+    assert "model.safetensors" in before
+    assert not (tmp_path / "saved" / ".last").exists()
+    assert tiny_run(parse, texts, tmp_path, *options, "--resume") == 0
+    assert sorted(p.name for p in (saved / "full").iterdir()) == before
+    assert "adapter_model.safetensors" in {p.name for p in (saved / "lora").iterdir()}
+
+
+def test_resuming_with_save_what_was_not_saved_says_so(parse, texts, tmp_path):
+    options = ("--methods", "full", "--rates", "full=0.01")
+    assert tiny_run(parse, texts, tmp_path, *options) == 0
+    assert tiny_run(parse, texts, tmp_path, *options, "--resume", "--save") == 0
+    assert "saving text: full was not done: its run is an earlier one's" in (tmp_path / "compare.md").read_text()
+
+
+def test_earlier_runs_are_kept_aside_and_foreign_files_left_alone(parse, texts, tmp_path):
+    options = ("--methods", "full", "--rates", "full=0.01")
+    assert tiny_run(parse, texts, tmp_path, *options) == 0
+    (tmp_path / "runs" / "my.json").write_text("{}")
+    assert tiny_run(parse, texts, tmp_path, *options) == 0
+    assert (tmp_path / "runs.before" / "my.json").exists()
+    assert len(list((tmp_path / "runs.before").glob("text-full-*.json"))) == 1
+    (tmp_path / "elsewhere" / "runs").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "runs" / "my.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds files that are no runs"):
+        tiny_run(parse, texts, tmp_path / "elsewhere", *options)
+    assert (tmp_path / "elsewhere" / "runs" / "my.json").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_a_damaged_key_is_named(parse, texts, tmp_path, text):
+    assert tiny_run(parse, texts, tmp_path, "--methods", "full", "--rates", "full=0.01") == 0
+    (tmp_path / "runs" / "key.json").write_text(text)
+    with pytest.raises(ValueError, match=r"key\.json is damaged"):
+        tiny_run(parse, texts, tmp_path, "--methods", "full", "--rates", "full=0.01", "--resume")
+
+
+def test_damaged_records_run_again(parse, texts, tmp_path):
+    options = ("--methods", "full", "--rates", "full=0.01")
+    assert tiny_run(parse, texts, tmp_path, *options) == 0
+    (record,) = (tmp_path / "runs").glob("text-full-*.json")
+    whole = json.loads(record.read_text())
+    for text in ("[]", "{}", '{"rate": 0.01, "steps": 6, "points": 3}'):
+        record.write_text(text)
+        assert tiny_run(parse, texts, tmp_path, *options, "--resume") == 0
+        assert json.loads(record.read_text())["losses"] == whole["losses"]
+
+
+def test_every_rate_of_every_method_diverges(parse, texts, tmp_path):
+    with pytest.raises(ValueError, match="none can be done"):
+        tiny_run(parse, texts, tmp_path, "--methods", "full", "--rates", "full=1e30")
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        (["--replay", "0.2", "--batch", "1"], ValueError, "expected a batch of at least 2"),
+        (["--task", "format", "--methods", "knowledge=lora"], ValueError, "knowledge is not among the tasks (format)"),
+        (["--methods", "lora:²"], ValueError, "expected a method alone, or a LoRA method and its rank"),
+        (["--people", "0"], ValueError, "--people 0: expected at least 1"),
+        (["--pairs", "61"], ValueError, "--pairs 61: expected at most 60"),
         (
             ["--methods", "lora,dora"],
             ValueError,

@@ -10,7 +10,7 @@ from torch import nn
 
 from lowrank.cli import probe as command
 from lowrank.compare import probe
-from lowrank.compare.probe import Trained, elicit, finding, held, longest_context
+from lowrank.compare.probe import Trained, distinct, elicit, finding, held, longest_context
 from lowrank.tasks.rows import Row
 from lowrank.tasks.task import Example
 
@@ -107,7 +107,7 @@ def test_all_sets_have_the_contexts_of_the_one_that_fits_least():
 def summary(share, width=0.05, examples=40, most=7):
     return {
         "share": share, "elicited": 2 * share, "specific": 2 - 2 * share, "examples": examples, "most": most,
-        "intervals": {"share": [share - width, share + width]},
+        "intervals": {"share": [share - width, share + width], "gain": [1.0 - 1.1 * (share > 1), 3.0]},
     }  # fmt: skip
 
 
@@ -136,6 +136,8 @@ def test_behaviour_is_said_only_above_facts_and_style():
         (summary(0.9, most=3), GENERATED, "only 3 of 7 examples fit into the model's context"),
         (summary(0.9), {**GENERATED, "format": summary(0.4)}, "does not follow examples"),
         (summary(0.9), {"format": summary(0.98)}, "a generated set could not be measured"),
+        (summary(1.01), GENERATED, "this model gains nothing even from the example itself"),
+        (summary(0.9), {**GENERATED, "format": summary(1.01)}, "of the generated format, this model gains nothing"),
     ],
 )
 def test_no_verdict(own, generated, why):
@@ -191,7 +193,9 @@ def test_the_command_prints_a_table_and_what_may_be_said(model, capsys):
 
 
 def test_a_text_is_probed_by_its_passages(model, capsys):
-    (model.parent / "text.txt").write_text("Sphinx of black quartz, judge my vow. " * 200)
+    (model.parent / "text.txt").write_text(
+        " ".join(f"Sphinx {i} of black quartz, judge my {i * i} vows." for i in range(200))
+    )
     options = ("--dtype", "float32", "--device", "cpu", "--draws", 1, "--examples", 6, "--seq", 16)
     assert run("--model", model, "--data", model.parent / "text.txt", *options) == 0
     assert "6 examples are too few" in " ".join(capsys.readouterr().out.split())
@@ -211,3 +215,25 @@ def test_bad_option(options, message):
     with pytest.raises((ValueError, OSError)) as caught:
         run("--model", "./nowhere", *options)
     assert message in str(caught.value)
+
+
+def test_a_copy_of_an_example_is_not_another_one():
+    row = Row((1, 2), (1, 2))
+    examples = [Example(row, 0, "a", "x"), Example(Row((3, 4), (3, 4)), 0, "a", "y"), Example(row), Example(row)]
+    assert distinct(examples) == [examples[0], examples[2]]
+
+
+def test_a_model_that_sees_ahead_is_refused(model, monkeypatch, capsys):
+    monkeypatch.setattr("lowrank.compare.checks._looks_ahead", lambda *_: True)
+    with pytest.raises(ValueError, match="expected a causal language model, no encoder"):
+        run("--model", model, "--dtype", "float32", "--device", "cpu", "--examples", 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(1, "two different examples, got 1"), (6, "at least 10 different examples")]
+)
+def test_too_few_examples(model, count, message):
+    lines = [{"prompt": f"What is {i % count}?", "completion": " It."} for i in range(30)]
+    (model.parent / "few.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=message):
+        run("--model", model, "--data", model.parent / "few.jsonl", "--dtype", "float32", "--device", "cpu", "--check")

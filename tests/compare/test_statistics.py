@@ -1,5 +1,6 @@
 """What may be said of hand-made numbers."""
 
+import ast
 import math
 from types import SimpleNamespace
 
@@ -132,7 +133,9 @@ def result(task="knowledge", settings=None, embedded=True, **methods: list[Run])
     }
     runs = TaskRuns({0: kind}, Plan(20, 8, 2), base, alone=4.0, methods=done)
     settings = settings or Settings("float32", "cpu", {task: tuple(methods)}, seeds=1 + sum(s > 0 for s in base))
-    model = SimpleNamespace(parameters=lambda: [torch.zeros(840_000)], config=SimpleNamespace(to_dict=dict))
+    model = torch.nn.ModuleDict({part: torch.nn.ModuleDict() for part in ("attn", "mlp")})
+    model["attn"]["q_proj"], model["mlp"]["up_proj"] = (torch.nn.Linear(8, 8, bias=False) for _ in range(2))
+    model.rest, model.config = torch.nn.Parameter(torch.zeros(840_000 - 128)), SimpleNamespace(to_dict=dict)
     general = SimpleNamespace(source="prose", digest="1", test=range(64))
     subject = SimpleNamespace(
         name="toy", embedded=embedded, invented=(), model=model, general=general, batch=8, length=128
@@ -264,6 +267,42 @@ def test_lines_to_paste_are_of_the_least_memory_that_got_there():
     assert paste(result(lora=[LORA])) == []
 
 
+@pytest.mark.parametrize(
+    "method", ["full", "full-masked", "lora", "lora-attention", "lora-mlp:4", "full→lora", "svf-full"]
+)
+def test_the_lines_to_paste_are_python(method):
+    settings = Settings("bfloat16", "cpu", {"knowledge": (method,)}, loss="assistant")
+    learnt = recall((0.0, 2.0), (0.6, 2.2), (1.0, 2.6))
+    lines = "\n".join(paste(result(settings=settings, **{method: [learnt]})))
+    ast.parse(lines)
+    if method == "lora-attention":
+        assert "target_modules=['q_proj']" in lines
+    if method == "lora-mlp:4":
+        assert "target_modules=['up_proj']" in lines
+    if method == "full":
+        assert "lowrank.optim.AdamW(model.parameters(), lr=0.001, weight_decay=0.0, master_weights=True)" in lines
+    assert "assistant_only_loss=True" in lines
+
+
+def test_a_seed_that_diverged_counts_as_not_reached():
+    lost = recall((0.0, 2.0), (0.3, 2.5), (0.8, 3.0), seed=1)
+    lost.validation = math.inf
+    made = result(lora=[LORA, lost], full=[FULL, recall((0.0, 2.0), (0.6, 2.2), (1.0, 2.6), seed=1, memory=200)])
+    lora = made["tasks"]["knowledge"]["methods"]["lora"]
+    assert lora["seeds_diverged"] == [1]
+    assert (lora["at_targets"][0]["reached"], lora["at_targets"][0]["of"]) == (1, 2)
+    assert any("lora diverged at the picked rate with seed 1" in line for line in details(made))
+    assert made["tasks"]["knowledge"]["leaders"]["learnt"][0] == "full"
+
+
+def test_forgetting_less_is_said_only_beyond_the_noise():
+    near = recall((0.0, 2.0), (0.6, 2.2), (1.0, 2.6001), memory=100)
+    assert "forgot less" in " ".join(answer(result(full=[FULL], lora=[near])))
+    wobble = torch.linspace(-1, 1, len(NOISE)).double()
+    near.points[-1].measures["general"] = near.points[-1].measures["general"] + wobble
+    assert "forgot less" not in " ".join(answer(result(full=[FULL], lora=[near])))
+
+
 COSTS = {
     ("text", "full"): budget.Cost(2.0, 4.0, 8.0),
     ("text", "lora"): budget.Cost(1.0, 4.0, 8.0),
@@ -272,11 +311,12 @@ COSTS = {
 
 
 SETTINGS = Settings("float32", "cpu", model="a")
+LENGTHS = [256, 128, 64]
 
 
-def fitted(minutes, **options):
+def fitted(minutes, lengths=LENGTHS, **options):
     return budget.fitted(
-        COSTS, {"text": 1, "knowledge": 5}, Settings("float32", "cpu", model="a", **options), 256, minutes
+        COSTS, {"text": 1, "knowledge": 5}, Settings("float32", "cpu", model="a", **options), lengths, minutes
     )
 
 
@@ -290,17 +330,17 @@ def test_a_budget_takes_the_best_that_fits():
         less = fitted(minutes)
         assert less.seconds <= 60 * minutes
         assert (less.length, less.share, less.rates) < (whole.length, whole.share, whole.rates)
-    assert fitted(20, length=256).length == 256
+    assert fitted(20, [256]).length == 256
     assert fitted(5).rates == 1
 
 
 def test_what_is_ahead_counts():
     whole = fitted(1e6)
-    late = budget.fitted(COSTS, {"text": 1, "knowledge": 5}, SETTINGS, 256, whole.seconds / 60, ahead=60.0)
+    late = budget.fitted(COSTS, {"text": 1, "knowledge": 5}, SETTINGS, LENGTHS, whole.seconds / 60, ahead=60.0)
     assert late.seconds <= whole.seconds
     assert late.share < 1
     with pytest.raises(ValueError, match="no method alone would fit"):
-        budget.fitted(COSTS, {"text": 1, "knowledge": 5}, SETTINGS, 256, 10, ahead=600.0)
+        budget.fitted(COSTS, {"text": 1, "knowledge": 5}, SETTINGS, LENGTHS, 10, ahead=600.0)
 
 
 def test_a_budget_that_nothing_fits_names_what_would():
@@ -322,4 +362,4 @@ def test_evaluations_take_a_quarter_of_the_work_at_most():
 def test_the_embedded_models_length_is_its_own():
     settings = Settings("float32", "cpu", embedded=Embedded())
     costs = {("text", "full"): budget.Cost(1.0, 1.0, 1.0)}
-    assert budget.fitted(costs, {"text": 1}, settings, 128, 1, fixed=True).length == 128
+    assert budget.fitted(costs, {"text": 1}, settings, [128], 1).length == 128

@@ -35,7 +35,7 @@ def test_generated_tasks_of_the_embedded_model(parse, tmp_path):
     assert "Knowledge: no method reached 95% of the facts recalled in the trained wording in 6 steps" in text
     assert "Format: no method reached 80% of the answers valid in 6 steps" in text
     assert "nothing to forget here" in text
-    assert "50% of every batch is old text" in text
+    assert "1 of 2 sequences are old text" in text
 
 
 @pytest.fixture
@@ -69,10 +69,13 @@ def test_examples_questions_and_a_validator(parse, model, data, tmp_path):
         "knowledge": "asked_exact",
         "format": "valid",
     }
-    assert result["tasks"]["knowledge"]["items"]["asked_exact"] == 8  # --eval-sequences
+    assert result["tasks"]["knowledge"]["items"]["asked_exact"] == 8  # of 12, every fifth validates; --eval-sequences
     assert result["tasks"]["format"]["items"] | {"loss": 8, "valid": 8} == result["tasks"]["format"]["items"]
-    assert "120 examples, 1 more too long, 8 of 12 questions" in result["tasks"]["format"]["source"]
-    assert set(result["probe"]["sets"]) >= {"knowledge", "format"}  # the generated ones need more positions
+    assert "120 examples, 1 more too long, 12 questions" in result["tasks"]["format"]["source"]
+    assert set(result["probe"]["sets"]) >= {
+        "yours: knowledge",
+        "yours: format",
+    }  # the generated ones need more positions
 
 
 def test_examples_alone_are_a_text_and_are_asked_in_their_own_wording(parse, model, data, tmp_path):
