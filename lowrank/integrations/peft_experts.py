@@ -5,7 +5,6 @@ collects the chain here and calls the experts function itself, with PEFT's own f
 Nothing is stashed on a module, and ``config._experts_implementation`` is not touched.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from .. import _stats
+from ..nn import _experts as experts
 from ..ops._boundary import TENSORS
 from ..ops.linear import Adapter
 from ..ops.node import CHANGED
@@ -37,12 +37,10 @@ def fused(original: Callable) -> Callable:
         if reason is not None:
             _stats.fell_back(self, reason)
             return original(self, x, *args, **kwargs)
-        from .experts import experts_forward
-
         for wrapper in chain:
             _stats.ran_fused(wrapper)
         compiling = torch.compiler.is_compiling()  # which layer it is would be a guard
-        return experts_forward(base, x, *args, factors=factors, layers=() if compiling else (self,))
+        return experts.experts_forward(base, x, *args, factors=factors, layers=() if compiling else (self,))
 
     forward._is_lowrank = True
     return forward
@@ -69,9 +67,6 @@ def _adapter(wrapper, name: str) -> Adapter:
 
 
 def _why_not(chain, base: nn.Module, x, args, kwargs, factors) -> str | None:
-    experts = _experts()
-    if isinstance(experts, str):
-        return experts
     reason = experts.seam(type(base))
     if reason is not None:
         return reason
@@ -101,13 +96,3 @@ def _why_not(chain, base: nn.Module, x, args, kwargs, factors) -> str | None:
                 if type(weight) not in TENSORS or weight.dtype not in DTYPES or weight.device != x.device:
                     return f"factors that are {type(weight).__name__} of {weight.dtype} on {weight.device.type}"
     return None
-
-
-@functools.cache
-def _experts():
-    """The module beside, or why there is none: it needs transformers 5."""
-    try:
-        from . import experts
-    except ImportError as error:
-        return str(error)
-    return experts

@@ -16,8 +16,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import lowrank
-from lowrank.integrations import experts
+from lowrank.integrations import experts as implementation
 from lowrank.integrations.peft import patch, unpatch
+from lowrank.nn import _experts as experts
 
 IDS = torch.arange(40).view(2, 20) * 7 % 100
 SIZES = dict(vocab_size=100, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -322,7 +323,7 @@ def _norm(model):
 
 
 def _implementation(model):
-    experts.moe.ALL_EXPERTS_FUNCTIONS.register("another", experts.moe.grouped_mm_experts_forward)
+    implementation.moe.ALL_EXPERTS_FUNCTIONS.register("another", implementation.moe.grouped_mm_experts_forward)
     model.base_model.model.set_experts_implementation("another")
 
 
