@@ -12,7 +12,7 @@ from .._linears import is_conv1d
 from ..checkpoints import publish
 from ..nn import LoRALinear
 from ..nn.svf import check_name
-from . import lora_files, svf_files, svf_model
+from . import expert_files, lora_files, svf_files, svf_model
 from .fits import check_fits, check_same
 from .lora_files import CONFIG, PICKLED, WEIGHTS
 from .svf_layers import SVFConfig, rename_expert, svf_layers
@@ -145,8 +145,8 @@ def load_adapter(
     A model with :class:`lowrank.nn.LoRALinear` layers has its factors overwritten; a PeftModel gets the adapter added
     and made active; any other model becomes a PeftModel whose layers run on lowrank.  What PEFT makes of the file (names of
     older transformers, a linear per expert, convolutions, replicated layers) is checked against the model before anything is
-    changed: every tensor has its place and size, and none is missing.  A pickled ``adapter_model.bin`` is read with
-    ``torch.load(weights_only=True)`` alone.  ``path`` may also be what a PeftModel with named adapters was saved to: then the
+    changed: every tensor has its place and size, and none is missing.  Factors of expert parameters that PEFT 0.17 or 0.18
+    wrote are turned round.  A pickled ``adapter_model.bin`` is read with ``torch.load(weights_only=True)`` alone.  ``path`` may also be what a PeftModel with named adapters was saved to: then the
     folder ``adapter_name`` in it is meant.
 
     SVF's experts are added to a model with SVF layers, or the model is adapted first, in place.  A single expert is named
@@ -167,9 +167,14 @@ def load_adapter(
     tensors = lora_files.read(path / weights)
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         return lora_files.load_lora_linears(model, path, tensors)
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    with expert_files.as_written_today(base, path, tensors) as (path, tensors):
+        return _load_peft(model, base, path, tensors, adapter_name, is_trainable, peft)
+
+
+def _load_peft(model, base, path: Path, tensors, adapter_name: str, is_trainable: bool, peft) -> nn.Module:
     from ..integrations.peft import swap_layers
 
-    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     tried = check_fits(base, path, tensors, adapter_name, peft)
     if isinstance(model, peft.PeftModel):
         if tried is not None and adapter_name in model.peft_config:
