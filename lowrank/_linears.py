@@ -199,6 +199,16 @@ def is_matrix(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
     return parameter.dim() == 3 or (name == "weight" and (parameter.dim() == 2 or is_linear(module)))
 
 
+def expert_stacks(model: nn.Module) -> list[str]:
+    """What to give PEFT as target_parameters for the stacks [E, ...] of transformers' experts: the ends of their names."""
+    ends = set()
+    for name, module in model.named_modules():
+        if {"is_transposed", "has_gate"} <= module.__dict__.keys():
+            stacks = [p for p, t in module.named_parameters(recurse=False) if t.dim() == 3 and t.shape[0] > 1]
+            ends |= {".".join([*name.split(".")[-1:], stack]) for stack in stacks}
+    return sorted(ends)
+
+
 def attention_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers that sit inside attention."""
     linear = [name for name, module in model.named_modules() if is_linear(module)]

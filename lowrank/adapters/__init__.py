@@ -146,7 +146,8 @@ def load_adapter(
     and made active; any other model becomes a PeftModel whose layers run on lowrank.  What PEFT makes of the file (names of
     older transformers, a linear per expert, convolutions, replicated layers) is checked against the model before anything is
     changed: every tensor has its place and size, and none is missing.  Factors of expert parameters that PEFT 0.17 or 0.18
-    wrote are turned round.  A pickled ``adapter_model.bin`` is read with ``torch.load(weights_only=True)`` alone.  ``path`` may also be what a PeftModel with named adapters was saved to: then the
+    wrote are turned round.  A pickled ``adapter_model.bin`` is read with ``torch.load(weights_only=True)`` alone.  ``path`` may
+    also be what a PeftModel with named adapters was saved to: then the
     folder ``adapter_name`` in it is meant.
 
     SVF's experts are added to a model with SVF layers, or the model is adapted first, in place.  A single expert is named

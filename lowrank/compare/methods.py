@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .._linears import attention_layers, target_layers, weight_shape
+from .._linears import attention_layers, expert_stacks, target_layers, weight_shape
 from .settings import Adapter
 
 
@@ -39,17 +39,18 @@ class Method:
         return self.rate / adapter.scale if self.is_lora else self.rate
 
 
-def lora_config(adapter: Adapter, target_modules=None):
+def lora_config(adapter: Adapter, target_modules=None, target_parameters=()):
     """PEFT's LoraConfig without dropout, so that two implementations draw no random numbers."""
     from peft import LoraConfig
 
-    target_modules = target_modules or list(adapter.targets) or "all-linear"
-
+    if target_modules is None:
+        target_modules = list(adapter.targets) or "all-linear"
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=0.0,
         target_modules=target_modules,
+        target_parameters=list(target_parameters) or None,
         task_type="CAUSAL_LM",
     )
 
@@ -58,10 +59,15 @@ def _full(model: nn.Module, adapter: Adapter) -> nn.Module:
     return model.requires_grad_(True)
 
 
+def stacks_of(model: nn.Module, adapter: Adapter) -> list[str]:
+    """A mixture's experts, unless layers were named."""
+    return [] if adapter.targets else expert_stacks(model)
+
+
 def _lora(model: nn.Module, adapter: Adapter) -> nn.Module:
     import lowrank
 
-    return lowrank.adapt(model, lora_config(adapter))
+    return lowrank.adapt(model, lora_config(adapter, None, stacks_of(model, adapter)))
 
 
 def _lora_attention(model: nn.Module, adapter: Adapter) -> nn.Module:
@@ -73,7 +79,7 @@ def _lora_attention(model: nn.Module, adapter: Adapter) -> nn.Module:
 def _outside_attention(model: nn.Module) -> list[str]:
     attention = set(attention_layers(model))
     others = [name for name in target_layers(model) if name not in attention]
-    if not others:
+    if not others and not expert_stacks(model):
         raise ValueError(f"{type(model).__name__} has no linear layers but those of attention")
     return others
 
@@ -81,13 +87,13 @@ def _outside_attention(model: nn.Module) -> list[str]:
 def _lora_mlp(model: nn.Module, adapter: Adapter) -> nn.Module:
     import lowrank
 
-    return lowrank.adapt(model, lora_config(adapter, _outside_attention(model)))
+    return lowrank.adapt(model, lora_config(adapter, _outside_attention(model), expert_stacks(model)))
 
 
 def _peft_lora(model: nn.Module, adapter: Adapter) -> nn.Module:
     import peft
 
-    return peft.get_peft_model(model, lora_config(adapter))
+    return peft.get_peft_model(model, lora_config(adapter, None, stacks_of(model, adapter)))
 
 
 def directions(model: nn.Module, adapter: Adapter) -> int:

@@ -196,7 +196,7 @@ def measured(result: dict) -> list[str]:
 def _summary(method: dict, settings: dict) -> str:
     """With the layers that --target-modules names."""
     names = settings["target_modules"] if method["rank"] is not None and not method["layers"] else []
-    text = method["summary"]
+    text = method["summary"] + (" and on the experts' stacks" if method["stacks"] else "")
     return text.replace("all linear layers", f"the layers {', '.join(names)}") if names else text
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..tasks.task import Task
 from .comparison import Comparison, MethodRuns, TaskRuns
-from .methods import directions, method_of
+from .methods import directions, method_of, stacks_of
 from .probe import YOURS, finding
 from .statistics import FALLS, SHARES, Crossing, crossing, ends, finite, leaders, noise, separated
 from .train import Point, Run
@@ -109,6 +109,7 @@ def _costs(name: str, comparison: Comparison) -> dict:
         "rank": adapter.rank if method_of(name).is_lora else None,
         "alpha": adapter.alpha if method_of(name).is_lora else None,
         "layers": _layers(name, comparison),
+        "stacks": _stacks(name, comparison),
         "directions": directions(comparison.subject.model, adapter) if name == "svf" else None,
         "trainable_parameters": first.trainable,
         "memory": max(memory, key=lambda m: m.total).as_dict(),
@@ -125,6 +126,13 @@ def _layers(name: str, comparison: Comparison) -> str | None:
     if chosen is None:
         return None
     return repr(sorted({layer.rpartition(".")[2] for layer in chosen(comparison.subject.model)}))
+
+
+def _stacks(name: str, comparison: Comparison) -> list[str]:
+    """A LoRA method's target_parameters: the experts of a mixture."""
+    if not method_of(name).is_lora or name.startswith("lora-attention"):
+        return []
+    return stacks_of(comparison.subject.model, comparison.settings.adapter(name))
 
 
 def _task(runs: TaskRuns) -> dict:

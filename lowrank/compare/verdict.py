@@ -335,7 +335,8 @@ def _block(name: str, task: dict, method: str, result: dict) -> list[str]:
     if base == "full→lora":
         lines.append(f"# {costs['summary']}: two runs, docs/full-finetuning.md")
     elif costs["rank"] is not None:
-        lines.append(f"LoraConfig(r={costs['rank']}, lora_alpha={costs['alpha']}, target_modules={layers})")
+        stacks = f", target_parameters={costs['stacks']!r}" if costs["stacks"] else ""
+        lines.append(f"LoraConfig(r={costs['rank']}, lora_alpha={costs['alpha']}, target_modules={layers}{stacks})")
     elif base.startswith("svf"):
         k = "" if base == "svf-full" else f"k={costs['directions']}"
         lines.append(f"lowrank.SVFConfig({k})")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .._linears import attention_layers, is_linear
+from .._linears import attention_layers, expert_stacks, is_linear
 from ..ops.svf import cheapest
 from . import meta_forward
 from .meta_forward import Setting
@@ -65,12 +65,13 @@ def _linears(model: "PreTrainedModel") -> list[str]:
 
 
 def _all_linear(model: "PreTrainedModel") -> list[str] | str:
-    names, (_, in_experts) = _linears(model), meta_forward.macs_per_token(model)
-    return "all-linear" if in_experts else names
+    """Of a mixture what PEFT makes of "all-linear", its routers among it."""
+    names = _linears(model)
+    return "all-linear" if expert_stacks(model) else names
 
 
 def _lora(model: "PreTrainedModel", setting: Setting) -> nn.Module:
-    return meta_forward.add_lora(model, _all_linear(model), setting)
+    return meta_forward.add_lora(model, _all_linear(model), setting, expert_stacks(model))
 
 
 def _lora_attention(model: "PreTrainedModel", setting: Setting) -> nn.Module:
@@ -80,13 +81,14 @@ def _lora_attention(model: "PreTrainedModel", setting: Setting) -> nn.Module:
 def _lora_mlp(model: "PreTrainedModel", setting: Setting) -> nn.Module:
     attention = set(attention_layers(model))
     others = [name for name in _linears(model) if name not in attention]
-    if not others:
+    stacks = expert_stacks(model)
+    if not others and not stacks:
         raise ValueError(f"{type(model).__name__} has no linear layers but those of attention")
-    return meta_forward.add_lora(model, others, setting)
+    return meta_forward.add_lora(model, others, setting, stacks)
 
 
 def _peft_lora(model: "PreTrainedModel", setting: Setting) -> nn.Module:
-    return meta_forward.add_lora(model, _all_linear(model), setting, run_by="peft")
+    return meta_forward.add_lora(model, _all_linear(model), setting, expert_stacks(model), run_by="peft")
 
 
 def _svf(model: "PreTrainedModel", setting: Setting) -> nn.Module:
@@ -166,7 +168,7 @@ class Estimate:
         lora   4 N + 6 n + 6 T D L      causal attention: forward 2 T D L (half of the square), backward twice that
         svf    4 N + 4 m + 6 T D L      of all singular values: what lowrank.ops.svf.cheapest picks
 
-    Of experts' weights N has what a token visits; a scan's elementwise work is in none of them.
+    Of experts' weights N has what a token visits, and n of their adapters; a scan's elementwise work is in none of them.
 
     Gradient checkpointing adds one forward of everything between the embedding and the head.
     fused: whether attention is; where it is not, [T,T] are kept and all of T D L is computed.
@@ -227,7 +229,7 @@ def _phase(config: "PretrainedConfig", row: Row, prepare: Prepare, setting: Sett
     run = meta_forward.forward(model, setting)
     rows = setting.batch * setting.seq
     attention = run.attention_flops // rows
-    forward, backward = _linear_flops(model, matmul, every, rows)
+    forward, backward = _linear_flops(model, matmul, meta_forward.visited(model, trained), rows)
     flops = 3 * attention + forward + backward
     if row.checkpointing:
         flops += attention + forward - (2 * head.weight.numel() if head is not None else 0)

@@ -1,6 +1,9 @@
 """One forward pass of a transformers model on the meta device: what autograd would keep, without memory or weights."""
 
+import contextlib
 import copy
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,16 +107,37 @@ def experts_per_token(model: "PreTrainedModel") -> int:
     )
 
 
+def visited(model: torch.nn.Module, trained: list[torch.nn.Parameter]) -> int:
+    """Of the trained weights those that one token visits: of the experts' adapters the experts' share."""
+    beside = {
+        id(factor.weight): wrapper.num_experts
+        for wrapper in model.modules()
+        if hasattr(wrapper, "parameter_name")
+        for factors in (wrapper.lora_A, wrapper.lora_B)
+        for factor in factors.values()
+    }
+    return sum(p.numel() * experts_per_token(model) // beside[id(p)] if id(p) in beside else p.numel() for p in trained)
+
+
 def add_lora(
-    model: "PreTrainedModel", targets: list[str] | str, setting: Setting, *, run_by: str = "lowrank"
+    model: "PreTrainedModel",
+    targets: list[str] | str,
+    setting: Setting,
+    stacks: Sequence[str] = (),
+    *,
+    run_by: str = "lowrank",
 ) -> "PeftModel":
-    """The model with LoRA on the modules named in `targets` or by "all-linear", computed by PEFT's layers or by lowrank's."""
+    """The model with LoRA on the modules in `targets` and the experts in `stacks`, computed by PEFT's layers or lowrank's."""
     try:
         import peft
     except ImportError as error:
         raise ImportError("the LoRA methods need PEFT: pip install 'lowrank-kernels[peft]'") from error
     config = peft.LoraConfig(
-        r=setting.rank, lora_alpha=setting.rank, lora_dropout=setting.dropout, target_modules=targets
+        r=setting.rank,
+        lora_alpha=setting.rank,
+        lora_dropout=setting.dropout,
+        target_modules=targets,
+        target_parameters=list(stacks) or None,
     )
     with torch.device("meta"):
         if run_by == "lowrank":
@@ -125,8 +149,6 @@ def add_lora(
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.to(getattr(torch, setting.adapter_dtype))
-    if any(hasattr(m, "parameter_name") for m in model.modules()):
-        raise ValueError("PEFT puts these adapters on experts' weights too: not computed")
     return model
 
 
@@ -164,7 +186,7 @@ def forward(model: torch.nn.Module, setting: Setting) -> Run:
     tokens = torch.zeros(setting.batch, setting.seq, dtype=torch.long, device="meta")
     mode = _AsOnDevice(setting.device, getattr(torch, setting.dtype) if setting.autocast else None)
     try:
-        with mode, saved:
+        with mode, saved, _peft_on_meta():
             model(input_ids=tokens, labels=tokens, use_cache=False)
     except (RuntimeError, NotImplementedError) as error:  # e.g. shapes that depend on values
         reason = str(error).splitlines()[0]
@@ -176,6 +198,26 @@ def forward(model: torch.nn.Module, setting: Setting) -> Run:
     # Backward reaches the blocks after the head is freed: the peak is at the loss or in one recomputed block.
     peak = max([saved.bytes - inside] + [block[1] + _merged_bytes(model) for block in blocks])
     return Run(saved.bytes, sum(block[0] for block in blocks) + peak, mode.attention_flops)
+
+
+@contextlib.contextmanager
+def _peft_on_meta() -> Iterator[None]:
+    """PEFT turns autocast off around its merging of experts, which torch does not offer for the meta device."""
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    proxy = getattr(layer, "_LoraFactorsProxy", None)
+    if proxy is None:
+        yield
+        return
+
+    def merged(self, W):
+        with torch._C.DisableTorchFunction():  # no product of attention
+            return torch.baddbmm(W, self.lhs, self.rhs, alpha=self.scaling)
+
+    before, proxy.forward = proxy.forward, merged
+    try:
+        yield
+    finally:
+        proxy.forward = before
 
 
 def _merged_bytes(module: torch.nn.Module) -> int:

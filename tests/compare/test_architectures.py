@@ -56,12 +56,24 @@ def test_a_report_for_every_architecture(parse, save_tokenizer, tmp_path, name):
     assert result["methods"].keys() == set(methods) - missing
     assert result["complete"]
     text = (tmp_path / "out" / "compare.md").read_text()
+    experts = name in ("Mixtral", "Qwen3Moe", "DeepseekV3", "GptOss")
+    assert ("lora: lowrank LoRA on all linear layers and on the experts' stacks." in text) == experts
     for method in missing:
         assert f"- {method} was not done: " in text
     for method in result["tasks"]["text"]["methods"].values():
         assert method["changes"]["share_changed"] > 0
     for method in result["methods"].values():
         assert method["latency"]["merged"] is not None or method["not_measured"] or method is result["methods"]["full"]
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "DeepseekV3", "GptOss"])
+@pytest.mark.parametrize("method", ["lora", "lora-mlp", "peft-lora"])
+def test_experts_are_adapted_too(name, method):
+    model = METHODS[method].phases[0].prepare(build(name), Adapter(2))
+    adapted = {m.parameter_name for m in model.modules() if hasattr(m, "parameter_name")}
+    assert adapted - {"weight"} == {"gate_up_proj", "down_proj"}  # PEFT's all-linear has routers, too
+    named = METHODS[method].phases[0].prepare(build(name), Adapter(2, targets=("q_proj", "o_proj")))
+    assert method == "lora-mlp" or not any(hasattr(m, "parameter_name") for m in named.modules())
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "Mamba"])
