@@ -19,7 +19,7 @@ from .. import _stats, bits
 from . import dropout
 from ._boundary import autocast_dtype, is_plain, no_autocast
 from ._debug import may_look
-from .experts_eager import Groups, Thin, bias_rows, expand_, outer, rows, shrink, sums, thin
+from .experts_eager import Groups, bias_rows, expand_, outer, rows, shrink, sums, thin, thin_A
 from .linear import Adapter
 from .node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow, to_save
 from .validation import check_tensor, is_finite, shape_of
@@ -205,7 +205,21 @@ def backward(dy, x, weight, As, Bs, Ss, keeps, scalings, ps, ends, full, thin_dt
         masked = [keeps.pop(0) if p > 0 else None for p in ps]
         scales = [s * dropout.keep_scale(p) for s, p in zip(scalings, ps, strict=True)]
         dx, dW, db, dAs, dBs = projected_backward(
-            dy, x, weight, As, Bs, Ss, masked, scales, need[:n], need[n:], groups, thin_dtype, need_x, need_W, need_b
+            dy,
+            lambda: x,
+            weight,
+            As,
+            Bs,
+            Ss,
+            masked,
+            scales,
+            need[:n],
+            need[n:],
+            groups,
+            thin_dtype,
+            need_x,
+            need_W,
+            need_b,
         )
         return [grad for grad, need in zip([dx, dW, db, *dAs, *dBs], needs, strict=True) if need]
 
@@ -228,35 +242,41 @@ def projected(x, weight, bias, As, Bs, scalings, ps, groups: Groups, seeds, numb
 def projected_backward(
     dy, x, weight, As, Bs, Ss, masked, scales, need_A, need_B, groups: Groups, thin_dtype, need_x, need_W, need_b
 ):
-    """(dx, dW, db, [dA], [dB]), None where not needed; x only where a dW or dA is.  masked: keep bits or None per adapter."""
-    dx = rows(dy, weight.mT, groups) if need_x else None
-    dW, db = outer(dy, x, groups) if need_W else None, sums(dy, groups) if need_b else None
-    wide, dAs, dBs = dy.to(thin_dtype), [None] * len(As), [None] * len(As)
+    """(dx, dW, db, [dA], [dB]), None where not needed.  x(): the rows, asked for only where a dW or dA is.  masked: keep bits
+    or None per adapter.  What is large is made last, and B is copied after its gradient."""
+    n = len(As)
+    db, dBs, dSs, dAs = sums(dy, groups) if need_b else None, [None] * n, [None] * n, [None] * n
+    wide = dy.to(thin_dtype)
     for j, (A, B, S) in enumerate(zip(As, Bs, Ss, strict=True)):
-        if not (need_x or need_A[j] or need_B[j]):
-            continue
-        factors = thin(A, B, scales[j], thin_dtype, groups, True)
-        dBs[j] = factor_gradient(wide, S, factors, B, groups) if need_B[j] else None
-        if not (need_x or need_A[j]):
-            continue
-        dS = rows(wide, factors.B.mT, groups).mul_(factors.scale)
-        dAs[j] = dropped_outer(dS, x, masked[j], factors, groups, A.dtype) if need_A[j] else None
-        if need_x:
-            dx.add_(dropped(rows(dS, factors.A.mT, groups), masked[j]))
+        dBs[j] = factor_gradient(wide, S, scales[j], B, groups) if need_B[j] else None
+        if need_x or need_A[j]:
+            factors = thin(A, B, scales[j], thin_dtype, groups, True)
+            dSs[j] = rows(wide, factors.B.mT, groups).mul_(scales[j])
+            del factors
+    del wide
+    dW = None
+    if need_W or any(need_A):
+        x = x()
+        dW = outer(dy, x, groups) if need_W else None
+        for j, A in enumerate(As):
+            dAs[j] = dropped_outer(dSs[j], x, masked[j], A.shape[1], groups, A.dtype) if need_A[j] else None
+        del x
+    dx = rows(dy, weight.mT, groups) if need_x else None
+    for j, A in enumerate(As) if need_x else ():
+        part = rows(dSs[j], thin_A(A, dSs[j], groups).mT, groups)
+        dx.add_(dropped(part, masked[j]))
     return dx, dW, db, dAs, dBs
 
 
-def dropped_outer(
-    dS: Tensor, x: Tensor, keep: Tensor | None, factors: Thin, groups: Groups, dtype: torch.dtype
-) -> Tensor:
+def dropped_outer(dS: Tensor, x: Tensor, keep: Tensor | None, rank: int, groups: Groups, dtype: torch.dtype) -> Tensor:
     """dA [E,r,K] in ``dtype``, of the x that the mask kept."""
     grad = outer(dS, dropped(x.to(dS.dtype), keep), groups)
-    return grad[:, : factors.rank].to(dtype).contiguous()
+    return grad[:, :rank].to(dtype).contiguous()
 
 
-def factor_gradient(dy: Tensor, S: Tensor, factors: Thin, B: Tensor, groups: Groups) -> Tensor:
+def factor_gradient(dy: Tensor, S: Tensor, scale: float, B: Tensor, groups: Groups) -> Tensor:
     """dB [E,N,r] in the strides and the dtype of B; what multiplies the thin side is small."""
-    grad = outer(dy, S * factors.scale, groups)[:, :, : factors.rank]
+    grad = outer(dy, S * scale, groups)[:, :, : B.shape[2]]
     if grad.is_contiguous() and B.stride() == (1, B.shape[2] * len(B), len(B)):
         flat = grad.view(len(B), -1).to(B.dtype).mT.contiguous()  # in two dimensions a transposition is blocked
         return flat.view(B.shape[1], B.shape[2], len(B)).permute(2, 0, 1)

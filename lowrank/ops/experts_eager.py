@@ -153,6 +153,11 @@ def thin(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, groups: Groups,
     return Thin(_widened(A, 1, width, dtype), _widened(B, 2, width, dtype), scale, rank)
 
 
+def thin_A(A: Tensor, S: Tensor, groups: Groups) -> Tensor:
+    """:func:`thin`'s A alone, beside S or its gradient."""
+    return _widened(A, 1, S.shape[1], S.dtype)
+
+
 def shrink(x: Tensor, thin: Thin, groups: Groups) -> Tensor:
     """S [S,r'] = x [S,K] by A, in the factors' dtype."""
     x = x.to(thin.A.dtype)

@@ -21,7 +21,7 @@ from . import activations, dropout, experts
 from ._boundary import is_plain, no_autocast
 from .activations import Activation
 from .experts import check_factors, check_stack_vector, differentiated, factor_gradient, thin_dtype_of
-from .experts_eager import Groups, Routing, outer, route, rows, sums, thin
+from .experts_eager import Groups, Routing, outer, route, rows, sums, thin, thin_A
 from .linear import Projection
 from .lora_impl import runs
 from .node import (
@@ -208,19 +208,20 @@ def backward(
         if needs_G:
             dh.mul_(w)
         for j in range(first, n):
-            factors = thin(As[j], Bs[j], scales[j], thin_dtype, groups, True)
             if need_B[j]:
-                dB[j] = factor_gradient(wide, (Ss[j] * w).to(thin_dtype), factors, Bs[j], groups)
+                dB[j] = factor_gradient(wide, (Ss[j] * w).to(thin_dtype), scales[j], Bs[j], groups)
             if not (needs_G or need_w or need_A[j]):
                 continue
+            factors = thin(As[j], Bs[j], scales[j], thin_dtype, groups, True)
             dS = rows(wide, factors.B.mT, groups).mul_(factors.scale)
+            del factors
             if need_w:
                 dw.add_((dS * Ss[j]).sum(1, dtype=w.dtype))
             dS.mul_(w)
             if need_A[j]:
-                dA[j] = experts.dropped_outer(dS, h, masked[j], factors, groups, As[j].dtype)
+                dA[j] = experts.dropped_outer(dS, h, masked[j], As[j].shape[1], groups, As[j].dtype)
             if needs_G:
-                dh.add_(experts.dropped(rows(dS, factors.A.mT, groups), masked[j]))
+                dh.add_(experts.dropped(rows(dS, thin_A(As[j], dS, groups).mT, groups), masked[j]))
         if need_w and b2 is not None:
             dw.add_((dO * b2[groups.experts]).sum(1, dtype=w.dtype))
         if need_w:
@@ -234,11 +235,11 @@ def backward(
         if needs_G:
             dG = activations.backward(G, dh, act)
             del dh
-            X = x[token] if need_W1 or any(need_A[:first]) else None
             mine = [factor[:first] for factor in (As, Bs, Ss, masked, scales, need_A, need_B)]
             dX, dW1, db1, dA[:first], dB[:first] = experts.projected_backward(
-                dG, X, W1, *mine, groups, thin_dtype, need_x, need_W1, need_b1
+                dG, lambda: x[token], W1, *mine, groups, thin_dtype, need_x, need_W1, need_b1
             )
+            del dG
             dx = dX[place].view(len(x), -1, x.shape[1]).sum(1) if need_x else None
         given = [dx, dw, dW1, db1, dW2, db2, *dA, *dB]
         return [grad for grad, need in zip(given, needs, strict=True) if need]

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from right import PAIRS, in_the_mean, within
@@ -303,3 +305,35 @@ def test_the_package_says_why_torch_func_runs_elsewhere():
     ts, index = tensors(T=4, E=3, H=4, I=4, r=2, dtype=torch.float64, grad=False)
     with lowrank.strict(), pytest.raises(lowrank.FallbackError, match=r"torch\.func"):
         torch.func.grad(lambda A: call(index, *ts[:6], A, *ts[7:]).sum())(ts[6])
+
+
+def peak(step):
+    """Bytes of all tensors that are there at once in a step, by the allocations and releases that the profiler sees."""
+    step()
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        step()
+    events = sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def test_the_peak_of_a_step_is_the_frozen_layers_and_the_adapters_gradients():
+    """Of transformers' own grouped_mm, at sizes where the stacks are most of all."""
+    moe = pytest.importorskip("transformers.integrations.moe")
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(hidden_size=512, moe_intermediate_size=384, num_experts=64, num_experts_per_tok=8)
+    (x, weights, W1, _, W2, _, *factors), index = tensors(T=256, k=8, E=64, H=512, I=384, r=16)
+    module = Qwen3MoeExperts(config)
+    module.gate_up_proj, module.down_proj = (torch.nn.Parameter(t.detach(), False) for t in (W1, W2))
+    dy = torch.randn(256, 512)
+
+    def layer():
+        made = layer_of(W1.detach(), None, W2.detach(), None, *factors)
+        return experts_layer(x, index, weights, made)
+
+    def step(forward):
+        torch.autograd.grad(forward(), (x, weights, *(factors if forward is layer else ())), dy)
+
+    frozen = peak(lambda: step(lambda: moe.grouped_mm_experts_forward(module, x, index, weights)))
+    ours = peak(lambda: step(layer))
+    assert ours <= 1.15 * frozen + sum(t.nbytes for t in factors)
