@@ -62,7 +62,7 @@ def stats(model: nn.Module | None = None) -> Stats:
     ``shared``: of the fused calls, those that a sibling (q/k/v, gate/up) had computed already.
 
     With a ``model``, of its layers alone, and ``untouched`` counts its adapter layers that lowrank never sees: classes it
-    does not cover (embeddings, convolutions, MoE expert parameters, GPTQ, ...), covered ones that were not patched, and
+    does not cover (embeddings, convolutions, GPTQ, ...), covered ones that were not patched, and
     SVF layers that the model has not called since it read their weight.
     Code under ``torch.compile`` is counted when it is traced, not when it runs, and in ``stats()`` alone: which layer it was
     would be a guard on that layer, and so a recompilation for each of those that share a graph.

@@ -127,6 +127,13 @@ def test_pefts_draft_test_passes(tmp_path):
     tests.test_checkpoints_do_not_know_it(tmp_path)
 
 
+def test_pefts_second_draft_test_passes(tmp_path):
+    pytest.importorskip("peft")
+    code = re.search(r"```python\n(.*?)```", (CONTRIB / "peft" / "param-wrapper.md").read_text(), re.S)[1]
+    (tmp_path / "test_param_wrapper.py").write_text(code)
+    load("test_param_wrapper", tmp_path / "test_param_wrapper.py").test_each_parameter_is_merged_once()
+
+
 TRL = "1.16.0"
 
 
