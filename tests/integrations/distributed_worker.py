@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lowrank
 from lowrank import _stats
@@ -175,6 +175,42 @@ def fsdp2(layout, checkpointed, **options):
         fused(model, step * times * FUSED, step * times * together)
         assert all(type(p).__name__ == "DTensor" for p in model.parameters())
         agree(gradients(model), whole_batch())
+
+
+def moe_model():
+    """A Qwen3-MoE with random adapters on its experts, the same in every process."""
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=64, intermediate_size=48, moe_intermediate_size=48, num_hidden_layers=LAYERS, vocab_size=61
+    )
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=6, num_experts_per_tok=2)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads))
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=4, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.mul_(0.2)
+    return model
+
+
+def fsdp2_experts(checkpointed):
+    model = moe_model()
+    backward(model, IDS)
+    expected = gradients(model)
+    model = patch(moe_model())
+    if checkpointed:
+        checkpointing(model)
+    for module in model.modules():
+        if type(module).__name__.endswith("Qwen3MoeDecoderLayer"):
+            fully_shard(module)
+    fully_shard(model)
+    for step in (1, 2):
+        model.zero_grad()
+        backward(model, own_rows())
+        fused(model, step * (2 if checkpointed else 1) * 2 * LAYERS, 0)
+        agree(gradients(model), expected)
 
 
 def fsdp2_accumulation(layout):

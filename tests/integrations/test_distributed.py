@@ -76,6 +76,11 @@ def test_fully_shard_kept_whole_after_forward(pair, layout):
     pair(worker.fsdp2, layout, True, reshard_after_forward=False)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_fsdp2_of_experts(pair, checkpointed):
+    pair(worker.fsdp2_experts, checkpointed)
+
+
 @pytest.mark.parametrize("layout", ["decoders", "factors"])
 def test_fully_shard_accumulates(pair, layout):
     pair(worker.fsdp2_accumulation, layout)
