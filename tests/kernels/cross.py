@@ -17,11 +17,15 @@ from triton.compiler import ASTSource
 from lowrank import _host
 from lowrank.kernels import (
     _reduce,
+    act_backward,
+    act_expand,
+    combine_expand,
     dora_norm,
     drop,
     dy_pass,
     expand,
     gain_dy,
+    gather_shrink,
     kl,
     logits,
     logprob,
@@ -50,6 +54,10 @@ KERNELS = {
     "dlogits": logprob._dlogits_kernel,
     "kl": kl._kl_kernel,
     "dkl": kl._dkl_kernel,
+    "gather_shrink": gather_shrink._gather_shrink_kernel,
+    "act_expand": act_expand._act_expand_kernel,
+    "act_backward": act_backward._act_backward_kernel,
+    "combine_expand": combine_expand._combine_expand_kernel,
 }
 # bytes of shared memory that one program may have
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}

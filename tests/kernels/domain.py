@@ -6,11 +6,15 @@ import torch
 from cross import GPU, layout
 
 from lowrank.kernels import (
+    act_backward,
+    act_expand,
+    combine_expand,
     dora_norm,
     drop,
     dy_pass,
     expand,
     gain_dy,
+    gather_shrink,
     kl,
     logits,
     logprob,
@@ -20,6 +24,7 @@ from lowrank.kernels import (
     svf_scale,
     x_pass,
 )
+from lowrank.kernels._launch import Layout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP32)]  # activations, thin products
@@ -115,7 +120,59 @@ def head(gpu: GPU, dtype, C=8, V=128256):
         yield kl.plan_backward(z, z, inv_t, inv_t, stats, row, capped, capped, dtype)
 
 
-def everything(gpu: GPU, dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE, svf_ranks=RANKS):
+# experts, those of a token, hidden size, an expert's, activation, gate, interleaved
+MIXTURES = {
+    "Qwen3-30B-A3B": (128, 8, 2048, 768, "silu", True, False),
+    "gpt-oss-20b": (32, 4, 2880, 2880, "clamped", True, True),
+    "Mixtral-8x7B": (8, 2, 4096, 14336, "silu", True, False),
+    "DeepSeek-V3": (256, 8, 7168, 2048, "silu", True, False),
+    "Nemotron-3-Nano": (128, 6, 2688, 1856, "relu2", False, False),
+}
+
+
+def experts(gpu: GPU, dtype, thin, tokens, rank, mixture):
+    """Everything a mixture's layer plans forward and backward for so many tokens; adapted, and frozen."""
+    E, k, hidden, inner, *act = mixture
+    rows, columns = tokens * k, 2 * inner if act[1] else inner
+    order, ends, w = layout(rows, dtype=torch.int64), layout(E, dtype=torch.int32), layout(rows, dtype=dtype)
+
+    def factors(K, N):
+        """A [E,r,K] and B [E,N,r], as PEFT has them."""
+        A = layout(E, rank, K, dtype=thin)
+        return A, Layout((E, N, rank), (1, rank * E, E), thin, A.device)
+
+    def turned(t):
+        (E, a, b), (e, i, j) = t.shape, t.strides
+        return t._replace(shape=(E, b, a), strides=(e, j, i))
+
+    (A1, B1), (A2, B2) = factors(hidden, columns), factors(inner, hidden)
+    x, padded = layout(tokens, hidden, dtype=dtype), -(-rank // 8) * 8
+    S = layout(rows, padded, dtype=thin)._replace(shape=(rows, rank))
+    G, Z, h = (layout(rows, width, dtype=dtype) for width in (columns, hidden, inner))
+    b1, b2 = (layout(E, width, dtype=dtype) if act[0] == "clamped" else None for width in (columns, hidden))
+    for A in (A1, turned(B2)):  # backward gathers dout
+        yield gather_shrink.plan(x, A, order, ends, k, thin, padded, gpu=gpu)
+    yield act_expand.plan(G, S, B1, b1, ends, *act, gpu=gpu)
+    yield combine_expand.plan(Z, S, B2, b2, w, order, ends, gpu=gpu)
+    yield combine_expand.plan(Z, S, turned(A1), None, None, order, ends, gpu=gpu)
+    yield act_backward.plan(h, G, S, B1, b1, S, A2, w, order, ends, *act, True, gpu=gpu)
+    if (dtype, rank) == (BF16, 16):
+        yield gather_shrink.plan(x, None, order, ends, k, thin, 0, gpu=gpu)
+        yield act_expand.plan(G, None, None, b1, ends, *act, gpu=gpu)
+        yield combine_expand.plan(Z, None, None, b2, w, order, ends, gpu=gpu)
+        yield act_backward.plan(h, G, None, None, b1, None, None, w, order, ends, *act, True, gpu=gpu)
+
+
+def mixtures(gpu: GPU, dtype, thin, M, rank, shape, names):
+    """Real ones for M tokens; at another shape than the default a small one of it."""
+    if rank > gather_shrink.MAX_RANK:
+        return
+    chosen = [MIXTURES[name] for name in names] if shape == SHAPE else [(4, 2, *shape, "silu", True, False)]
+    for mixture in chosen:
+        yield from experts(gpu, dtype, thin, M, rank, mixture)
+
+
+def everything(gpu: GPU, dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE, svf_ranks=RANKS, names=("Qwen3-30B-A3B",)):
     """What the launchers' plans return for all of these."""
     for (dtype, thin_dtype), M, r in itertools.product(dtypes, rows, ranks):
         yield from lora(gpu, dtype, thin_dtype, M, r, shape)
@@ -123,5 +180,6 @@ def everything(gpu: GPU, dtypes=DTYPES, rows=ROWS, ranks=RANKS, shape=SHAPE, svf
             yield from svf(gpu, dtype, thin_dtype, M, r[0], shape)
         if len(r) == 1:
             yield from dora(gpu, dtype, thin_dtype, M, r[0], shape)
+            yield from mixtures(gpu, dtype, thin_dtype, M, r[0], shape, names)
     for dtype in dict.fromkeys(dtype for dtype, _ in dtypes):
         yield from head(gpu, dtype, V=shape[1])

@@ -93,7 +93,7 @@ def test_one_config_per_kernel_and_dtype(arch):
 @pytest.mark.compile_all
 @pytest.mark.parametrize("arch", list(cross.SHARED))
 def test_everything(arch):
-    chosen = launches()
+    chosen = launches(names=domain.MIXTURES)
     chosen += [
         launch for launch in launches(rows=[8192], ranks=[(16,), (64,)], shape=domain.RAGGED) if launch not in chosen
     ]
