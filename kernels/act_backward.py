@@ -40,7 +40,7 @@ class Config:
 def pick_config(rows: int, experts: int, block_r: int, kind: str) -> Config:
     """Pure; chosen so that nothing spills, no threshold has been measured yet."""
     block_m = min(32, _groups.block_m(rows, experts))
-    return Config(block_m, 64 if kind == "same" or block_r <= 16 else 32)
+    return Config(block_m, 64 if kind == "same" or (kind == "split" and block_r <= 16) else 32)
 
 
 @triton.jit

@@ -29,10 +29,10 @@ class Config:
     num_warps: int = 4
 
 
-def pick_config(rows: int, experts: int, block_r: int, kind: str) -> Config:
+def pick_config(rows: int, experts: int, rank: int, kind: str) -> Config:
     """Pure; chosen so that nothing spills, no threshold has been measured yet."""
     block_m = _groups.block_m(rows, experts)
-    return Config(block_m, 128 if kind == "same" or block_r <= 16 else 64, 8 if block_m == 64 else 4)
+    return Config(block_m, 128 if kind == "same" or rank <= 16 else 64, 8 if block_m == 64 else 4)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def plan(
     gpu, how = gpu or GPU.of(Z.device), dot_kind(Z.dtype, thin)
     rank = 0 if S is None else S.shape[1]
     block_r = min(MAX_BLOCK_R[how], pad_rank(max(rank, 1)))
-    c = config or pick_config(rows, E, block_r, how)
+    c = config or pick_config(rows, E, rank, how)
     return Plan(
         _combine_expand_kernel,
         (_groups.capacity(rows, E, c.block_m), triton.cdiv(N, c.block_n)),

@@ -150,12 +150,12 @@ def thin(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, groups: Groups,
         return Thin(A[groups.experts].to(dtype), B[groups.experts].to(dtype), scale, rank, True)
     step = max(1, ALIGNED // dtype.itemsize)
     width = -(-rank // step) * step
-    return Thin(_widened(A, 1, width, dtype), _widened(B, 2, width, dtype), scale, rank)
+    return Thin(widened(A, 1, width, dtype), widened(B, 2, width, dtype), scale, rank)
 
 
 def thin_A(A: Tensor, S: Tensor, groups: Groups) -> Tensor:
     """:func:`thin`'s A alone, beside S or its gradient."""
-    return _widened(A, 1, S.shape[1], S.dtype)
+    return widened(A, 1, S.shape[1], S.dtype)
 
 
 def shrink(x: Tensor, thin: Thin, groups: Groups) -> Tensor:
@@ -182,7 +182,8 @@ def _one_by_one(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
     return groups.clear(torch.bmm(matrices, x[:, :, None])[:, :, 0])
 
 
-def _widened(t: Tensor, dim: int, size: int, dtype: torch.dtype) -> Tensor:
+def widened(t: Tensor, dim: int, size: int, dtype: torch.dtype) -> Tensor:
+    """A factor with zeros up to ``size`` along ``dim``, in strides that grouped_mm takes; itself where it is that."""
     if t.shape[dim] == size and t.dtype is dtype and (t.element_size() == 8 or _takes(t)):
         return t
     shape = list(t.shape)

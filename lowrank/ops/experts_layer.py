@@ -7,7 +7,7 @@ X, not h, which are made again, and not Z = h W2ᵀ + ..., which no gradient nee
 
     dw = <H0, h> + s <dout B2, S2> + <dout, b2>        dh = w (H0 + s (dout B2) A2)
 
-Files: experts.py, experts_eager.py, activations.py; tests/ops/test_experts_layer.py; bench experts.
+Files: experts*.py, activations.py, kernels/experts.py; tests/ops/test_experts_layer.py; bench experts.
 """
 
 import weakref
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _stats
-from . import activations, dropout, experts
+from . import activations, dropout, experts, experts_kernels
 from ._boundary import is_plain, no_autocast
 from .activations import Activation
 from .experts import check_factors, check_stack_vector, differentiated, factor_gradient, thin_dtype_of
@@ -45,13 +45,16 @@ _lib = torch.library.Library("lowrank", "FRAGMENT")
 _lib.define(
     "experts_layer(Tensor x, Tensor index, Tensor weights, Tensor W1, Tensor? b1, Tensor W2, Tensor? b2, Tensor[] As,"
     " Tensor[] Bs, int first, float[] scalings, float[] ps, Tensor? seeds, bool full, bool grad, str act, bool gated,"
-    " bool interleaved, float[] numbers, ScalarType thin_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])"
+    " bool interleaved, float[] numbers, ScalarType thin_dtype, bool kernels)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])"
 )
 # needs: x, weights, W1, b1, W2, b2, then a flag per A and per B
 _lib.define(
-    "experts_layer_backward(Tensor dout, Tensor x, Tensor weights, Tensor W1, Tensor W2, Tensor? b2, Tensor[] As, Tensor[] Bs,"
-    " Tensor G, Tensor order, Tensor place, Tensor ends, Tensor[] Ss, Tensor[] keeps, int first, float[] scalings, float[] ps,"
-    " bool full, str act, bool gated, bool interleaved, float[] numbers, ScalarType thin_dtype, bool[] needs) -> Tensor[]"
+    "experts_layer_backward(Tensor dout, Tensor x, Tensor weights, Tensor W1, Tensor? b1, Tensor W2, Tensor? b2,"
+    " Tensor[] As, Tensor[] Bs, Tensor G, Tensor order, Tensor place, Tensor ends, Tensor[] Ss, Tensor[] keeps, int first,"
+    " float[] scalings, float[] ps,"
+    " bool full, str act, bool gated, bool interleaved, float[] numbers, ScalarType thin_dtype, bool kernels, bool[] needs)"
+    " -> Tensor[]"
 )
 
 
@@ -83,11 +86,13 @@ def experts_layer(x: Tensor, index: Tensor, weights: Tensor, layer: Experts) -> 
     adapters = (*up.adapters, *down.adapters)
     thin_dtype = thin_dtype_of(x, up.weight, adapters)
     ps = tuple(dropout.drawable(a.dropout_p) for a in adapters)
-    spec = _Spec(len(up.adapters), tuple(float(a.scaling) for a in adapters), ps, layer.full, act, thin_dtype)
+    scalings = tuple(float(a.scaling) for a in adapters)
+    spec = _Spec(len(up.adapters), scalings, ps, layer.full, act, thin_dtype, False)
     tensors = (up.weight, up.bias, down.weight, down.bias, *(a.A for a in adapters), *(a.B for a in adapters))
     if reason is not None and (reason is not FORWARD_MODE or has_tangent((x, weights, *tensors))):
         _stats.op_fell_back(reason)
         return formula(spec, route(index, len(up.weight), layer.full), [], x, weights, *tensors).to(out_dtype)
+    spec = spec._replace(kernels=experts_kernels.takes(x, index, layer, ps, thin_dtype))
     seeds = dropout.draw_seeds(sum(p > 0 for p in ps), x.device) if any(ps) else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *tensors)):
         layers = [weakref.ref(module) for module in layer.layers]
@@ -104,6 +109,7 @@ class _Spec(NamedTuple):
     full: bool
     act: Activation
     thin_dtype: torch.dtype
+    kernels: bool  # experts_kernels.py
 
     @property
     def of_act(self) -> tuple:
@@ -132,7 +138,7 @@ class _ExpertsLayer(torch.autograd.Function):
             grads = differentiated(lambda *ts: formula(spec, routing, keeps, *ts), inputs, dout, needs)
             return (None, None, None, None, *grads)
         run = backward if is_plain(dout) else torch.ops.lowrank.experts_layer_backward.default
-        saved = (x, weights, W1, W2, b2, As, Bs, G, order, place, ends, Ss, keeps)
+        saved = (x, weights, W1, b1, W2, b2, As, Bs, G, order, place, ends, Ss, keeps)
         needed = iter(
             run(
                 dout,
@@ -143,6 +149,7 @@ class _ExpertsLayer(torch.autograd.Function):
                 spec.full,
                 *spec.of_act,
                 spec.thin_dtype,
+                spec.kernels,
                 needs,
             )
         )
@@ -153,15 +160,20 @@ def _forward(spec: _Spec, index, seeds, grad, x, weights, W1, b1, W2, b2, *facto
     n = len(spec.scalings)
     run = forward if is_plain(x) else torch.ops.lowrank.experts_layer.default
     factors = list(factors[:n]), list(factors[n:]), spec.first, list(spec.scalings), list(spec.ps)
-    return run(x, index, weights, W1, b1, W2, b2, *factors, seeds, spec.full, grad, *spec.of_act, spec.thin_dtype)
+    return run(
+        x, index, weights, W1, b1, W2, b2, *factors, seeds, spec.full, grad, *spec.of_act, spec.thin_dtype, spec.kernels
+    )
 
 
 def forward(
     x, index, weights, W1, b1, W2, b2, As, Bs, first, scalings, ps, seeds, full, grad, act, gated, interleaved, numbers,
-    thin_dtype,
+    thin_dtype, kernels,
 ):  # fmt: skip
     with no_autocast(x.device):
         act = Activation(act, gated, interleaved, *numbers)
+        if kernels:
+            call = x, index, weights, W1, b1, W2, b2, As, Bs, first, scalings, full, act, thin_dtype
+            return experts_kernels.forward(*call)
         order, place, groups = route(index, len(W1), full)
         seeds = [] if seeds is None else list(seeds)
         cut = sum(p > 0 for p in ps[:first])
@@ -184,12 +196,15 @@ def combine(Z: Tensor, weights: Tensor, place: Tensor) -> Tensor:
 
 
 def backward(
-    dout, x, weights, W1, W2, b2, As, Bs, G, order, place, ends, Ss, keeps, first, scalings, ps, full, act, gated,
-    interleaved, numbers, thin_dtype, needs,
+    dout, x, weights, W1, b1, W2, b2, As, Bs, G, order, place, ends, Ss, keeps, first, scalings, ps, full, act, gated,
+    interleaved, numbers, thin_dtype, kernels, needs,
 ):  # fmt: skip
     """The gradients that ``needs`` asks for: of x, weights, W1, b1, W2, b2, the As and the Bs."""
     with no_autocast(dout.device):
         act, groups, n = Activation(act, gated, interleaved, *numbers), Groups(ends, len(order), full), len(As)
+        if kernels:
+            call = dout, x, weights, W1, b1, W2, b2, As, Bs, G, order, place, ends, Ss, first, scalings, full, act
+            return experts_kernels.backward(*call, thin_dtype, needs)
         need_x, need_w, need_W1, need_b1, need_W2, need_b2, *need = needs
         need_A, need_B = need[:n], need[n:]
         token, keeps = order // weights.shape[1], list(keeps)
@@ -299,12 +314,12 @@ _lib.impl("experts_layer_backward", backward, "CompositeExplicitAutograd")
 @torch.library.register_fake("lowrank::experts_layer", lib=_lib)
 def _(
     x, index, weights, W1, b1, W2, b2, As, Bs, first, scalings, ps, seeds, full, grad, act, gated, interleaved, numbers,
-    thin_dtype,
+    thin_dtype, kernels,
 ):  # fmt: skip
     S = index.shape[0] * index.shape[1]
     G = x.new_empty((S, W1.shape[1]))
     order = x.new_empty(S, dtype=torch.int64)
-    Ss = [x.new_empty((S, experts.width(A, grad, S, thin_dtype)), dtype=thin_dtype) for A in As]
+    Ss = [x.new_empty((S, experts.width(A, grad or kernels, S, thin_dtype)), dtype=thin_dtype) for A in As]
     keeps = [x.new_empty((S, (A.shape[2] + 31) // 32), dtype=torch.int32) for A, p in zip(As, ps, strict=True) if p > 0]
     ends = x.new_empty(W1.shape[0], dtype=torch.int32)
     return x.new_empty((len(x), W2.shape[1])), G, order, torch.empty_like(order), ends, Ss, keeps
@@ -312,8 +327,8 @@ def _(
 
 @torch.library.register_fake("lowrank::experts_layer_backward", lib=_lib)
 def _(
-    dout, x, weights, W1, W2, b2, As, Bs, G, order, place, ends, Ss, keeps, first, scalings, ps, full, act, gated,
-    interleaved, numbers, thin_dtype, needs,
+    dout, x, weights, W1, b1, W2, b2, As, Bs, G, order, place, ends, Ss, keeps, first, scalings, ps, full, act, gated,
+    interleaved, numbers, thin_dtype, kernels, needs,
 ):  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
     grads = [x.new_empty(x.shape), weights.new_empty(weights.shape)]
