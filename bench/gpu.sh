@@ -28,7 +28,7 @@ if [[ $toy ]]; then
     how=(--toy --no-gate)
     part 60 "$python" -m lowrank.cli doctor
     part 60 "$python" bench/gate.py --tests tests/ops/test_dropout.py --out "$OUT/gate.json"
-    layer= linear= head= wide= rows=32x64x96 small= ranks=8,16 tune="--toy --rounds 2" shards=2
+    layer= linear= head= wide= mixture= rows=32x64x96 small= ranks=8,16 tune="--toy --rounds 2" shards=2
 else
     how=(--gate "$OUT/gate.json")
     # csrc/ for this GPU alone; without nvcc it says so, and what it would have done is done in PyTorch
@@ -37,7 +37,7 @@ else
     part 20 "$python" -m lowrank.cli doctor
     part 150 "$python" bench/gate.py --seconds 140 --out "$OUT/gate.json"
     linear=8192x4096x4096 wide=8192x4096x4096,8192x4096x14336,8192x14336x4096,8192x4096x1024 layer=8192x4096x14336
-    head=8192x4096x128256
+    head=8192x4096x128256 mixture=4096x2048x768,512x2048x768
     rows=128x4096x4096,512x4096x4096,1024x4096x4096,2048x4096x4096,4096x4096x4096,16384x4096x4096
     small=1x4096x4096 ranks=8,16,32,64,128 tune="--seconds 20" shards=8
 fi
@@ -64,6 +64,8 @@ time_ 45 adamw diff_stats topk_mask delta fold $(shapes "$layer") --seconds 9
 time_ 40 linear_logprob $(shapes "$head") --sets 1 --rounds 5 --seconds 30
 # 8. DoRA: over the frozen linear, over LoRA, against PEFT's; its own passes against a copy
 time_ 35 dora_linear dora_norm gain_dy drop $(shapes "$linear") --seconds 7
+# 8b. A mixture's experts with LoRA, of Qwen3-30B-A3B's sizes: over the frozen block, against PEFT
+time_ 35 experts $(shapes "$mixture") --sets 1 --modes both --rounds 5 --seconds 25
 # 9. From which M on do kernels pay?
 time_ 20 small $(shapes "$small") --seconds 15
 # 10. The tuning sweeps: compile on all cores, then time

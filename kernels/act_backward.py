@@ -39,7 +39,7 @@ class Config:
 
 def pick_config(rows: int, experts: int, block_r: int, kind: str) -> Config:
     """Pure; chosen so that nothing spills, no threshold has been measured yet."""
-    block_m = min(32, _groups.block_m(rows, experts))
+    block_m = min(16 if kind == "split" and block_r > 16 else 32, _groups.block_m(rows, experts))
     return Config(block_m, 64 if kind == "same" or (kind == "split" and block_r <= 16) else 32)
 
 

@@ -31,7 +31,7 @@ class Config:
 
 def pick_config(rows: int, experts: int, rank: int, kind: str) -> Config:
     """Pure; chosen so that nothing spills, no threshold has been measured yet."""
-    block_m = _groups.block_m(rows, experts)
+    block_m = min(32 if kind == "fp32" and rank > 16 else 64, _groups.block_m(rows, experts))
     return Config(block_m, 128 if kind == "same" or rank <= 16 else 64, 8 if block_m == 64 else 4)
 
 

@@ -33,7 +33,7 @@ class Config:
 def pick_config(rows: int, experts: int, block_r: int, kind: str) -> Config:
     """Pure; chosen so that nothing spills, no threshold has been measured yet."""
     wide = block_r > 32
-    block_m = min(32 if kind != "same" and wide else 64, _groups.block_m(rows, experts))
+    block_m = min(64 if kind == "same" else 32, _groups.block_m(rows, experts))
     return Config(block_m, (64 if wide else 128) if kind == "same" else 32 if wide else 64)
 
 

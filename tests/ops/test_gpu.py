@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import lowrank
 from lowrank import bits
 from lowrank.ops import dropout
+from lowrank.ops.activations import Activation
+from lowrank.ops.experts_layer import Experts, experts_layer
+from lowrank.ops.linear import Adapter, Projection
 from lowrank.testing import DRAWS, assert_within
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -81,6 +84,40 @@ def kl(hidden, W, A, B):
     return (ours.exp() * (ours - base_z.log_softmax(-1).detach())).sum(-1)
 
 
+E, I = 8, 64  # noqa: E741
+
+
+def routed(x):
+    """Two experts of each token, never the same."""
+    token = torch.arange(len(x), device=x.device)
+    return torch.stack([token % E, (token + 1 + token // E % (E - 1)) % E], 1)
+
+
+def stacks(W1, W2, B1, A1, B2, A2):
+    """(weight [E,N,K], A [E,R,K], B [E,N,R]) of both projections, the factors in PEFT's layout."""
+    for W, A, B in ((W1, A1, B1), (W2, A2, B2)):
+        yield W.view(E, -1, W.shape[1]), A.view(E, R, -1), B.view(len(B), R, E).permute(2, 0, 1)
+
+
+def experts(x, W1, W2, *rest):
+    *factors, w = rest
+    up, down = (Projection(W, None, (Adapter(A, B, 0.25),)) for W, A, B in stacks(W1, W2, *factors))
+    return experts_layer(x, routed(x), w, Experts(up, down, Activation("silu")))
+
+
+def plain_experts(x, W1, W2, *rest):
+    *factors, w = rest
+    (U, A1, B1), (D, A2, B2) = stacks(W1, W2, *factors)
+    index, out = routed(x), torch.zeros_like(x)
+    for e in range(E):
+        token, choice = torch.where(index == e)
+        gate, up = (linear(x[token], U[e]) + thin(x[token], A1[e], B1[e], 0.25)).to(x.dtype).chunk(2, -1)
+        h = torch.nn.functional.silu(gate) * up
+        z = (linear(h, D[e]) + thin(h, A2[e], B2[e], 0.25)).to(x.dtype) * w[token, choice, None]
+        out = out.index_add(0, token, z)
+    return out
+
+
 THIN = (M, K), (N, K), (R, K), (N, R)
 HEAD = (M, K), (V, K), (R, K), (V, R)
 OPS = {
@@ -105,6 +142,12 @@ OPS = {
         lambda h, W, A, B: lowrank.linear_cross_entropy(h, W, targets(h), lora=(A, B, 1.0)).view(1),
         lambda *ts: -logp(*ts).mean().view(1),
         (0, 2, 3),
+    ),
+    "experts_layer": Op(
+        ((M, K), (E * 2 * I, K), (E * K, I), (2 * I, R * E), (E * R, K), (K, R * E), (E * R, I), (M, 2)),
+        experts,
+        plain_experts,
+        (0, 3, 4, 5, 6, 7),
     ),
     "kl_to": Op(
         HEAD,
@@ -136,7 +179,7 @@ def run(f, name, ts):
 def as_right(name, draw, autocast=contextlib.nullcontext, unit=None):
     """``draw(seed)`` -> leaves.  Losses and log-probabilities, sums of terms that are larger than they are, within a bound."""
     op, seeds = OPS[name], itertools.count()
-    few = name not in ("lora_linear", "dora_linear", "svf_linear")
+    few = name not in ("lora_linear", "dora_linear", "svf_linear", "experts_layer")
 
     def once():
         ts = draw(next(seeds))
