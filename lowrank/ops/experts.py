@@ -19,7 +19,7 @@ from .. import _stats, bits
 from . import dropout
 from ._boundary import autocast_dtype, is_plain, no_autocast
 from ._debug import may_look
-from .experts_eager import Groups, bias_rows, expand_, outer, rows, shrink, sums, thin, thin_A
+from .experts_eager import SMALL, Groups, bias_rows, expand_, outer, padded, rows, shrink, sums, thin, thin_A
 from .linear import Adapter
 from .node import AGAIN, DIFFERENTIABLE, FORWARD_MODE, again, followed, has_tangent, must_follow, to_save
 from .validation import check_tensor, is_finite, shape_of
@@ -277,7 +277,7 @@ def dropped_outer(dS: Tensor, x: Tensor, keep: Tensor | None, rank: int, groups:
 def factor_gradient(dy: Tensor, S: Tensor, scale: float, B: Tensor, groups: Groups) -> Tensor:
     """dB [E,N,r] in the strides and the dtype of B; what multiplies the thin side is small."""
     grad = outer(dy, S * scale, groups)[:, :, : B.shape[2]]
-    if grad.is_contiguous() and B.stride() == (1, B.shape[2] * len(B), len(B)):
+    if B.numel() >= SMALL and grad.is_contiguous() and B.stride() == (1, B.shape[2] * len(B), len(B)):
         flat = grad.view(len(B), -1).to(B.dtype).mT.contiguous()  # in two dimensions a transposition is blocked
         return flat.view(B.shape[1], B.shape[2], len(B)).permute(2, 0, 1)
     return torch.empty_like(B).copy_(grad)
@@ -406,10 +406,7 @@ _lib.impl("expert_linear_backward", backward, "CompositeExplicitAutograd")
 
 def width(A: Tensor, grad: bool, count: int, dtype: torch.dtype) -> int:
     """Columns of S: of a factor of few rows its rank, else that padded."""
-    if not grad and count < A.shape[0]:
-        return A.shape[1]
-    step = max(1, 16 // dtype.itemsize)
-    return -(-A.shape[1] // step) * step
+    return padded(A.shape[1], dtype, A.device) if grad or count >= A.shape[0] else A.shape[1]
 
 
 @torch.library.register_fake("lowrank::expert_linear", lib=_lib)

@@ -24,6 +24,7 @@ from ._boundary import dense, is_plain
 from ._choice import choice
 
 ALIGNED = 16  # bytes
+SMALL = 1 << 14  # elements: below, a transposition costs its calls
 
 _lib = torch.library.Library("lowrank", "FRAGMENT")
 # On a CPU alone: rows' and outer's results, into ``out``.
@@ -39,6 +40,11 @@ class Groups:
     ends: Tensor
     rows: int
     full: bool
+
+    @functools.cached_property
+    def native(self) -> bool:
+        """Whether csrc/experts_cpu.cpp multiplies, an expert to a thread."""
+        return self.ends.is_cpu and is_plain(self.ends) and choice(self.ends.device).native
 
     @functools.cached_property
     def experts(self) -> Tensor:
@@ -91,9 +97,9 @@ def rows(x: Tensor, stack: Tensor, groups: Groups) -> Tensor:
     if x.shape[0] == 0 or 0 in stack.shape:
         return x.new_zeros((x.shape[0], stack.shape[1]))
     x = dense(x)
-    if _by_experts(x):
+    if groups.native:
         y = x.new_empty((x.shape[0], stack.shape[1]))
-        _rows_(x.detach(), stack.detach(), groups.ends, y)
+        _rows_(_bare(x), _bare(stack), groups.ends, y)
         return y
     if _takes(x) and _takes(stack):
         return groups.clear(torch.nn.functional.grouped_mm(x, stack.mT, offs=groups.ends).contiguous())
@@ -109,9 +115,9 @@ def outer(a: Tensor, b: Tensor, groups: Groups) -> Tensor:
     if 0 in (a.shape[0], N, K):
         return a.new_zeros((E, N, K))
     a, b = dense(a), dense(b)
-    if _by_experts(a):
+    if groups.native:
         out = a.new_empty((E, N, K))
-        _outer_(a.detach(), b.detach(), groups.ends, out)
+        _outer_(_bare(a), _bare(b), groups.ends, out)
         return out
     if _takes(a) and _takes(b):
         return torch.nn.functional.grouped_mm(a.mT, b, offs=groups.ends).contiguous()
@@ -126,6 +132,14 @@ def sums(a: Tensor, groups: Groups) -> Tensor:
     total = torch.zeros((len(groups.ends), a.shape[1]), dtype=torch.float64, device=a.device)
     wide = groups.clear(a.to(torch.float64, copy=True))
     return total.index_add_(0, groups.experts, wide).to(torch.promote_types(a.dtype, torch.float32))
+
+
+def padded(rank: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Columns of S: what a row of them has to be for grouped_mm, which csrc's products need not."""
+    if device.type == "cpu" and choice(device).native:
+        return rank
+    step = max(1, ALIGNED // dtype.itemsize)
+    return -(-rank // step) * step
 
 
 class Thin(NamedTuple):
@@ -148,8 +162,7 @@ def thin(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, groups: Groups,
     rank = A.shape[1]
     if not grad and groups.rows < len(groups.ends):
         return Thin(A[groups.experts].to(dtype), B[groups.experts].to(dtype), scale, rank, True)
-    step = max(1, ALIGNED // dtype.itemsize)
-    width = -(-rank // step) * step
+    width = padded(rank, dtype, A.device)
     return Thin(widened(A, 1, width, dtype), widened(B, 2, width, dtype), scale, rank)
 
 
@@ -184,11 +197,14 @@ def _one_by_one(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
 def widened(t: Tensor, dim: int, size: int, dtype: torch.dtype) -> Tensor:
     """A factor with zeros up to ``size`` along ``dim``, in strides that grouped_mm takes; itself where it is that."""
-    if t.shape[dim] == size and t.dtype is dtype and (t.element_size() == 8 or _takes(t)):
+    whole = t.shape[dim] == size
+    if whole and t.dtype is dtype and (t.element_size() == 8 or _takes(t)):
         return t
+    if whole and t.numel() < SMALL:
+        return t.detach().to(dtype).contiguous()
     shape = list(t.shape)
     shape[dim] = size
-    if t.dim() == 3 and t.shape[dim] == size and t.stride() == (1, t.shape[2] * t.shape[0], t.shape[0]):
+    if whole and t.dim() == 3 and t.stride() == (1, t.shape[2] * t.shape[0], t.shape[0]):
         flat = (
             t.detach().permute(1, 2, 0).reshape(-1, t.shape[0])
         )  # PEFT's B: a transposition in two dimensions is blocked
@@ -199,9 +215,9 @@ def widened(t: Tensor, dim: int, size: int, dtype: torch.dtype) -> Tensor:
     return wide
 
 
-def _by_experts(t: Tensor) -> bool:
-    """Whether csrc/experts_cpu.cpp multiplies there, an expert to a thread."""
-    return t.is_cpu and is_plain(t) and choice(t.device).native
+def _bare(t: Tensor) -> Tensor:
+    """Without autograd, of which other threads know nothing."""
+    return t.detach() if t.requires_grad else t
 
 
 def _takes(t: Tensor) -> bool:

@@ -332,7 +332,7 @@ def other(name):
 def test_memory_without_fused_attention_and_with_experts(name, method):
     from transformers import AutoModelForCausalLM
 
-    s = setting(seq=24, rank=2)
+    s = setting(seq=24, rank=8)  # of experts other ranks may be padded, on a GPU always
     if "lora" in method and name == "Mamba":
         with pytest.raises(ValueError, match=r"incompatible with Mamba|no linear layer"):
             estimate(other(name), method, s)

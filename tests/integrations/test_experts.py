@@ -444,3 +444,23 @@ def test_files_are_pefts_byte_for_byte(tmp_path):
     agree(step(again), step(model))
     torch.save(model.state_dict(), buffer := io.BytesIO())
     assert buffer.tell()
+
+
+def test_adapt_and_load_adapter(tmp_path):
+    base = moe()
+    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=stacks(base), init_lora_weights=False)
+    model = lowrank.adapt(base, config)
+    with lowrank.strict():
+        expected = step(model)
+    lowrank.save_adapter(model, tmp_path)
+    again = lowrank.load_adapter(moe(), tmp_path, is_trainable=True)
+    with lowrank.strict():
+        agree(step(again), expected)
+
+
+def test_what_matches_nothing_and_another_number_of_experts(tmp_path):
+    with pytest.raises(ValueError, match="no `target_parameters` found"):
+        lowrank.adapt(moe(), LoraConfig(r=3, target_modules=[], target_parameters=["nope"]))
+    lowrank.save_adapter(adapted(), tmp_path)
+    with pytest.raises(ValueError, match="an adapter of another model"):
+        lowrank.load_adapter(moe(num_experts=7), tmp_path)
