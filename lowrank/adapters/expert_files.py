@@ -29,7 +29,14 @@ def as_written_today(
     """
     config = json.loads((path / CONFIG).read_text())
     pairs = _pairs(base, tensors) if config.get("target_parameters") else {}
-    turned = {key for key in pairs if _is_turned(path, config, key, *pairs[key])}
+    for key, (stacks, A, _) in pairs.items() if not config.get("rank_pattern") else ():
+        if (count := A.shape[0] / (config.get("r") or 1)) != stacks[0][0]:
+            raise ValueError(
+                f"{path}: an adapter of another model: {key.removeprefix(PREFIX)} is of {count:g} experts, the model has "
+                f"{stacks[0][0]}"
+            )
+    whole = [key for key, (stacks, A, _) in pairs.items() if A.shape[0] % stacks[0][0] == 0]
+    turned = {key for key in whole if _is_turned(path, config, key, *pairs[key])}
     if not turned:
         yield path, tensors
         return
@@ -66,7 +73,7 @@ def _pairs(base: nn.Module, tensors: dict[str, Tensor]) -> dict[str, tuple[list[
         if key == name or B is None or module is None or getattr(module, "is_transposed", False):
             continue
         stacks = [tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1]
-        if stacks and A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and A.shape[0] % stacks[0][0] == 0:
+        if stacks and A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]:
             pairs[key] = stacks, A, B
     return pairs
 
