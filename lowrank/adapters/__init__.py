@@ -66,6 +66,10 @@ def adapt(
         raise TypeError(f"config: expected a peft.LoraConfig or a lowrank.SVFConfig, got {type(config).__name__}")
     from ..integrations.peft import swap_layers
 
+    names = [name for name, p in model.named_parameters() if p.dim() in (2, 3)]
+    for target in config.target_parameters or ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(f"target_parameters: {type(model).__name__} has no {target!r}; it has {names[-1]!r}")
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     if all_linear and not any(isinstance(module, nn.Linear) or is_conv1d(module) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has no nn.Linear layer to adapt")

@@ -35,6 +35,11 @@ def as_written_today(
                 f"{path}: an adapter of another model: {key.removeprefix(PREFIX)} is of {count:g} experts, the model has "
                 f"{stacks[0][0]}"
             )
+    old = (release := _release(config)) is not None and release < TURNED
+    if config.get("target_parameters") and old and getattr(base, "_checkpoint_conversion_mapping", None):
+        raise ValueError(
+            f"{path}: PEFT {config['peft_version']} wrote it, for a model whose layers have other names now"
+        )
     whole = [key for key, (stacks, A, _) in pairs.items() if A.shape[0] % stacks[0][0] == 0]
     turned = {key for key in whole if _is_turned(path, config, key, *pairs[key])}
     if not turned:
@@ -79,14 +84,21 @@ def _pairs(base: nn.Module, tensors: dict[str, Tensor]) -> dict[str, tuple[list[
 
 
 def _is_turned(path: Path, config: dict, key: str, stacks: list[tuple[int, ...]], A: Tensor, B: Tensor) -> bool:
-    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
-    if version is not None:
-        return (int(version[1]), int(version[2])) < TURNED
+    """By the shapes where they fit one way alone; else by the release that wrote them."""
     sides = (B.shape[0], A.shape[1])  # [N, K] as it is today
     now, before = (any(stack[1:] == side for stack in stacks) for side in (sides, sides[::-1]))
-    if now and before:
+    if not (now and before):
+        return before
+    if (release := _release(config)) is None:
         raise ValueError(
             f"{path}: {key.removeprefix(PREFIX)} could be of PEFT 0.19 and later or, with its factors the other way round, "
-            'of 0.17 or 0.18, and adapter_config.json has no "peft_version"; add the one that wrote it'
+            'of 0.17 or 0.18, and adapter_config.json has no "peft_version" of a release; add the one that wrote it'
         )
-    return before
+    return release < TURNED
+
+
+def _release(config: dict) -> tuple[int, int] | None:
+    """None of what is between two releases, too."""
+    version = str(config.get("peft_version") or "")
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return None if found is None or "dev" in version else (int(found[1]), int(found[2]))

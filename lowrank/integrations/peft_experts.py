@@ -15,8 +15,8 @@ from .. import _stats
 from ..nn import _experts as experts
 from ..ops._boundary import TENSORS
 from ..ops.linear import Adapter
-from ..ops.node import CHANGED
-from ..ops.validation import DTYPES
+from ..ops.node import CHANGED, COPY
+from ..ops.validation import DTYPES, is_finite
 
 WRITTEN = "its input was changed in place after a call"
 
@@ -37,10 +37,11 @@ def fused(original: Callable) -> Callable:
         if reason is not None:
             _stats.fell_back(self, reason)
             return original(self, x, *args, **kwargs)
+        known = () if torch.compiler.is_compiling() else (self,)  # which layer it is would be a guard
+        y = experts.experts_forward(base, x, *args, factors=factors, layers=known, copy=self.__dict__.get(COPY, False))
         for wrapper in chain:
             _stats.ran_fused(wrapper)
-        compiling = torch.compiler.is_compiling()  # which layer it is would be a guard
-        return experts.experts_forward(base, x, *args, factors=factors, layers=() if compiling else (self,))
+        return y
 
     forward._is_lowrank = True
     return forward
@@ -81,6 +82,11 @@ def _why_not(chain, base: nn.Module, x, args, kwargs, factors) -> str | None:
         return reason
     if x.dim() != 2 or args[0].dim() != 2 or args[0].shape != args[1].shape:
         return f"hidden states {list(x.shape)} and indices {list(args[0].shape)}"
+    if args[0].dtype not in (torch.int32, torch.int64) or not args[1].dtype.is_floating_point:
+        return f"indices of {args[0].dtype} and weights of {args[1].dtype}"
+    scalings = [adapter.scaling for adapters in factors.values() for adapter in adapters]
+    if not all(isinstance(scaling, (float, int)) and is_finite(scaling) for scaling in scalings):
+        return "a scaling that is no finite number"
     if any(experts.has_hooks(wrapper) for wrapper in chain[1:]):
         return "hooks on a layer inside"
     for wrapper in chain:

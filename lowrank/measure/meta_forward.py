@@ -5,7 +5,7 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -107,12 +107,12 @@ def experts_per_token(model: "PreTrainedModel") -> int:
     )
 
 
-def visited(model: torch.nn.Module, trained: list[torch.nn.Parameter]) -> int:
+def visited(model: Any, trained: list[torch.nn.Parameter]) -> int:
     """Of the trained weights those that one token visits: of the experts' adapters the experts' share."""
+    wrappers: list[Any] = [module for module in model.modules() if hasattr(module, "parameter_name")]
     beside = {
         id(factor.weight): wrapper.num_experts
-        for wrapper in model.modules()
-        if hasattr(wrapper, "parameter_name")
+        for wrapper in wrappers
         for factors in (wrapper.lora_A, wrapper.lora_B)
         for factor in factors.values()
     }

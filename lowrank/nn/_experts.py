@@ -6,6 +6,7 @@ Nothing here imports transformers: a module of its classes is there only once it
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,44 +22,48 @@ NAME = "lowrank"  # of the experts implementation
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm", NAME)  # those that read the parameters as they are
+FLAGS = frozenset(("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel", "config"))
+_has_any_global_hook = torch.nn.modules.module._has_any_global_hook
 _GELUS = ("gelu", "gelu_tanh")
 _GPT_OSS = "transformers.models.gpt_oss.modeling_gpt_oss"
 
 
-def _of_class(function: Callable[[type], str | None]) -> Callable[[type], str | None]:
+def _of_class(function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
     """Asked once a class; Dynamo runs it while it traces."""
-    asked = functools.cache(function)
+    asked = functools.cache(lambda cls, *_: function(cls))
 
     @functools.wraps(function)
-    def ask(cls: type) -> str | None:
-        return asked(cls)
+    def ask(cls: Any) -> str | None:  # again where somebody has replaced a method since
+        return asked(cls, getattr(cls, "forward", None), getattr(cls, "_apply_gate", None))
 
     ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return ask
 
 
 def experts_forward(
-    module: nn.Module,
+    module: Any,
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
     factors: Mapping[str, tuple[Adapter, ...]] | None = None,
     layers: tuple[nn.Module, ...] = (),
+    copy: bool = False,
 ) -> Tensor:
     """transformers' experts function: [T,H] of hidden_states [T,H], int [T,k] and float [T,k].
 
     factors: adapters by the name of the parameter that they are added to, A [E,r,in] and B [E,out,r].  layers: whose call this
-    is, for errors.
+    is, for errors.  copy: whether backward gets a copy of hidden_states.
     """
     factors = {} if factors is None else factors
     up, down = (_projection(module, name, factors.get(name, ())) for name in names_of(module))
     full = not module._is_expert_parallel
     act = activation_of(module)
     if act is not None and not module.has_post_expert_norm:
-        return experts_layer(hidden_states, top_k_index, top_k_weights, Experts(up, down, act, full, layers))
-    order, place, groups = route(top_k_index, len(up.weight), full)
+        return experts_layer(hidden_states, top_k_index, top_k_weights, Experts(up, down, act, full, layers, copy))
+    W = stack_of(module, names_of(module)[0])
+    order, place, groups = route(top_k_index, len(W), full)
     T, k = top_k_index.shape
-    x = hidden_states[order // k].to(up.weight.dtype)
+    x = hidden_states[order // k].to(W.dtype)
     h = expert_linear(x, up.weight, up.bias, up.adapters, groups, order)
     h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
     y = expert_linear(h, down.weight, down.bias, down.adapters, groups, order)
@@ -66,20 +71,20 @@ def experts_forward(
         y = module.post_expert_norm(y)
     if not full:
         y = y.masked_fill(groups.behind, 0.0)
-    return (y[place].view(T, k, -1) * top_k_weights[:, :, None]).sum(1).to(hidden_states.dtype)
+    return (y[place].view(T, k, y.shape[1]) * top_k_weights[:, :, None]).sum(1).to(hidden_states.dtype)
 
 
-def names_of(module: nn.Module) -> tuple[str, str]:
+def names_of(module: Any) -> tuple[str, str]:
     """The names of its two stacks."""
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
-def activation_of(module: nn.Module) -> Activation | None:
+def activation_of(module: Any) -> Activation | None:
     """What it computes between its two products, where that is known: compared by identity, not by name alone."""
     gate = None if "_apply_gate" in module.__dict__ else _gate(type(module))
     if gate == "clamped":
         return Activation("clamped", True, True, float(module.alpha), float(module.limit))
-    act_fn = getattr(module, "act_fn", None)
+    act_fn: Any = getattr(module, "act_fn", None)
     known = _function(type(act_fn))
     if known in _GELUS:  # their classes can be told to compute in Python
         function = act_fn.act
@@ -90,16 +95,16 @@ def activation_of(module: nn.Module) -> Activation | None:
     return Activation(known, module.has_gate)  # transformers' default gate takes halves, whatever is_concatenated says
 
 
-def why_not(module: nn.Module, x: Tensor) -> str | None:
+def why_not(module: Any, x: Tensor) -> str | None:
     """Why a call of ``module``, of a class behind the :func:`seam`, is not ours with adapters; None where it is."""
-    if not {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "config"} <= module.__dict__.keys():
+    if not module.__dict__.keys() >= FLAGS:
         return "experts without transformers' flags"
-    if has_hooks(module):
+    if has_hooks(module) or _has_any_global_hook():
         return "hooks on the experts"
     if module.has_post_expert_norm:
         return "a norm behind the experts"
     implementation = getattr(module.config, "_experts_implementation", None)
-    if implementation not in _IMPLEMENTATIONS:
+    if implementation not in _IMPLEMENTATIONS or not _is_transformers_own(implementation):
         return f"the experts implementation {implementation!r}"
     if getattr(module, "parametrizations", None):
         return "parametrized experts"
@@ -114,19 +119,19 @@ def why_not(module: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-def stack_of(module: nn.Module, name: str) -> Tensor:
+def stack_of(module: Any, name: str) -> Tensor:
     """[E,N,K], however it is stored."""
-    weight = getattr(module, name)
+    weight: Tensor = getattr(module, name)
     return weight.transpose(1, 2) if module.is_transposed else weight
 
 
-def _projection(module: nn.Module, name: str, adapters: tuple[Adapter, ...]) -> Projection:
+def _projection(module: Any, name: str, adapters: tuple[Adapter, ...]) -> Projection:
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     return Projection(stack_of(module, name), bias, adapters)
 
 
 @_of_class
-def seam(cls: type) -> str | None:
+def seam(cls: Any) -> str | None:
     """None where a class's forward is the one that transformers' decorator made, over the interface that is ours too, else why
     not."""
     forward = cls.forward
@@ -134,13 +139,15 @@ def seam(cls: type) -> str | None:
     if moe is None or getattr(forward, "__code__", None) is not _decorated().__code__:
         return f"{cls.__name__}'s forward is its own"
     cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    if "experts_interface" not in cells:
+        return "this transformers has another decorator of experts"
     if cells["experts_interface"].cell_contents is not moe.ALL_EXPERTS_FUNCTIONS:
         return f"{cls.__name__} has an interface of its own"
     return None
 
 
 @_of_class
-def _function(cls: type) -> str | None:
+def _function(cls: Any) -> str | None:
     """The name of an activation by its class."""
     classes = sys.modules.get("transformers.activations")
     if cls is nn.SiLU or classes is None:
@@ -150,12 +157,22 @@ def _function(cls: type) -> str | None:
 
 
 @_of_class
-def _gate(cls: type) -> str | None:
+def _gate(cls: Any) -> str | None:
     """Which of the known gates a class of experts has: transformers' default, or gpt-oss's."""
     gpt_oss, moe = sys.modules.get(_GPT_OSS), _moe()
     if gpt_oss is not None and cls._apply_gate is gpt_oss.GptOssExperts._apply_gate:
         return "clamped"
     return "default" if cls._apply_gate is moe._default_apply_gate else None
+
+
+def _is_transformers_own(implementation: str | None) -> bool:
+    """Whether nobody has registered another function by that name."""
+    moe = _moe()
+    own = {"grouped_mm": moe.grouped_mm_experts_forward, "batched_mm": moe.batched_mm_experts_forward}
+    return implementation not in own or moe.ALL_EXPERTS_FUNCTIONS.get(implementation) is own[implementation]
+
+
+_is_transformers_own._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo runs it while it traces
 
 
 def _moe():

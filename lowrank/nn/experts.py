@@ -44,7 +44,7 @@ class LoRAExperts(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
     ):
         lora_alpha = r if lora_alpha is None else lora_alpha
-        if not isinstance(experts, nn.Module) or not hasattr(experts, "is_transposed"):
+        if not isinstance(experts, nn.Module) or not experts.__dict__.keys() >= _experts.FLAGS:
             raise TypeError(f"experts: expected a module of transformers' experts, got {type(experts).__name__}")
         names = _experts.names_of(experts)
         targets = names if targets is None else tuple(targets)
@@ -65,7 +65,7 @@ class LoRAExperts(nn.Module):
             new = dict(device=getattr(experts, name).device, dtype=adapter_dtype)
             self.lora_A[name] = nn.Parameter(torch.empty(E * r, K, **new))
             self.lora_B[name] = nn.Parameter(torch.empty(N, r * E, **new))
-        self._merged: nn.Module | None = None
+        self._merged: Any = None
         self.reset_lora_parameters()
 
     @classmethod
@@ -100,6 +100,14 @@ class LoRAExperts(nn.Module):
         A, B = self.lora_A[name], self.lora_B[name]
         E = A.shape[0] // self.r
         return A.view(E, self.r, A.shape[1]), B.view(B.shape[0], self.r, E).permute(2, 0, 1)
+
+    def _apply(self, fn, recurse: bool = True):
+        """What is merged goes where the parameters go, in whatever dtype."""
+        super()._apply(fn, recurse)
+        if self._merged is not None:
+            stacks = {name: nn.Parameter(fn(self._merged._parameters[name].data), False) for name in self.lora_A}
+            self._merged._parameters = {**self.base_layer._parameters, **stacks}
+        return self
 
     @property
     def merged(self) -> bool:

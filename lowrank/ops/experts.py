@@ -64,7 +64,7 @@ def experts_linear(
         bias: [E, N].
         dropout_p: probability in [0, 1] of zeroing an element of the adapters' x; pass 0 in evaluation.
         numbers: int64 [S], each row's own number (token times choices and the choice): its dropout mask follows from it and
-            not from where sorting puts it.  Without it, a row's place.
+            not from where sorting puts it; below S.  Without it, a row's place.
 
     Returns: [S, N] in x's dtype.  Under autocast, which grouped_mm has none of, all is computed in the weight's dtype.
 
@@ -74,7 +74,11 @@ def experts_linear(
     """
     adapters = _adapters(lora_A, lora_B, scaling, dropout_p)
     check(x, weight, bias, adapters, offsets, numbers)
-    full = False
+    full, offsets = False, offsets.contiguous()
+    if numbers is not None and may_look(numbers) and numbers.numel():
+        low, high = (int(t) for t in numbers.aminmax())
+        if low < 0 or high >= x.shape[0]:
+            raise ValueError(f"numbers: expected 0 to {x.shape[0] - 1}, got {low} to {high}")
     if may_look(offsets):
         full = _check_values(offsets, x.shape[0])
     else:
@@ -94,6 +98,8 @@ def expert_linear(
     As, Bs = [a.A for a in adapters], [a.B for a in adapters]
     scalings, ps = [float(a.scaling) for a in adapters], [dropout.drawable(a.dropout_p) for a in adapters]
     tensors = (weight, bias, *As, *Bs)
+    if reason is not None and is_traced((x, *tensors)):
+        reason = None
     if reason is not None and (reason is not FORWARD_MODE or has_tangent((x, *tensors))):
         _stats.op_fell_back(reason)
         return formula(x, weight, bias, As, Bs, scalings, ps, [], groups, thin_dtype).to(out_dtype)
@@ -106,6 +112,12 @@ def expert_linear(
             x, weight, bias, As, Bs, scalings, ps, groups.ends, seeds, numbers, groups.full, False, thin_dtype
         )[0]
     return y.to(out_dtype)
+
+
+def is_traced(tensors) -> bool:
+    """Whether torch.jit.trace or torch.onnx.export writes down a call without gradients."""
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch._C._is_tracing() and torch._C._functorch.peek_interpreter_stack() is None and not grad
 
 
 def thin_dtype_of(x: Tensor, weight: Tensor, adapters: Sequence[Adapter]) -> torch.dtype:

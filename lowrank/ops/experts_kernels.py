@@ -46,7 +46,7 @@ def forward(x, index, weights, W1, b1, W2, b2, As, Bs, first, scalings, full, ac
         S2 = None if A2 is None else rows(h.to(thin_dtype), widened(A2, 1, _width(A2, thin_dtype), thin_dtype), groups)
         Z = rows(h, W2, groups)
         del h
-        U = kernels.combine_expand(Z, _cut(S2, A2), B2, s2, _flat(b2), weights.reshape(-1), order, ends, full)
+        U = kernels.combine_expand(Z, _cut(S2, A2), B2, s2, _flat(b2), _flat(weights.reshape(-1)), order, ends, full)
         out = U.view(*index.shape, -1).sum(1)
         return out, G, order, place, ends, [S for S in (S1, S2) if S is not None], []
 
@@ -73,7 +73,7 @@ def backward(
         H = rows(dO, W2.mT, groups)
         need_h = need_A2 or need_W2
         first_part = H, G, _cut(S1, A1), B1, s1, _flat(b1)
-        flat = weights.reshape(-1)
+        flat = _flat(weights.reshape(-1))
         dG, h, dots = kernels.act_backward(*first_part, _cut(D, A2), A2, s2, flat, order, ends, act, full, need_h)
         del H
         w = flat[order][:, None].to(torch.promote_types(thin_dtype, torch.float32))

@@ -20,7 +20,7 @@ from .. import _stats
 from . import activations, dropout, experts, experts_kernels
 from ._boundary import is_plain, no_autocast
 from .activations import Activation
-from .experts import check_factors, check_stack_vector, differentiated, factor_gradient, thin_dtype_of
+from .experts import check_factors, check_stack_vector, differentiated, factor_gradient, is_traced, thin_dtype_of
 from .experts_eager import Groups, Routing, outer, route, rows, sums, thin, thin_A
 from .linear import Projection
 from .lora_impl import runs
@@ -70,6 +70,7 @@ class Experts(NamedTuple):
     act: Activation
     full: bool = True
     layers: tuple[torch.nn.Module, ...] = ()
+    copy: bool = False  # whether backward gets a copy of x, which others may write to
 
 
 def experts_layer(x: Tensor, index: Tensor, weights: Tensor, layer: Experts) -> Tensor:
@@ -89,14 +90,16 @@ def experts_layer(x: Tensor, index: Tensor, weights: Tensor, layer: Experts) -> 
     scalings = tuple(float(a.scaling) for a in adapters)
     spec = _Spec(len(up.adapters), scalings, ps, layer.full, act, thin_dtype, False)
     tensors = (up.weight, up.bias, down.weight, down.bias, *(a.A for a in adapters), *(a.B for a in adapters))
+    if reason is not None and is_traced((x, weights, *tensors)):
+        reason = None  # by its operations, in which the routing is a tensor
     if reason is not None and (reason is not FORWARD_MODE or has_tangent((x, weights, *tensors))):
         _stats.op_fell_back(reason)
         return formula(spec, route(index, len(up.weight), layer.full), [], x, weights, *tensors).to(out_dtype)
     spec = spec._replace(kernels=experts_kernels.takes(x, index, layer, ps, thin_dtype))
     seeds = dropout.draw_seeds(sum(p > 0 for p in ps), x.device) if any(ps) else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *tensors)):
-        layers = [weakref.ref(module) for module in layer.layers]
-        return _ExpertsLayer.apply(spec, layers, index, seeds, to_save(x, False), weights, *tensors).to(out_dtype)
+        layers, weights = [weakref.ref(module) for module in layer.layers], weights.clone()  # others may write to them
+        return _ExpertsLayer.apply(spec, layers, index, seeds, to_save(x, layer.copy), weights, *tensors).to(out_dtype)
     return _forward(spec, index, seeds, False, x, weights, *tensors)[0].to(out_dtype)
 
 
@@ -190,7 +193,7 @@ def forward(
 def combine(Z: Tensor, weights: Tensor, place: Tensor) -> Tensor:
     """[T,H] in Z's dtype: the sum of each token's rows of Z [T·k,H], times their weights [T,k], rounded once."""
     T, k = weights.shape
-    Z = Z[place].view(T, k, -1)
+    Z = Z[place].view(T, k, Z.shape[1])
     dtype = torch.promote_types(Z.dtype, weights.dtype)
     return torch.bmm(weights.to(dtype)[:, None], Z.to(dtype))[:, 0].to(Z.dtype)
 
@@ -255,7 +258,7 @@ def backward(
                 dG, lambda: x[token], W1, *mine, groups, thin_dtype, need_x, need_W1, need_b1
             )
             del dG
-            dx = dX[place].view(len(x), -1, x.shape[1]).sum(1) if need_x else None
+            dx = dX[place].view(*weights.shape, x.shape[1]).sum(1) if need_x else None
         given = [dx, dw, dW1, db1, dW2, db2, *dA, *dB]
         return [grad for grad, need in zip(given, needs, strict=True) if need]
 
@@ -269,7 +272,7 @@ def formula(spec: _Spec, routing: Routing, keeps, x, weights, W1, b1, W2, b2, *f
     down = As[first:], Bs[first:], spec.scalings[first:], spec.ps[first:], keeps[cut:]
     G = experts.formula(x[routing.order // k], W1, b1, *up, groups, spec.thin_dtype)
     Z = experts.formula(activations.differentiable(G, spec.act), W2, b2, *down, groups, spec.thin_dtype)
-    out = (Z[routing.place].view(len(x), k, -1) * weights[:, :, None]).sum(1)
+    out = (Z[routing.place].view(len(x), k, Z.shape[1]) * weights[:, :, None]).sum(1)
     return out.to(x.dtype)
 
 

@@ -98,3 +98,21 @@ def test_stacks_stored_the_other_way_round_were_never_turned(tmp_path):
     expected = written(tmp_path, "0.18.0", False, cls="GptOss", hidden=32, inner=32)
     model = lowrank.load_adapter(moe(cls="GptOss", hidden=32, inner=32), tmp_path)
     torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_between_two_releases_is_read_by_its_shapes(tmp_path):
+    for turned in (True, False):
+        expected = written(tmp_path / str(turned), "0.18.2.dev0@abc", turned)
+        model = lowrank.load_adapter(moe(), tmp_path / str(turned))
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    written(tmp_path / "square", "0.19.0.dev0", False, targets=TARGETS[1:], hidden=32, inner=32)
+    with pytest.raises(ValueError, match="of a release"):
+        lowrank.load_adapter(moe(hidden=32, inner=32), tmp_path / "square")
+
+
+def test_old_files_of_renamed_layers_are_refused(tmp_path):
+    written(tmp_path, "0.18.1", True)
+    model = moe()
+    model._checkpoint_conversion_mapping = {"^language_model": "model"}
+    with pytest.raises(ValueError, match=r"PEFT 0\.18\.1 wrote it, for a model whose layers have other names now"):
+        lowrank.load_adapter(model, tmp_path)

@@ -331,6 +331,17 @@ def _double(model):
     model.double().base_model.model.set_experts_implementation("eager")
 
 
+def _scaling(model):
+    wrapper = next(m for m in model.modules() if hasattr(m, "parameter_name"))
+    wrapper.scaling["default"] = torch.tensor(wrapper.scaling["default"])
+
+
+def _replaced_function(model):
+    model.base_model.model.set_experts_implementation("batched_mm")
+    own = implementation.moe.batched_mm_experts_forward
+    implementation.moe.ALL_EXPERTS_FUNCTIONS.register("batched_mm", lambda *args: own(*args) * 2)
+
+
 def base(model):
     return next(m for m in model.modules() if hasattr(m, "parameter_name")).get_base_layer()
 
@@ -343,11 +354,15 @@ def base(model):
         (_factor_hook, "hooks"),
         (_norm, "a norm behind the experts"),
         (_implementation, "the experts implementation 'another'"),
+        (_scaling, "a scaling that is no finite number"),
+        (_replaced_function, "the experts implementation 'batched_mm'"),
         (_double, r"Parameter of torch\.float64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_pefts(change, reason):
+def test_what_is_pefts(change, reason, monkeypatch):
+    functions = dict(implementation.moe.ALL_EXPERTS_FUNCTIONS._global_mapping)
+    monkeypatch.setattr(type(implementation.moe.ALL_EXPERTS_FUNCTIONS), "_global_mapping", functions)
     model = adapted(model=moe(num_hidden_layers=1))
     change(model)
     expected = step(model)
@@ -379,9 +394,10 @@ def test_one_of_two_stacks():
             agree(step(model), expected)
 
 
-def test_inputs_changed_in_place():
+@pytest.mark.parametrize("copied", [False, True])
+def test_inputs_changed_in_place(copied):
     model = adapted(model=moe(num_hidden_layers=1))
-    patch(model)
+    patch(model, copy_inputs=copied)
     block = next(m for m in model.modules() if hasattr(m, "experts"))
     forward = block.forward
 
@@ -391,10 +407,38 @@ def test_inputs_changed_in_place():
         return out
 
     block.forward = changing
+    if copied:
+        step(model)
+        assert not lowrank.stats(model)["fallback"]
+        return
     with pytest.raises(RuntimeError, match=r"mlp\.experts: the input was changed in place"):
         step(model)
     step(model)  # PEFT's from now on
     assert any("changed in place" in why for why in lowrank.stats(model)["fallback"])
+
+
+def test_no_tokens_and_hooks_on_everything():
+    model = adapted(model=moe(num_hidden_layers=1))
+    patch(model)
+    wrapper = next(m for m in model.modules() if hasattr(m, "parameter_name"))
+    x = torch.zeros(0, 64, requires_grad=True)
+    y = wrapper(x, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 64)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        step(model)
+    finally:
+        hook.remove()
+    assert any("hooks on the experts" in why for why in lowrank.stats(model)["fallback"])
+
+
+def test_a_gate_that_was_replaced_is_the_models_own(monkeypatch):
+    model = adapted(model=moe(num_hidden_layers=1))
+    patch(model)
+    before = step(model)
+    monkeypatch.setattr(type(base(model)), "_apply_gate", lambda self, G: G.chunk(2, -1)[1].tanh())
+    assert not torch.allclose(step(model)["logits"], before["logits"])
 
 
 def test_dropout_is_refused_as_peft_does():
@@ -459,8 +503,9 @@ def test_adapt_and_load_adapter(tmp_path):
 
 
 def test_what_matches_nothing_and_another_number_of_experts(tmp_path):
-    with pytest.raises(ValueError, match="no `target_parameters` found"):
-        lowrank.adapt(moe(), LoraConfig(r=3, target_modules=[], target_parameters=["nope"]))
+    for others in ([], ["q_proj"]):
+        with pytest.raises(ValueError, match=r"target_parameters: Qwen3MoeForCausalLM has no 'experts\.nope'"):
+            lowrank.adapt(moe(), LoraConfig(r=3, target_modules=others, target_parameters=["experts.nope"]))
     lowrank.save_adapter(adapted(), tmp_path)
     with pytest.raises(ValueError, match="is of 6 experts, the model has 7"):
         lowrank.load_adapter(moe(num_experts=7), tmp_path)

@@ -122,6 +122,15 @@ def test_one_stack_copies_and_precision():
     assert "r=3, scaling=2" in repr(layer)
 
 
+def test_merged_stacks_go_where_the_layer_goes():
+    layer, (x, index, weights) = adapted(qwen()), inputs()
+    layer.merge()
+    before = layer(x, index, weights)
+    layer.bfloat16()
+    assert {p.dtype for p in layer._merged.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(layer(*inputs(torch.bfloat16)).float(), before, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [

@@ -252,6 +252,13 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.lowrank.expert_linear_backward.default, (dy, x, W, *rest))
 
 
+def test_offsets_that_are_a_column():
+    counts, ts = [3, 0, 5, 1], tensors([3, 0, 5, 1], 0, 32, 48, 8, torch.float32)
+    column = offsets_of(counts)[:, None].repeat(1, 2)[:, 0]
+    y = lowrank.experts_linear(ts[0], ts[1], *shaped(ts[3], ts[4], 4), 0.7, column, bias=ts[2])
+    torch.testing.assert_close(y, call(counts, *ts))
+
+
 def test_autocast_computes_in_the_weights_dtype():
     counts, ts = [3, 0, 5, 1], tensors([3, 0, 5, 1], 0, 32, 48, 8, torch.bfloat16, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -325,6 +332,7 @@ GOOD = tensors([3, 0, 5, 1], 0, 32, 48, 8, torch.float32, grad=False)
         (dict(bias=GOOD[2][:, :5]), ValueError, r"bias: expected \[4, 48\]"),
         (dict(dropout_p=1.5), ValueError, "dropout_p: expected a probability"),
         (dict(numbers=torch.arange(8)), ValueError, r"numbers: expected \[9\]"),
+        (dict(numbers=torch.arange(9) + 1), ValueError, "numbers: expected 0 to 8, got 1 to 9"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

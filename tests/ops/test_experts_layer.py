@@ -1,4 +1,5 @@
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ ACTIVATIONS = [
 def tensors(T=12, k=2, E=5, H=32, I=24, r=3, dtype=torch.float32, factors=None, act=SILU, grad=True):  # noqa: E741
     """x, routing weights, W1, b1, W2, b2, A1, B1, A2, B2, the factors in PEFT's layout; and the index [T,k]."""
     factors, N = factors or dtype, 2 * I if act.gated else I
-    index = torch.stack([torch.randperm(E - 1)[:k] for _ in range(T)])  # the last expert has no row
+    index = torch.zeros(T, k, dtype=torch.int64)
+    for t in range(T):
+        index[t] = torch.randperm(E - 1)[:k]  # the last expert has no row
     weights = torch.rand(T, k).to(dtype)
     stacks = [
         torch.randn(E, N, H) / H**0.5,
@@ -110,7 +113,7 @@ def test_as_right_as_eager(dtype, factors, act):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(T=1, k=1, E=2), dict(T=3, k=4, E=9, H=33, I=17, r=5), dict(T=40, k=1, E=2)], ids=str
+    "sizes", [dict(T=1, k=1, E=2), dict(T=0), dict(T=3, k=4, E=9, H=33, I=17, r=5), dict(T=40, k=1, E=2)], ids=str
 )
 def test_ragged(sizes):
     ts, index = tensors(**sizes)
@@ -234,7 +237,9 @@ def test_nothing_of_the_stacks_size_and_what_is_saved():
     with SavedActivations(ts) as saved:
         y = call(index, *ts)
     S = 32
-    assert saved.bytes <= S * 512 * 4 + 2 * S * 4 * 4 + 2 * S * 8 + 9 * 4  # G, S1, S2, order and place, ends
+    assert (
+        saved.bytes <= S * 512 * 4 + 2 * S * 4 * 4 + 2 * S * 8 + 9 * 4 + S * 4
+    )  # G, S1, S2, order and place, ends, weights
     del y
 
 
@@ -358,3 +363,37 @@ def test_the_peak_of_a_step_is_the_frozen_layers_and_the_adapters_gradients():
     frozen = peak(lambda: step(lambda: moe.grouped_mm_experts_forward(module, x, index, weights)))
     ours = peak(lambda: step(layer))
     assert ours <= 1.15 * frozen + sum(t.nbytes for t in factors)
+
+
+def test_weights_that_are_a_column_or_written_to_later():
+    ts, index = tensors(k=1)
+    wide = torch.rand(12, 2)
+    ts[1] = wide[:, :1].requires_grad_()
+    expected = grads(formula, index, ts, torch.ones(12, 32))
+    weights = ts[1].detach().clone().requires_grad_()
+    inner = weights * 1.0
+    out = call(index, ts[0], inner, *ts[2:])
+    with torch.no_grad():
+        inner.zero_()
+    got = torch.autograd.grad(out, [ts[0], weights, *ts[2:]], torch.ones_like(out))
+    for name, grad, truth in zip(NAMES[1:], got, expected[1:], strict=True):
+        torch.testing.assert_close(grad, truth, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    with torch.no_grad():  # a view whose rows are apart
+        torch.testing.assert_close(call(index, ts[0], ts[1], *ts[2:]), expected[0].detach())
+
+
+def test_traced_with_one_routing_it_runs_with_another():
+    ts, index = tensors(grad=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda index, x: call(index, x, *ts[1:]), (index, ts[0]), check_trace=False)
+        other = index.flip(0)
+        torch.testing.assert_close(traced(other, ts[0]), call(other, *ts))
+
+
+def test_what_inference_mode_made_can_be_trained_behind():
+    ts, index = tensors()
+    with torch.inference_mode():
+        x, weights = ts[0].detach().clone(), ts[1].detach().clone()
+    out = call(index, x, weights, *ts[2:])
+    assert torch.autograd.grad(out.sum(), ts[6])[0].abs().sum() > 0
