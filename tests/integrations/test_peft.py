@@ -393,7 +393,7 @@ def test_tied_adapters():
     agree(ours, unpatched)
 
 
-def test_expert_parameters_are_named_as_untouched():
+def test_expert_parameters_of_somebody_else_fall_back_and_say_so():
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -404,7 +404,12 @@ def test_expert_parameters_are_named_as_untouched():
 
     model = nn.Sequential(Experts())
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["gate"], target_parameters=["0.w"]))
-    assert lowrank.stats(patch(model))["untouched"] == {"lora.ParamWrapper": 1}
+    expected = model(torch.ones(2, 8))
+    _stats.reset()
+    with pytest.warns(UserWarning, match="Experts's forward is its own"):
+        assert torch.equal(patch(model)(torch.ones(2, 8)), expected)
+    assert lowrank.stats(model)["untouched"] == {}
+    assert lowrank.stats(model)["fallback"] == {"Experts's forward is its own": 1}
 
 
 def test_copies_and_pickles_stay_patched():
