@@ -3,7 +3,9 @@
 And what README and docs/benchmarks.md show is what the JSON in bench/results/readme says.
 """
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ pytest.importorskip("matplotlib")
 
 import charts
 import readme
+
+ROOT = Path(__file__).parent.parent
 
 
 def texts(svg: str) -> list[str]:
@@ -78,3 +82,25 @@ def test_charts_say_what_was_measured(tmp_path):
     for path, draw in drawings.items():
         draw(tmp_path / path.name)
         assert texts((tmp_path / path.name).read_text()) == texts(path.read_text()), path.name
+
+
+def test_the_figures_of_experts_are_the_results():
+    page = (ROOT / "docs" / "experts.md").read_text()
+    rows = {
+        "a block of 128 experts": "experts-fp32",
+        "64 experts, bf16, adapters in bf16": "experts_64-bf16",
+        "64 experts, bf16, adapters in fp32": "experts_64-bf16-fp32",
+        "a model of 4 layers": "experts_model-fp32",
+    }
+    for start, name in rows.items():
+        cells = next(line for line in page.splitlines() if line.startswith(f"| {start}")).split("|")[2:-1]
+        found = json.loads((ROOT / "bench" / "results" / "cpu" / f"{name}.json").read_text())["rows"]
+        of = {row["provider"]: row for row in found}
+        shown = [f"{of[who]['over_baseline']:.2f}×" for who in ("frozen-eager", "peft", "lowrank")]
+        assert [cell.strip() for cell in cells[1:]] == shown
+        assert cells[0].strip() == f"{of['frozen']['us'] / 1e3:.3g} ms"
+    first = {
+        row["provider"]: row for row in json.loads((ROOT / "bench/results/cpu/experts-fp32.json").read_text())["rows"]
+    }
+    text = f"takes {first['lowrank']['over_baseline']:.2f}× a frozen one's time, PEFT's {first['peft']['over_baseline']:.2f}×"
+    assert text in (ROOT / "README.md").read_text()
