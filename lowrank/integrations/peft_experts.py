@@ -38,10 +38,11 @@ def fused(original: Callable) -> Callable:
             _stats.fell_back(self, reason)
             return original(self, x, *args, **kwargs)
         known = () if torch.compiler.is_compiling() else (self,)  # which layer it is would be a guard
-        y = experts.experts_forward(base, x, *args, factors=factors, layers=known, copy=self.__dict__.get(COPY, False))
-        for wrapper in chain:
+        for wrapper in chain:  # before it runs: a checkpoint's recomputation ends inside
             _stats.ran_fused(wrapper)
-        return y
+        return experts.experts_forward(
+            base, x, *args, factors=factors, layers=known, copy=self.__dict__.get(COPY, False)
+        )
 
     forward._is_lowrank = True
     return forward
