@@ -95,7 +95,9 @@ def experts_layer(x: Tensor, index: Tensor, weights: Tensor, layer: Experts) -> 
     if reason is not None and (reason is not FORWARD_MODE or has_tangent((x, weights, *tensors))):
         _stats.op_fell_back(reason)
         return formula(spec, route(index, len(up.weight), layer.full), [], x, weights, *tensors).to(out_dtype)
-    if torch.compiler.is_compiling() or not torch._C._is_tracing():  # which writes down torch's operations alone
+    if (
+        not torch.compiler.is_compiling() and not torch._C._is_tracing()
+    ):  # which write down the op, or torch's operations
         spec = spec._replace(kernels=experts_kernels.takes(x, index, layer, ps, thin_dtype))
     seeds = dropout.draw_seeds(sum(p > 0 for p in ps), x.device) if any(ps) else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *tensors)):
